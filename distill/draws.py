@@ -1,0 +1,39 @@
+"""Random numbers that belong to a sample, not to a process or a batch."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Draws:
+    """One CPU generator per row, seeded by (seed, iteration, global row index).
+
+    A row sees the same numbers whatever the batch split, number of processes, device or restart:
+    that makes resume exact without stored generator states, and two processes equal one.
+    Every method returns float32 on `device`, first dimension len(rows).
+    """
+
+    def __init__(self, seed: int, iteration: int, rows: Sequence[int], device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.generators = [torch.Generator().manual_seed(mix(seed, iteration, row)) for row in rows]
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Unit Gaussian, (B, *shape)."""
+        return torch.stack([torch.randn(*shape, generator=g) for g in self.generators]).to(self.device)
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Uniform on [low, high), (B,)."""
+        u = torch.cat([torch.rand(1, generator=g) for g in self.generators])
+        return (low + (high - low) * u).to(self.device)
+
+    def integers(self, low: int, high: int) -> Tensor:
+        """Uniform integers low..high-1 as int64, (B,)."""
+        return torch.cat([torch.randint(low, high, (1,), generator=g) for g in self.generators]).to(self.device)
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit hash of integers, so that neighbouring seeds give unrelated generators."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

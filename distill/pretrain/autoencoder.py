@@ -1,0 +1,77 @@
+"""Trains the embedded teacher's AutoencoderKL (arXiv 2112.10752, section 3.1, without the adversarial part)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from ..config import settings
+from ..draws import Draws
+from ..methods.base import Batch, Method, Progress
+
+
+@settings
+class AutoencoderSettings:
+    """l1_weight, l2_weight, kl_weight: weights of the mean absolute error, the mean squared error and the mean KL
+    divergence per latent element. max_shift: augmentation by whole pixels. recolour: share of images whose colour
+    channels are permuted."""
+
+    block_out_channels: tuple[int, ...] = (32, 64, 96)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    l1_weight: float = 1.0
+    l2_weight: float = 2.0
+    kl_weight: float = 1e-3
+    max_shift: int = 2
+    recolour: float = 0.3
+
+
+class Autoencoder(Method):
+    Settings = AutoencoderSettings
+    needs = frozenset({"images"})
+
+    def __init__(self, settings: AutoencoderSettings):
+        super().__init__()
+        self.settings = settings
+        levels = len(settings.block_out_channels)
+        self.vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=settings.block_out_channels,
+            layers_per_block=settings.layers_per_block,
+            latent_channels=settings.latent_channels,
+            norm_num_groups=16,
+            force_upcast=False,
+        )
+
+    def players(self) -> dict[str, list[torch.nn.Parameter]]:
+        return {"autoencoder": list(self.vae.parameters())}
+
+    def forward(self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]) -> dict[str, Tensor]:
+        assert batch.images is not None
+        x = self.augment(batch.images, batch.draws)
+        posterior = self.vae.encode(x).latent_dist
+        eps = batch.draws.normal(posterior.mean.shape[1:])
+        x_hat = self.vae.decode(posterior.mean + posterior.std * eps).sample
+        error = (x_hat - x).float()
+        l1, l2 = error.abs().mean(), error.square().mean()
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        s = self.settings
+        loss = s.l1_weight * l1 + s.l2_weight * l2 + s.kl_weight * kl
+        return {"loss": loss, "l1": l1, "psnr": -10 * torch.log10(l2 / 4), "kl": kl}
+
+    def augment(self, x: Tensor, draws: Draws) -> Tensor:
+        """Mirror, shift by whole pixels over a repeated border, permute colours: per sample, (B, 3, H, W)."""
+        m, (h, w) = self.settings.max_shift, x.shape[-2:]
+        mirror, recolour = draws.uniform() < 0.5, draws.uniform() < self.settings.recolour
+        dx, dy = draws.integers(0, 2 * m + 1).tolist(), draws.integers(0, 2 * m + 1).tolist()
+        order = torch.stack([draws.uniform() for _ in range(3)], 1).argsort(1)
+        padded = F.pad(x, (m, m, m, m), mode="replicate")
+        rows = []
+        for i, row in enumerate(padded):
+            row = row[:, dy[i] : dy[i] + h, dx[i] : dx[i] + w]
+            row = row.flip(-1) if mirror[i] else row
+            rows.append(row[order[i]] if recolour[i] else row)
+        return torch.stack(rows)
