@@ -1,6 +1,202 @@
-"""Settings as typed, frozen dataclasses."""
+"""The run configuration: one YAML file, dotted overrides, typed by pydantic, with errors that name the key."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
 from functools import partial
-from pydantic import ConfigDict
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-settings = partial(dataclass, frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+from .errors import UserError
+
+settings = partial(dataclass, frozen=True, config=ConfigDict(extra="forbid"))
+
+LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+)  # fmt: skip
+
+
+@settings
+class TeacherSettings:
+    """path: an embedded teacher's name, a diffusers pipeline folder, or a hub id."""
+
+    path: str
+    variant: str | None = None
+    revision: str | None = None
+
+
+@settings
+class StudentSettings:
+    """kind: all weights, or a LoRA on the teacher's network (LCM-LoRA, arXiv 2311.05556: rank 64, alpha 64)."""
+
+    kind: Literal["full", "lora"] = "full"
+    rank: int = Field(64, ge=1)
+    lora_alpha: float = 64.0
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] = LORA_TARGETS
+
+
+@settings
+class DataSettings:
+    """name: "emoji", "emoji-noto", "emoji-twemoji", an image folder, webdataset shards, or a hub data set."""
+
+    name: str
+    split: str = "train"
+    image_column: str = "image"
+    caption_column: str = "text"
+    center_crop: bool = True
+
+
+@settings
+class RawWeightsSettings:
+    """every: steps between saves of the student's raw weights, 0 for none; keep: how many stay."""
+
+    every: int = Field(0, ge=0)
+    keep: int = Field(20, ge=1)
+
+
+@settings
+class RunConfig:
+    """Keys are the flag names of diffusers' training scripts; train_batch_size is per device."""
+
+    output_dir: str
+    method: Any
+    data: DataSettings
+    teacher: TeacherSettings | None = None
+    student: StudentSettings = Field(default_factory=StudentSettings)
+    resolution: int | None = None
+    seed: int = 0
+    train_batch_size: int = Field(16, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    max_train_steps: int = Field(1000, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = Field(0, ge=0)
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-2
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = Field(1.0, gt=0)
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    allow_tf32: bool = False
+    enable_xformers_memory_efficient_attention: bool = False
+    use_ema: bool = False
+    ema_decay: float = Field(0.9999, gt=0, lt=1)
+    checkpointing_steps: int = Field(500, ge=1)
+    checkpoints_total_limit: int | None = Field(2, ge=1)
+    resume_from_checkpoint: str | None = "latest"
+    raw_weights: RawWeightsSettings = Field(default_factory=RawWeightsSettings)
+    logging_steps: int = Field(10, ge=1)
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    validation_steps: int = Field(0, ge=0)
+    validation_prompts: tuple[str, ...] = ()
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"no configuration {path}; the ready ones are in configs/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())[:160]}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no `key: value` lines; see configs/ for examples")
+    return tree
+
+
+def with_overrides(tree: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """`--key.sub value` (or `--key.sub=value`) set in a copy of the tree; values are read as YAML."""
+    tree = yaml.safe_load(yaml.safe_dump(tree))
+    items = list(arguments)
+    while items:
+        item = items.pop(0)
+        if not item.startswith("--"):
+            raise UserError(f"unexpected argument {item!r}; overrides are written --key.sub value")
+        name, equals, value = item[2:].partition("=")
+        if not equals:
+            bare = not items or items[0].startswith("--")
+            value = "true" if bare else items.pop(0)
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--{name}: {parent} is a single value, it has no key {last}")
+        node[last] = parse_value(value)
+    return tree
+
+
+def parse_value(text: str) -> Any:
+    """A YAML value; 1e-4, which YAML 1.1 reads as text, is a number here."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def validate(cls: type, tree: Any, prefix: str = "") -> Any:
+    """`cls` from a tree, or a UserError that names the first wrong key, its value and the remedy."""
+    try:
+        return TypeAdapter(cls).validate_python(numbers(tree))
+    except ValidationError as error:
+        raise UserError(_first_line(error, cls, prefix)) from None
+
+
+def load_config(tree: dict[str, Any]) -> RunConfig:
+    """The resolved configuration; `method` becomes the settings of the method that method.name names."""
+    from .methods import settings_of
+
+    config = validate(RunConfig, tree)
+    method = config.method
+    if not isinstance(method, dict) or "name" not in method:
+        raise UserError(f"method: {method!r} has no name; write `method: {{name: lcd}}`")
+    rest = {k: v for k, v in method.items() if k != "name"}
+    chosen = validate(settings_of(method["name"]), rest, "method.")
+    return dataclasses.replace(config, method={"name": method["name"], **dataclasses.asdict(chosen)})
+
+
+def as_tree(config: RunConfig) -> dict[str, Any]:
+    """Plain lists, dicts and numbers, every default written out."""
+    return TypeAdapter(RunConfig).dump_python(config, mode="json")
+
+
+def numbers(tree: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; make it the number that was meant."""
+    if isinstance(tree, dict):
+        return {k: numbers(v) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [numbers(v) for v in tree]
+    if isinstance(tree, str) and tree[:1] in "+-.0123456789" and "e" in tree.lower():
+        return parse_value(tree)
+    return tree
+
+
+def _first_line(error: ValidationError, cls: type, prefix: str) -> str:
+    first = min(error.errors(), key=lambda e: e["type"] == "missing")
+    location = [p for p in first["loc"] if not isinstance(p, str) or p.isidentifier()]
+    key = prefix + ".".join(str(p) for p in location)
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        owner: Any = cls
+        for part in location[:-1]:
+            owner = _field_class(owner, str(part))
+        known = [f.name for f in dataclasses.fields(owner)]
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
+        return f"{key}: no such key; the nearest is {near[0]}" if near else f"{key}: no such key"
+    if first["type"] == "missing":
+        return f"{key}: missing; add it to the configuration"
+    return f"{key}: {first['input']!r} does not fit: {first['msg'].lower()}"
+
+
+def _field_class(owner: type, name: str) -> type:
+    kinds = {f.name: f.type for f in dataclasses.fields(owner)}
+    options = getattr(kinds[name], "__args__", (kinds[name],))
+    return next(k for k in options if dataclasses.is_dataclass(k))

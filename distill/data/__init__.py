@@ -1,0 +1,8 @@
+"""Captioned images, the order in which training sees them, and caches of what an encoder made of them."""
+
+from .cache import LatentCache, PromptCache, cache_directory
+from .images import ImageData
+from .sampler import rows_of
+from .sources import load_data
+
+__all__ = ["ImageData", "LatentCache", "PromptCache", "cache_directory", "load_data", "rows_of"]

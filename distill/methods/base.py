@@ -1,14 +1,18 @@
 """What every method is: settings, players, one forward per turn."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..condition import Condition
 from ..draws import Draws
+from ..config import StudentSettings
+from ..errors import UserError
+from ..teacher import Teacher
+from ...pipelines.export import Export
 
 
 @dataclass
@@ -38,35 +42,54 @@ class Progress:
     updates: Mapping[str, int]
 
 
-class Method(nn.Module):
+@dataclass(frozen=True)
+class Parts:
+    """What a method is built from. captions: those of the training data, in its order."""
+
+    teacher: Teacher | None
+    student: StudentSettings
+    captions: list[str]
+
+    def need_teacher(self) -> Teacher:
+        if self.teacher is None:
+            raise UserError("teacher: missing; this method needs `teacher: {path: ...}`")
+        return self.teacher
+
+
+class Method(nn.Module, ABC):
     """A loss and the state it owns. Knows tensors, a student and perhaps a teacher; never devices or files.
 
-    Subclasses set `needs` to the batch fields they read, and implement `players`, `forward` and `export`.
+    Subclasses set `Settings` and `needs` (the batch fields they read: images, latents, prompts), take
+    (settings, parts), and implement `players`, `forward`, `pictures` and `export`.
     What a checkpoint holds: parameters that require a gradient, and every persistent buffer.
     """
 
+    Settings: ClassVar[type]
     needs: ClassVar[frozenset[str]] = frozenset()
 
+    def __init__(self, settings: Any, parts: Parts):
+        super().__init__()
+        self.settings, self.parts = settings, parts
+
+    @abstractmethod
     def players(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters of each player; each player has an optimiser of its own."""
-        raise NotImplementedError
 
     def turns(self, progress: Progress) -> tuple[str, ...]:
         """The players that move in this iteration, in order."""
         return tuple(self.players())
 
+    @abstractmethod
     def forward(self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]) -> dict[str, Tensor]:
         """0-d tensors: "loss" is minimised, the rest are diagnostics. `carry` hands tensors to later turns."""
-        raise NotImplementedError
 
     def after(self, player: str) -> None:
         """Called after the optimiser step of `player`: moving targets are updated here."""
 
-    @torch.no_grad()
-    def pictures(self, noise_seed: int, captions: list[str]) -> dict[str, Tensor]:
-        """Validation pictures in [0, 1], (N, 3, H, W) per row title, from fixed noise."""
-        raise NotImplementedError
+    def pictures(self, captions: list[str], seed: int) -> dict[str, Tensor]:
+        """Rows of validation pictures (N, 3, H, W) in [-1, 1] by title, from the same noise every time."""
+        return {}
 
-    def export(self) -> Any:
-        """What the runner writes to pipeline/: a `pipelines.export.Export`."""
-        raise NotImplementedError
+    @abstractmethod
+    def export(self) -> Export:
+        """What the runner writes to pipeline/."""

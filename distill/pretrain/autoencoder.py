@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from ...pipelines.export import Export
 from ..config import settings
 from ..draws import Draws
-from ..methods.base import Batch, Method, Progress
+from ..methods.base import Batch, Method, Parts, Progress
 
 
 @settings
@@ -18,7 +19,7 @@ class AutoencoderSettings:
     divergence per latent element. max_shift: augmentation by whole pixels. recolour: share of images whose colour
     channels are permuted."""
 
-    block_out_channels: tuple[int, ...] = (32, 64, 96)
+    block_out_channels: tuple[int, ...] = (32, 64, 64)
     layers_per_block: int = 1
     latent_channels: int = 4
     l1_weight: float = 1.0
@@ -32,9 +33,8 @@ class Autoencoder(Method):
     Settings = AutoencoderSettings
     needs = frozenset({"images"})
 
-    def __init__(self, settings: AutoencoderSettings):
-        super().__init__()
-        self.settings = settings
+    def __init__(self, settings: AutoencoderSettings, parts: Parts):
+        super().__init__(settings, parts)
         levels = len(settings.block_out_channels)
         self.vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
@@ -75,3 +75,6 @@ class Autoencoder(Method):
             row = row.flip(-1) if mirror[i] else row
             rows.append(row[order[i]] if recolour[i] else row)
         return torch.stack(rows)
+
+    def export(self) -> Export:
+        return Export(self.vae)

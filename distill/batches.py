@@ -1,0 +1,103 @@
+"""Micro-batches of a run: which rows, from which cache, with which random numbers."""
+
+import hashlib
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .condition import Condition
+from .config import RunConfig
+from .data import ImageData, LatentCache, PromptCache, rows_of
+from .draws import Draws, mix
+from .errors import UserError
+from .methods.base import Batch
+from .teacher import Teacher
+
+
+class Batches:
+    """The batches of every iteration, a pure function of (seed, iteration): nothing to store, nothing to skip.
+
+    Row j of the global batch has its own data row and random numbers, so the split into processes and
+    accumulation steps changes nothing but the order of sums.
+    """
+
+    def __init__(
+        self, config: RunConfig, needs: frozenset[str], data: ImageData, teacher: Teacher | None, accelerator: Accelerator
+    ):
+        self.config, self.needs, self.data, self.accelerator = config, needs, data, accelerator
+        self.device = accelerator.device
+        if needs & {"latents", "prompts"} and teacher is None:
+            raise UserError("teacher: missing; latents and prompts are encoded by `teacher: {path: ...}`")
+        if "latents" in needs:
+            assert teacher is not None
+            self.latents = self._latent_cache(teacher)
+        if "prompts" in needs:
+            assert teacher is not None
+            self.prompts = self._prompt_cache(teacher)
+            self.empty = teacher.encode_prompts([""])
+
+    def micro_batches(self, iteration: int) -> list[Batch]:
+        """This process's gradient_accumulation_steps batches of train_batch_size."""
+        c, a = self.config, self.accelerator
+        size, micro = c.train_batch_size, c.gradient_accumulation_steps
+        total = size * micro * a.num_processes
+        rows = rows_of(mix(c.seed, 1), iteration, total, len(self.data))
+        first = a.process_index * micro * size
+        slots = [range(first + i * size, first + (i + 1) * size) for i in range(micro)]
+        return [self._batch([rows[j] for j in slot], Draws(c.seed, iteration, slot, self.device)) for slot in slots]
+
+    def _batch(self, rows: list[int], draws: Draws) -> Batch:
+        batch = Batch(draws, captions=[self.data.captions[i] for i in rows])
+        if "images" in self.needs:
+            batch.images = (self.data.images(rows).float() / 127.5 - 1).to(self.device)
+        if "latents" in self.needs:
+            batch.latents = self.latents[rows].to(self.device)
+        if "prompts" in self.needs:
+            batch.condition = Condition(self.prompts[batch.captions], self.empty).to(self.device)
+        return batch
+
+    def _latent_cache(self, teacher: Teacher) -> LatentCache:
+        @torch.no_grad()
+        def encode(images: Tensor) -> Tensor:
+            return teacher.posterior(images.to(self.device))
+
+        a = self.accelerator
+        return LatentCache.build(
+            self.data, encode, key=f"{teacher.path} {weights_hash(teacher.vae)} {teacher.vae.dtype}",
+            is_main=a.is_main_process, barrier=a.wait_for_everyone, progress=_bar("encoding images", a),
+        )  # fmt: skip
+
+    def _prompt_cache(self, teacher: Teacher) -> PromptCache:
+        def encode(captions: list[str]) -> dict[str, Tensor]:
+            return {k: v.cpu() for k, v in teacher.encode_prompts(captions).items()}
+
+        a, encoder = self.accelerator, teacher.pipeline.text_encoder
+        return PromptCache.build(
+            self.data.captions, encode, key=f"{teacher.path} {weights_hash(encoder)} {encoder.dtype}",
+            is_main=a.is_main_process, barrier=a.wait_for_everyone, progress=_bar("encoding prompts", a),
+        )  # fmt: skip
+
+
+def weights_hash(module: nn.Module) -> str:
+    """A short hash of all weights, so that a cache of another encoder is never taken."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _bar(title: str, accelerator: Accelerator):
+    """Progress over rows for the caches: called with (done, total)."""
+    bar: list[tqdm] = []
+
+    def show(done: int, total: int) -> None:
+        if not bar:
+            bar.append(tqdm(total=total, desc=title, unit="row", disable=not accelerator.is_main_process))
+        bar[0].update(done - bar[0].n)
+        if done >= total:
+            bar[0].close()
+
+    return show

@@ -1,0 +1,142 @@
+"""Atomic checkpoints: a folder appears whole or not at all."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .errors import UserError
+
+STATE, OPTIMISERS, PROGRESS = "state.safetensors", "optimizers.pt", "progress.json"
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Run `fill` on a scratch folder beside `folder`, then put it in place in one rename."""
+    scratch = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        fill(scratch)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            scratch.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            scratch.rename(folder)
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise UserError(
+            f"output_dir: {folder} could not be written ({error.strerror or error}); "
+            "free space or choose another --output_dir; what was saved before is intact"
+        ) from error
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replace a small text file in one rename."""
+    scratch = path.with_name(f".{path.name}.partial")
+    try:
+        scratch.write_text(text)
+        os.replace(scratch, path)
+    except OSError as error:
+        raise UserError(f"output_dir: {path} could not be written ({error.strerror or error})") from error
+
+
+def kept_state(method: nn.Module) -> dict[str, Tensor]:
+    """What a method's checkpoint holds: trained parameters and persistent buffers, contiguous, by name."""
+    trained = {k for k, p in method.named_parameters() if p.requires_grad}
+    frozen = {k for k, p in method.named_parameters() if not p.requires_grad}
+    state = method.state_dict()
+    return {k: v.detach().contiguous() for k, v in state.items() if k in trained or k not in frozen}
+
+
+def restore_state(method: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    expected = kept_state(method)
+    if expected.keys() != state.keys():
+        odd = sorted(expected.keys() ^ state.keys())[:3]
+        raise UserError(f"resume_from_checkpoint: {source} is of another model (differs in {', '.join(odd)})")
+    method.load_state_dict(state, strict=False)
+
+
+class Checkpoints:
+    """checkpoint-<step> folders of one run, at most `limit` of them."""
+
+    def __init__(self, run: Path, limit: int | None):
+        self.run, self.limit = run, limit
+
+    def steps(self) -> list[int]:
+        found = (re.fullmatch(r"checkpoint-(\d+)", p.name) for p in self.run.glob("checkpoint-*"))
+        return sorted(int(m[1]) for m in found if m)
+
+    def folder(self, step: int) -> Path:
+        return self.run / f"checkpoint-{step}"
+
+    def save(self, step: int, state: dict[str, Tensor], optimisers: Any, progress: dict[str, Any]) -> None:
+        def fill(folder: Path) -> None:
+            save_file(state, folder / STATE)
+            torch.save(optimisers, folder / OPTIMISERS)
+            (folder / PROGRESS).write_text(json.dumps(progress))
+
+        write_folder(self.folder(step), fill)
+        if self.limit is not None:
+            for old in self.steps()[: -self.limit]:
+                shutil.rmtree(self.folder(old), ignore_errors=True)
+
+    def load(self, step: int) -> tuple[dict[str, Tensor], Any, dict[str, Any]]:
+        folder = self.folder(step)
+        try:
+            state = load_file(folder / STATE)
+            optimisers = torch.load(folder / OPTIMISERS, map_location="cpu", weights_only=True)
+            return state, optimisers, json.loads((folder / PROGRESS).read_text())
+        except Exception as error:
+            earlier = [s for s in self.steps() if s < step]
+            remedy = f"the run then goes on from checkpoint-{earlier[-1]}" if earlier else "the run then starts anew"
+            raise UserError(
+                f"resume_from_checkpoint: {folder} is cut short or unreadable; delete it and repeat the command, {remedy}"
+            ) from error
+
+    def choose(self, wanted: str | None) -> int | None:
+        """The step that `resume_from_checkpoint` means: "latest", "checkpoint-<step>", or None for a new start."""
+        steps = self.steps()
+        if wanted is None:
+            if steps:
+                raise UserError(
+                    f"resume_from_checkpoint: null, but {self.run} holds checkpoint-{steps[-1]}; "
+                    "choose another --output_dir or remove it"
+                )
+            return None
+        if wanted == "latest":
+            return steps[-1] if steps else None
+        match = re.fullmatch(r"checkpoint-(\d+)", wanted)
+        if not match or int(match[1]) not in steps:
+            there = ", ".join(f"checkpoint-{s}" for s in steps) or "none"
+            raise UserError(f"resume_from_checkpoint: no {wanted} in {self.run}; there are: {there}")
+        return int(match[1])
+
+
+class RawWeights:
+    """A ring of the newest `keep` sets of trained weights, raw_weights/step-<step>.safetensors."""
+
+    def __init__(self, run: Path, keep: int):
+        self.folder, self.keep = run / "raw_weights", keep
+
+    def save(self, step: int, weights: dict[str, Tensor]) -> None:
+        path = self.folder / f"step-{step:08d}.safetensors"
+        scratch = path.with_suffix(".partial")
+        try:
+            self.folder.mkdir(exist_ok=True)
+            save_file({k: v.contiguous() for k, v in weights.items()}, scratch)
+            os.replace(scratch, path)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            raise UserError(f"output_dir: {path} could not be written ({error.strerror or error})") from error
+        for old in sorted(self.folder.glob("step-*.safetensors"))[: -self.keep]:
+            old.unlink()

@@ -1,0 +1,173 @@
+"""Captioned images held in memory or decoded row by row."""
+
+import hashlib
+import io
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..errors import UserError
+
+PIECE = (
+    1 << 14
+)  # bytes read at the head, in the middle and at the end of an encoded image for its fingerprint
+
+
+class ImageData(ABC):
+    """N captioned images, all square with `resolution` pixels a side.
+
+    captions  N strings, "" where there is none
+    rows      N dicts with what else is known: category, subcategory, style, unified (code points)
+    """
+
+    def __init__(self, captions: list[str], rows: list[dict[str, str]], resolution: int, center_crop: bool):
+        assert len(captions) == len(rows)
+        self.captions = captions
+        self.rows = rows
+        self.resolution = resolution
+        self.center_crop = center_crop
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @abstractmethod
+    def images(self, indices: Sequence[int] | None = None) -> Tensor:
+        """Rows `indices`, by default all, as uint8 (n, 3, H, W). UserError names an unreadable file."""
+
+    @abstractmethod
+    def hash_content(self, digest: Any) -> None:
+        """Feed what identifies the images, in order, to a hashlib object."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits of captions, images and the way they are cut: equal in every process and run."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr((self.resolution, self.center_crop, self.captions)).encode())
+        self.hash_content(digest)
+        return digest.hexdigest()
+
+
+class MemoryImages(ImageData):
+    """Images given as uint8 (N, 3, h, w); another `resolution` is made by bicubic resizing on the way out."""
+
+    def __init__(
+        self,
+        pixels: Tensor,
+        captions: list[str],
+        rows: list[dict[str, str]],
+        *,
+        resolution: int,
+        center_crop: bool = True,
+    ):
+        assert pixels.dtype == torch.uint8 and len(pixels) == len(captions)
+        super().__init__(captions, rows, resolution, center_crop)
+        self.pixels = pixels
+
+    def images(self, indices: Sequence[int] | None = None) -> Tensor:
+        chosen = self.pixels if indices is None else self.pixels[torch.as_tensor(indices, dtype=torch.long)]
+        if chosen.shape[-2:] == (self.resolution, self.resolution):
+            return chosen.clone()
+        pictures = (Image.fromarray(p.permute(1, 2, 0).numpy()) for p in chosen)
+        return _stack([to_square(p, self.resolution, self.center_crop) for p in pictures], self.resolution)
+
+    def hash_content(self, digest: Any) -> None:
+        digest.update(repr(tuple(self.pixels.shape)).encode())
+        digest.update(self.pixels.contiguous().numpy().data)
+
+
+class TableImages(ImageData):
+    """Encoded images in one column of a map-style `datasets.Dataset`, decoded when they are asked for.
+
+    `table` has the columns "image" ({"path", "bytes"}, not decoded) and perhaps "__url__" (the shard).
+    The fingerprint reads images up to 48 KiB whole, longer ones at three places besides their length.
+    """
+
+    def __init__(
+        self,
+        table: Any,
+        captions: list[str],
+        rows: list[dict[str, str]],
+        *,
+        resolution: int,
+        center_crop: bool = True,
+    ):
+        super().__init__(captions, rows, resolution, center_crop)
+        self.table = table
+
+    def images(self, indices: Sequence[int] | None = None) -> Tensor:
+        chosen = range(len(self)) if indices is None else indices
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return _stack(list(pool.map(self._decode, chosen)), self.resolution)
+
+    def _decode(self, index: int) -> Image.Image:
+        cell = self.table[int(index)]
+        name, source = _name_and_source(cell, int(index))
+        try:
+            with Image.open(source) as image:
+                image.load()
+                return to_square(ImageOps.exif_transpose(image), self.resolution, self.center_crop)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = "no image in this format" if "cannot identify" in str(error) else error
+            raise UserError(f"{name}: cannot be read as an image ({reason}): mend or remove it") from error
+
+    def hash_content(self, digest: Any) -> None:
+        for index in range(len(self)):
+            name, source = _name_and_source(self.table[index], index)
+            try:
+                with open(source, "rb") if isinstance(source, str) else source as f:
+                    size = f.seek(0, os.SEEK_END)
+                    digest.update(size.to_bytes(8, "little"))
+                    whole = size <= 3 * PIECE
+                    for start in (0,) if whole else (0, (size - PIECE) // 2, size - PIECE):
+                        f.seek(start)
+                        digest.update(f.read(size if whole else PIECE))
+            except OSError as error:
+                raise UserError(f"{name}: cannot be read ({error.strerror}): mend or remove it") from error
+
+
+def to_square(image: Image.Image, resolution: int, center_crop: bool) -> Image.Image:
+    """RGB over white, `resolution` pixels a side, by antialiased bicubic resizing.
+
+    center_crop  True: of the largest centred square. False: of the whole picture, squeezed into the square.
+    """
+    image = over_white(image)
+    width, height = image.size
+    side_x, side_y = (min(width, height),) * 2 if center_crop else (width, height)
+    left, top = (width - side_x) / 2, (height - side_y) / 2
+    box = (left, top, left + side_x, top + side_y)
+    return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """8-bit RGB; what is transparent becomes white, and 16-bit grey keeps its high byte."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        image = Image.new("RGBA", image.size, "white")
+        image.alpha_composite(colours)
+    return image.convert("RGB")
+
+
+def _stack(pictures: Sequence[Image.Image], resolution: int) -> Tensor:
+    out = torch.empty(len(pictures), 3, resolution, resolution, dtype=torch.uint8)
+    for row, picture in zip(out, pictures, strict=True):
+        row.copy_(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    return out
+
+
+def _name_and_source(cell: dict[str, Any], index: int) -> tuple[str, str | io.BytesIO]:
+    """How to call an image in a message, and its path or its bytes."""
+    image = cell["image"] or {"path": None, "bytes": None}
+    name = ": ".join(part for part in (cell.get("__url__"), image["path"]) if part) or f"row {index}"
+    if image["bytes"] is None and image["path"] is None:
+        raise UserError(f"{name}: row {index} has no image: mend or remove it")
+    return name, image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])

@@ -1,0 +1,126 @@
+"""Any diffusers network behind one call, and its output seen as x0, eps, v or velocity."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .condition import Condition
+from .process import NoiseProcess, per_sample
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A network output at (x_t, t); every view is computed from it in float32 or better.
+
+    output (B, ...) of the network; kind: what the network was trained to give (diffusers' prediction_type).
+    """
+
+    output: Tensor
+    x_t: Tensor
+    t: Tensor
+    process: NoiseProcess
+    kind: str
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+    def _coefficients(self) -> tuple[Tensor, Tensor]:
+        x = self.x_t
+        return per_sample(self.process.alpha(self.t), x), per_sample(self.process.sigma(self.t), x)
+
+    @property
+    def x0(self) -> Tensor:
+        a, s = self._coefficients()
+        if self.kind == "epsilon":
+            return (self.x_t - s * self.output) / a
+        if self.kind == "v_prediction":
+            return (a * self.x_t - s * self.output) / (a * a + s * s)
+        return self.output
+
+    @property
+    def eps(self) -> Tensor:
+        a, s = self._coefficients()
+        if self.kind == "sample":
+            return (self.x_t - a * self.output) / s
+        if self.kind == "v_prediction":
+            return (s * self.x_t + a * self.output) / (a * a + s * s)
+        return self.output
+
+    @property
+    def v(self) -> Tensor:
+        """alpha eps - sigma x0 (arXiv 2202.00512)."""
+        a, s = self._coefficients()
+        return a * self.eps - s * self.x0
+
+    @property
+    def velocity(self) -> Tensor:
+        """dx_t/dt = alpha' x0 + sigma' eps in the process's own time."""
+        x = self.x_t
+        a, s = self.process.alpha_dot(self.t), self.process.sigma_dot(self.t)
+        return per_sample(a, x) * self.x0 + per_sample(s, x) * self.eps
+
+
+class Denoiser(nn.Module):
+    """`(x_t, t, condition, *, r=None, features=()) -> Prediction`.
+
+    x_t (B, C, ...), t (B,) float in the process's time, r (B,) the second time of two-time networks. `features`
+    names submodules whose outputs come back in Prediction.features. `weights` replaces parameters by name for this
+    call alone: a moving target is evaluated without a network of its own.
+    """
+
+    def __init__(self, network: nn.Module, process: NoiseProcess, kind: str):
+        super().__init__()
+        if kind not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type {kind!r} is not one of {', '.join(PREDICTION_TYPES)}")
+        self.network, self.process, self.kind = network, process, kind
+
+    @abstractmethod
+    def call(self, x_t: Tensor, t: Tensor, r: Tensor | None, condition: Condition) -> tuple[tuple, dict]:
+        """The network's own positional and keyword arguments; the one place that knows its time."""
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        r: Tensor | None = None,
+        features: Sequence[str] = (),
+        weights: dict[str, Tensor] | None = None,
+    ) -> Prediction:
+        args, kwargs = self.call(x_t, t, r, condition)
+        kept: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for name in features:
+                hook = self.network.get_submodule(name).register_forward_hook(_keeper(kept, name))
+                stack.callback(hook.remove)
+            if weights is None:
+                output = self.network(*args, **kwargs)
+            else:
+                output = functional_call(self.network, weights, args, kwargs)
+        return Prediction(output[0].to(x_t.dtype), x_t, t, self.process, self.kind, kept)
+
+
+def _keeper(kept: dict[str, Tensor], name: str):
+    def keep(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+        kept[name] = output[0] if isinstance(output, tuple) else output
+
+    return keep
+
+
+class UNet2DConditionDenoiser(Denoiser):
+    """Stable Diffusion's calling convention: (sample, timestep, encoder_hidden_states=..., ...)."""
+
+    network: UNet2DConditionModel
+
+    def call(self, x_t: Tensor, t: Tensor, r: Tensor | None, condition: Condition) -> tuple[tuple, dict]:
+        if r is not None:
+            raise ValueError("a UNet2DConditionModel has one time; r needs a two-time student")
+        dtype = self.network.dtype
+        return (x_t.to(dtype), t.to(torch.float32)), {**condition.to(dtype).arguments, "return_dict": False}

@@ -1,0 +1,40 @@
+"""Exponential moving averages of trained parameters, held as buffers so that checkpoints carry them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA(nn.Module):
+    """average <- decay * average + (1 - decay) * parameter, over the given named parameters only.
+
+    For a LoRA student these are the adapter's weights, so the average costs no second network. With `warmup` the
+    decay of update n is min(decay, (1 + n) / (10 + n)).
+    """
+
+    updates: Tensor
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, warmup: bool = False):
+        super().__init__()
+        self._parameters_by_name = dict(parameters)
+        self.decay, self.warmup = decay, warmup
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        for name, p in parameters.items():
+            self.register_buffer(_key(name), p.detach().clone())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages under the parameters' own names."""
+        return {name: getattr(self, _key(name)) for name in self._parameters_by_name}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        n = int(self.updates)
+        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        sources = [p.detach() for p in self._parameters_by_name.values()]
+        torch._foreach_lerp_(list(self.tensors().values()), sources, 1 - decay)
+        self.updates += 1
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")

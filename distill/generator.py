@@ -1,0 +1,95 @@
+"""Sampling rules unrolled: (noise, condition) -> x0, with our own arithmetic and diffusers' order of random draws."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .condition import Condition
+from .consistency import ConsistencyFunction
+from .denoiser import Denoiser
+from .guidance import guided_x0_eps
+from .process import VP
+from .solvers import ddim_step
+
+
+def seeded(count: int, seed: int) -> list[torch.Generator]:
+    """One CPU generator per image: seed, seed + 1, ..."""
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def lcm_timesteps(num_steps: int, original_steps: int = 50, num_train_timesteps: int = 1000) -> list[int]:
+    """LCMScheduler's times: `original_steps` evenly spaced ones, reversed, of which every n-th is taken."""
+    if not 1 <= num_steps <= original_steps:
+        raise ValueError(f"num_steps {num_steps} is not in 1..{original_steps}")
+    k = num_train_timesteps // original_steps
+    grid = [(i + 1) * k - 1 for i in range(original_steps)][::-1]
+    return [grid[i * original_steps // num_steps] for i in range(num_steps)]
+
+
+class Generator:
+    """Multistep consistency sampling (arXiv 2303.01469, algorithm 1) with fresh noise between the steps.
+
+    times      decreasing; the first is where the noise enters unless `start_index` says otherwise
+    grad_steps "last", "all" or "none": through which steps gradients flow
+    """
+
+    def __init__(self, function: ConsistencyFunction, times: Sequence[int], grad_steps: str = "none"):
+        if grad_steps not in ("last", "all", "none"):
+            raise ValueError(f"grad_steps {grad_steps!r} is not last, all or none")
+        self.function, self.times, self.grad_steps = function, list(times), grad_steps
+
+    def __call__(
+        self,
+        noise: Tensor,
+        condition: Condition,
+        fresh: Callable[[Tensor], Tensor],
+        *,
+        start_index: int = 0,
+        weights: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """noise (B, C, h, w): the state at times[start_index]; `fresh(x)` gives unit noise like x. Returns x0."""
+        process = self.function.denoiser.process
+        x_t, x0 = noise, noise
+        for i in range(start_index, len(self.times)):
+            last = i == len(self.times) - 1
+            graded = torch.is_grad_enabled() and (self.grad_steps == "all" or (self.grad_steps == "last" and last))
+            t = torch.full((len(noise),), float(self.times[i]), dtype=torch.float64, device=noise.device)
+            with torch.set_grad_enabled(graded):
+                x0 = self.function(x_t, t, condition, weights=weights)
+                if not last:
+                    s = torch.full_like(t, float(self.times[i + 1]))
+                    x_t = process.noised(x0, fresh(x0), s)
+        return x0
+
+
+def fresh_from(generators: list[torch.Generator]) -> Callable[[Tensor], Tensor]:
+    """Noise drawn row by row from the images' own generators, as diffusers' schedulers draw it."""
+    return lambda x: randn_tensor(x.shape, generator=generators, device=x.device, dtype=x.dtype)
+
+
+@torch.no_grad()
+def ddim_sample(
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    condition: Condition,
+    num_steps: int,
+    guidance_scale: float,
+    generators: list[torch.Generator],
+) -> Tensor:
+    """Guided DDIM from unit noise on trailing times T-1, T-1 - T/n, ...; x0 of the last step. (B, *shape)."""
+    process = denoiser.process
+    assert isinstance(process, VP)
+    device = next(denoiser.parameters()).device
+    x_t = randn_tensor((len(generators), *shape), generator=generators, device=device)
+    total = len(process.abar)
+    times = [round(total - i * total / num_steps) - 1 for i in range(num_steps)]
+    scale = torch.full((len(x_t),), float(guidance_scale), device=device)
+    x0 = x_t
+    for i, time in enumerate(times):
+        t = torch.full((len(x_t),), float(time), dtype=torch.float64, device=device)
+        x0, eps = guided_x0_eps(denoiser, x_t, t, condition, scale)
+        if i + 1 < num_steps:
+            x_t = ddim_step(x0, eps, process, torch.full_like(t, float(times[i + 1])))
+    return x0

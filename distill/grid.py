@@ -1,0 +1,33 @@
+"""Pictures in rows."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] to 0..255 by rounding, out-of-range values cut; same shape."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def rows_image(rows: Mapping[str, Tensor], scale: int = 2, title_width: int = 110) -> Image.Image:
+    """One row per title: uint8 pictures (N, 3, H, W) side by side, enlarged by whole pixels."""
+    first = next(iter(rows.values()))
+    count, height, width = first.shape[0], first.shape[2] * scale, first.shape[3] * scale
+    sheet = Image.new("RGB", (title_width + count * width, len(rows) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for y, (title, images) in enumerate(rows.items()):
+        pen.text((6, y * height + height // 2 - 6), title, fill="black")
+        for x, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+            picture = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (title_width + x * width, y * height))
+    return sheet
+
+
+def save_rows(rows: Mapping[str, Tensor], path: Path) -> None:
+    """Rows of pictures in [-1, 1] as one PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows_image({k: to_uint8(v) for k, v in rows.items()}).save(path)

@@ -1,0 +1,156 @@
+"""Pictures from a diffusers pipeline."""
+
+import inspect
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from torch import Tensor
+
+from ..errors import UserError
+from .source import Source, first_line, hash_files, short, side
+
+SEED_STRIDE = 1_000_000
+
+
+class PipelineSource(Source):
+    """A pipeline folder or hub id; each picture has its own seed, whatever the batch size."""
+
+    seed_rule = f"one CPU torch.Generator per image, seed_block * {SEED_STRIDE} + i"
+    quantisation = "uint8, pipeline output in [0, 1] times 255, rounded and clipped"
+
+    def __init__(self, pipeline: str, device: torch.device):
+        """Raises UserError if it cannot be loaded or needs inputs other than a prompt."""
+        self.name = pipeline
+        self.device = device
+        self.pipe, self.sampling = _load(pipeline)
+        self.pipe.to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        if getattr(self.pipe, "safety_checker", None) is not None:
+            self.pipe.safety_checker = None  # it would have black squares scored in place of pictures
+        self.parameters = inspect.signature(type(self.pipe).__call__).parameters
+        self.conditioning = "caption" if "prompt" in self.parameters else "none"
+        for p in self.parameters.values():
+            given = p.name in ("self", "prompt") or p.default is not p.empty
+            if not given and p.kind is p.POSITIONAL_OR_KEYWORD:
+                raise UserError(
+                    f"{pipeline}: {type(self.pipe).__name__} needs {p.name!r}; only prompts and noise can be given"
+                )
+
+    def calls(self, steps: Sequence[int], seeds: int, guidance_scale: float | None) -> dict[int | None, dict[str, Any]]:
+        if not steps or min(steps) < 1:
+            raise UserError(f"steps: {list(steps)}; name at least one number of steps, each 1 or more")
+        return {n: self.arguments(n, guidance_scale) for n in steps}
+
+    def arguments(self, steps: int, guidance_scale: float | None) -> dict[str, Any]:
+        """The call for that many steps: the entry of sampling.json, or num_inference_steps."""
+        if str(steps) in self.sampling:
+            out = dict(self.sampling[str(steps)])
+        elif self.sampling and "default" not in self.sampling:
+            raise UserError(
+                f"{self.name}/sampling.json: no entry for {steps} steps; available: {', '.join(self.sampling)}"
+            )
+        else:
+            out = {**self.sampling.get("default", {}), "num_inference_steps": steps}
+        if guidance_scale is not None:
+            out["guidance_scale"] = guidance_scale
+        elif "guidance_scale" in self.parameters:
+            out.setdefault("guidance_scale", self.parameters["guidance_scale"].default)
+        for key in out:
+            if key not in self.parameters:
+                raise UserError(f"{self.name}: {type(self.pipe).__name__} takes no {key!r}; leave it out")
+        return out
+
+    def warm_up(self, arguments: dict[str, Any], count: int) -> int:
+        ((images, _),) = self.batches([""], count, 0, arguments, count)
+        return side(self.name, images)
+
+    def batches(
+        self, prompts: Sequence[str], count: int, seed_block: int, arguments: dict[str, Any], batch_size: int
+    ) -> Iterator[tuple[Tensor, float]]:
+        """Picture i has the noise seed seed_block * 1_000_000 + i and prompts[i % len(prompts)]."""
+        for first in range(0, count, batch_size):
+            rows = range(first, min(first + batch_size, count))
+            generators = [torch.Generator().manual_seed(seed_block * SEED_STRIDE + i) for i in rows]
+            inputs: dict[str, Any] = {"generator": generators, "output_type": "pt", **arguments}
+            if self.conditioning == "caption":
+                inputs["prompt"] = [prompts[i % len(prompts)] for i in rows]
+            else:
+                inputs["batch_size"] = len(rows)
+            start = time.perf_counter()
+            images = getattr(self.pipe(**inputs), "images", None)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            yield self._quantise(images), time.perf_counter() - start
+
+    def _quantise(self, images: Any) -> Tensor:
+        if isinstance(images, np.ndarray):  # DDPMPipeline and its kin know no "pt": (B, H, W, 3) in [0, 1]
+            images = torch.from_numpy(images).permute(0, 3, 1, 2)
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+            raise UserError(f"{self.name}: {type(self.pipe).__name__} gives no RGB pictures; nothing to score")
+        if not images.isfinite().all():
+            raise UserError(f"{self.name}: the pictures hold NaN or infinity; its weights or precision are unfit")
+        return quantise(images).cpu()
+
+    def describe(self) -> dict[str, Any]:
+        scheduler = type(self.pipe.scheduler).__name__
+        folder = Path(self.name)
+        sha256 = hash_files(folder, _files(folder)) if folder.is_dir() else None
+        return {
+            "pipeline": short(folder) if folder.is_dir() else self.name,
+            "pipeline_sha256": sha256,
+            "pipeline_class": type(self.pipe).__name__,
+            "scheduler": scheduler,
+        }
+
+
+def quantise(images: Tensor) -> Tensor:
+    """[0, 1] -> uint8, rounded to the nearest level and clipped."""
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _load(pipeline: str) -> tuple[Any, dict[str, dict[str, Any]]]:
+    local = Path(pipeline).is_dir()
+    try:
+        pipe = DiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float32, local_files_only=local)
+    except Exception as error:  # whatever diffusers, transformers or safetensors say about these files
+        remedy = "complete the folder" if local else "no such folder here; check the spelling and the network"
+        raise UserError(f"{pipeline}: cannot be loaded as a pipeline ({first_line(error)}); {remedy}") from None
+    if getattr(pipe, "scheduler", None) is None:
+        raise UserError(f"{pipeline}: the pipeline has no scheduler; add a scheduler folder and name it in model_index")
+    path = Path(pipeline) / "sampling.json" if local else _sampling_of_hub(pipeline)
+    return pipe, _read_sampling(path) if path and path.is_file() else {}
+
+
+def _sampling_of_hub(repository: str) -> Path | None:
+    try:
+        return Path(hf_hub_download(repository, "sampling.json"))
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{repository}: no network to ask whether it has a sampling.json; give the folder of its snapshot instead"
+        ) from None
+    except EntryNotFoundError:
+        return None
+
+
+def _read_sampling(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        sampling = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable ({first_line(error)}); export the pipeline again") from None
+    if not isinstance(sampling, dict) or not all(isinstance(v, dict) for v in sampling.values()):
+        raise UserError(f"{path}: must map a number of steps to call arguments; export the pipeline again")
+    return sampling
+
+
+def _files(folder: Path) -> list[Path]:
+    """What makes the pictures: components, index, sampling arguments and code, not the model card or reports."""
+    top = [p for p in folder.iterdir() if p.name in ("model_index.json", "sampling.json") or p.suffix == ".py"]
+    return top + [p for d in folder.iterdir() if d.is_dir() and d.name[0] != "." for p in d.rglob("*") if p.is_file()]

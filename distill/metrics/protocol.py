@@ -1,0 +1,111 @@
+"""What a number was measured with: only numbers of one protocol may stand in one column."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Every choice that changes the number, and nothing of the model that is measured.
+
+    metric, definition       which number, by which formula and scale
+    extractor .. dim         features: name, weights hash, resize rule, layer, dimension
+    input                    dtype and quantisation of the pictures before the extractor
+    reference .. n_ref       real pictures: data set and split, hash of pixels and captions, how many
+    n_gen                    pictures (prompts for a caption match) in one value; seeds repeat it
+    prompts_sha256           hash of the captions in order; empty without captions
+    conditioning             "caption": picture i is made from the caption of reference row i; "none"
+    seed_rule, image_size    start noise of picture i; side of the generated pictures in pixels
+    """
+
+    metric: str
+    definition: str
+    extractor: str
+    extractor_weights_sha256: str
+    input: str
+    resize: str
+    layer: str
+    dim: int
+    reference: str
+    reference_sha256: str
+    n_ref: int
+    n_gen: int
+    prompts_sha256: str
+    conditioning: str
+    seed_rule: str
+    image_size: int
+
+    @property
+    def id(self) -> str:
+        """First 12 hex digits of the sha256 of the fields as sorted JSON."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number, its standard deviation over seeds (None for one seed) or 95 % interval, and its protocol."""
+
+    name: str
+    value: float
+    sd: float | None
+    protocol: Protocol
+    interval: tuple[float, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a report; `protocol_id` is there for readers and checked by from_json."""
+        return {**asdict(self), "protocol_id": self.protocol.id}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "Score":
+        """The inverse of to_json. Raises UserError if a key is missing or the protocol was edited."""
+        try:
+            protocol = Protocol(**record["protocol"])
+            low_high = record["interval"]
+            interval = None if low_high is None else (float(low_high[0]), float(low_high[1]))
+            score = cls(record["name"], float(record["value"]), record["sd"], protocol, interval)
+            stored = record["protocol_id"]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"report: not a score ({error}); evaluate the pipeline again") from None
+        if stored != protocol.id:
+            raise UserError(
+                f"report: {score.name} has protocol_id {stored}, its fields give {protocol.id}; evaluate again"
+            )
+        return score
+
+
+def same_protocol(scores: Sequence[Score]) -> Protocol:
+    """The one protocol of all scores. Raises UserError that names the first field in which two differ."""
+    if not scores:
+        raise ValueError("no scores to compare")
+    first = scores[0].protocol
+    for score in scores[1:]:
+        for field in fields(Protocol):
+            a, b = getattr(first, field.name), getattr(score.protocol, field.name)
+            if a != b:
+                raise UserError(
+                    f"{score.name}: not comparable, {field.name} differs: {a!r} and {b!r}; "
+                    "evaluate both with the same settings"
+                )
+    return first
+
+
+def hash_pictures(images: Tensor, captions: Sequence[str]) -> str:
+    """sha256 of uint8 pictures (N, 3, H, W) and their captions."""
+    assert images.dtype == torch.uint8
+    digest = hashlib.sha256(str(tuple(images.shape)).encode())
+    digest.update(images.cpu().contiguous().numpy())
+    digest.update(json.dumps(list(captions)).encode())
+    return digest.hexdigest()
+
+
+def hash_prompts(captions: Sequence[str]) -> str:
+    """sha256 of the captions in order; empty if there are none."""
+    return hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest() if captions else ""

@@ -1,0 +1,70 @@
+"""Where the pictures to be scored come from."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..errors import UserError
+
+
+class Source(ABC):
+    """Pictures to be scored.
+
+    conditioning  "caption" if picture i is made from a caption, else "none"
+    seed_rule     where the start noise of picture i comes from
+    quantisation  how a picture becomes uint8
+    """
+
+    conditioning: str = "none"
+    seed_rule: ClassVar[str]
+    quantisation: ClassVar[str]
+
+    @abstractmethod
+    def calls(self, steps: Sequence[int], seeds: int, guidance_scale: float | None) -> dict[int | None, dict[str, Any]]:
+        """What to score: {number of steps, or None for files: the call's keyword arguments}."""
+
+    @abstractmethod
+    def warm_up(self, arguments: dict[str, Any], count: int) -> int:
+        """Make `count` pictures that are thrown away; their side in pixels. UserError if they are not square."""
+
+    @abstractmethod
+    def batches(
+        self, prompts: Sequence[str], count: int, seed_block: int, arguments: dict[str, Any], batch_size: int
+    ) -> Iterator[tuple[Tensor, float]]:
+        """uint8 pictures (B, 3, H, W) on the CPU and the seconds that they took, `count` in all."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What a report says about it."""
+
+
+def side(name: str, images: Tensor) -> int:
+    """Side in pixels of pictures (B, 3, H, W). Raises UserError if they are not square."""
+    height, width = images.shape[-2:]
+    if height != width:
+        raise UserError(f"{name}: pictures of {width}x{height} pixels; scores need square ones")
+    return height
+
+
+def hash_files(folder: Path, files: Iterable[Path]) -> str:
+    """sha256 of the relative paths and contents of files in `folder`."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def short(folder: Path) -> str:
+    """The path as it was given, but no more than the last two parts of an absolute one."""
+    return "/".join(folder.parts[-2:]) if folder.is_absolute() else folder.as_posix()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for one-line messages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,68 @@
+"""Trains a diffusion model on data: denoising in latents with classifier-free guidance dropout."""
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from ...pipelines.export import Export
+from ..config import settings
+from ..generator import ddim_sample, seeded
+from ..methods.base import Batch, Method, Parts, Progress
+from ..process import per_sample
+from ..student import Student
+
+
+@settings
+class DiffusionSettings:
+    """caption_dropout: share of samples trained without their prompt. snr_gamma: min-SNR weighting of the epsilon
+    loss (arXiv 2303.09556, eq. 6), min(SNR, gamma)/SNR; null for equal weights. guidance_scale: of the pictures and
+    of sampling.json."""
+
+    caption_dropout: float = 0.1
+    snr_gamma: float | None = None
+    guidance_scale: float = 3.0
+
+
+class Diffusion(Method):
+    """E |eps_hat(alpha x0 + sigma eps, t, c) - eps|^2 (arXiv 2006.11239, eq. 14), t uniform on the training steps."""
+
+    Settings = DiffusionSettings
+    needs = frozenset({"latents", "prompts"})
+
+    def __init__(self, settings: DiffusionSettings, parts: Parts):
+        super().__init__(settings, parts)
+        self.teacher = parts.need_teacher()
+        self.student = Student(self.teacher, parts.student)
+
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        return {"student": list(self.student.trained().values())}
+
+    def forward(self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]) -> dict[str, Tensor]:
+        assert batch.latents is not None and batch.condition is not None
+        process = self.teacher.process
+        x0 = self.teacher.latents(batch.latents, batch.draws)
+        t = batch.draws.integers(0, int(process.t_range[1]) + 1).double()
+        eps = batch.draws.normal(x0.shape[1:])
+        condition = batch.condition.drop(batch.draws.uniform() < self.settings.caption_dropout)
+        x_t = process.noised(x0, eps, t)
+        error = (self.student.denoiser(x_t, t, condition).eps - eps).square()
+        if self.settings.snr_gamma is not None:
+            snr = process.log_snr(t).exp()
+            error = error * per_sample(snr.clamp(max=self.settings.snr_gamma) / snr, error)
+        return {"loss": error.mean()}
+
+    @torch.no_grad()
+    def pictures(self, captions: list[str], seed: int) -> dict[str, Tensor]:
+        condition = self.teacher.condition(captions)
+        generators = seeded(len(captions), seed)
+        z = ddim_sample(
+            self.student.denoiser, self.teacher.latent_shape, condition, 20, self.settings.guidance_scale, generators
+        )
+        return {"20 steps": self.teacher.decode(z)}
+
+    def export(self) -> Export:
+        components = {**self.teacher.pipeline.components, "unet": self.student.network}
+        pipeline = StableDiffusionPipeline(**components, requires_safety_checker=False)
+        return Export(pipeline, sampling={"default": {"guidance_scale": self.settings.guidance_scale}})

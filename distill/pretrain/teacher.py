@@ -1,0 +1,85 @@
+"""Trains an embedded teacher stage by stage: autoencoder, text encoder, then the diffusion network."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ..checkpoint import write_folder
+from ..config import RunConfig, load_config
+from ..data import load_data
+from ..errors import UserError
+from ..runner import Runner
+
+STAGES = ("autoencoder", "text_encoder", "diffusion")
+
+
+def train(tree: dict[str, Any]) -> Path:
+    """The stages of a teacher configuration, each a run folder below output_dir that resumes by itself.
+
+    tree: output_dir, stages {autoencoder, text_encoder, diffusion} (run configurations without output_dir), network
+    (UNet2DConditionModel's arguments), scheduler (DDIMScheduler's arguments). Returns the pipeline folder, in float16.
+    """
+    for key in ("output_dir", "stages", "network", "scheduler"):
+        if key not in tree:
+            raise UserError(f"{key}: missing; see configs/emoji/teacher.yaml")
+    unknown = sorted(set(tree) - {"output_dir", "stages", "network", "scheduler"}) + sorted(
+        set(tree["stages"]) - set(STAGES)
+    )
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such key; the stages are {', '.join(STAGES)}")
+    root = Path(tree["output_dir"])
+    runs = {s: load_config({**tree["stages"][s], "output_dir": str(root / s)}) for s in STAGES[:2]}
+    for config in runs.values():
+        finish(config)
+    start = root / "start"
+    if not start.is_dir():
+        write_folder(start, lambda folder: assemble(runs["autoencoder"], root, tree).save_pretrained(folder))
+    last = load_config(
+        {**tree["stages"]["diffusion"], "output_dir": str(root / "diffusion"), "teacher": {"path": str(start)}}
+    )
+    finish(last)
+    return halve(root / "diffusion" / "pipeline", root / "pipeline")
+
+
+def finish(config: RunConfig) -> None:
+    runner = Runner(config)
+    if not runner.finished():
+        runner.train()
+
+
+def assemble(autoencoder: RunConfig, root: Path, tree: dict[str, Any]) -> StableDiffusionPipeline:
+    """The trained parts around a new network; the latents' scale is set so that they have unit variance."""
+    vae = AutoencoderKL.from_pretrained(root / "autoencoder" / "pipeline")
+    text = root / "text_encoder" / "pipeline"
+    data = autoencoder.data
+    assert autoencoder.resolution is not None
+    images = load_data(data.name, split=data.split, resolution=autoencoder.resolution).images()
+    with torch.no_grad():
+        std = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.sample() for x in images.split(256)]).std()
+    vae.register_to_config(scaling_factor=round(1 / float(std), 5))
+    torch.manual_seed(0)
+    encoder = CLIPTextModel.from_pretrained(text)
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(text),
+        unet=UNet2DConditionModel(cross_attention_dim=encoder.config.hidden_size, **tree["network"]),
+        scheduler=DDIMScheduler(**tree["scheduler"]),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def halve(source: Path, target: Path) -> Path:
+    """The same pipeline in float16 safetensors, with its sampling.json and card."""
+    from ...pipelines.export import Export, sampling_of, write_export
+
+    pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float16)
+    card = (source / "README.md").read_text()
+    export = Export(pipeline, sampling=sampling_of(source))
+    write_folder(target, lambda folder: write_export(export, folder, card))
+    return target

@@ -1,0 +1,118 @@
+"""Noise processes: x_t = alpha(t) x0 + sigma(t) eps, time running from data to noise."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from .errors import UserError
+
+
+def per_sample(a: Tensor, x: Tensor) -> Tensor:
+    """Shape (B,) coefficients so that they broadcast against x (B, ...), in x's dtype."""
+    return a.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+class NoiseProcess(ABC):
+    """alpha, sigma and their time derivatives as functions of t (B,), in float64.
+
+    t_range: (smallest, largest) time of the process.
+    """
+
+    t_range: tuple[float, float]
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def alpha_dot(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def sigma_dot(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """The t at which log(alpha^2/sigma^2) has this value; beyond the ends of t_range the nearer end."""
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha^2/sigma^2), (B,)."""
+        return 2 * (self.alpha(t).log() - self.sigma(t).log())
+
+    def noised(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """alpha(t) x0 + sigma(t) eps."""
+        return per_sample(self.alpha(t), x0) * x0 + per_sample(self.sigma(t), eps) * eps
+
+    def map_to(self, other: "NoiseProcess", x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The state and time of `other` with the same signal-to-noise ratio.
+
+        A ratio that `other` cannot reach is cut to the nearer end of its t_range; the state is scaled by
+        alpha'/alpha at low and by sigma'/sigma at high noise, so that the dominating part keeps its size.
+        """
+        s = other.time_of(self.log_snr(t))
+        noisy = self.sigma(t) > self.alpha(t)
+        scale = torch.where(noisy, other.sigma(s) / self.sigma(t), other.alpha(s) / self.alpha(t))
+        return per_sample(scale, x_t) * x_t, s
+
+
+class VP(NoiseProcess):
+    """Discrete variance-preserving process (DDPM, arXiv 2006.11239): alpha^2 = abar, sigma^2 = 1 - abar.
+
+    t counts the network's training steps, 0 .. T-1; between them the log signal-to-noise ratio is interpolated
+    linearly. abar (T,) decreases; a final abar of 0 is taken as 2^-24, as diffusers' Euler scheduler does.
+    """
+
+    def __init__(self, abar: Tensor):
+        abar = abar.double().clamp(min=2.0**-24)
+        self.table = abar.log() - (-abar).log1p()
+        self.abar = abar
+        self.t_range = (0.0, float(len(abar) - 1))
+
+    @classmethod
+    def from_scheduler(cls, config: Mapping[str, Any]) -> "VP":
+        """From any diffusers scheduler config that defines betas (beta_schedule, beta_start, beta_end)."""
+        if "beta_schedule" not in config and config.get("trained_betas") is None:
+            name = config.get("_class_name", "scheduler")
+            raise UserError(f"teacher: {name} has no beta_schedule; a variance-preserving teacher is needed here")
+        keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+        chosen = {k: config[k] for k in (*keys, "rescale_betas_zero_snr") if config.get(k) is not None}
+        return cls(DDPMScheduler(**chosen).alphas_cumprod)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        low, weight = self._cell(t)
+        table = self.table.to(t.device)
+        return torch.lerp(table[low], table[low + 1], weight)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.log_snr(t).sigmoid().sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-self.log_snr(t)).sigmoid().sqrt()
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return 0.5 * self._slope(t) * self.alpha(t) * self.sigma(t).square()
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return -0.5 * self._slope(t) * self.sigma(t) * self.alpha(t).square()
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        rising = self.table.flip(0).to(log_snr.device)
+        wanted = log_snr.double().clamp(rising[0], rising[-1]).contiguous()
+        high = torch.searchsorted(rising, wanted).clamp(1, len(rising) - 1)
+        weight = (wanted - rising[high - 1]) / (rising[high] - rising[high - 1])
+        return len(rising) - 1 - (high - 1 + weight)
+
+    def _cell(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.double()
+        low = t.floor().clamp(0, len(self.table) - 2).long()
+        return low, t - low
+
+    def _slope(self, t: Tensor) -> Tensor:
+        low, _ = self._cell(t)
+        table = self.table.to(t.device)
+        return table[low + 1] - table[low]

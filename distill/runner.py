@@ -1,0 +1,359 @@
+"""The one training loop: devices, precision, players, averages, logs, checkpoints, pictures, export."""
+
+import json
+import signal
+import time
+from collections import UserDict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from tqdm import tqdm
+
+from .batches import Batches
+from .checkpoint import Checkpoints, RawWeights, kept_state, restore_state, write_file, write_folder
+from .config import RunConfig, as_tree
+from .data import load_data
+from .draws import mix
+from .ema import EMA
+from .errors import UserError
+from .grid import save_rows
+from .methods import method_named
+from .methods.base import Method, Parts, Progress
+from .model_card import run_card
+from .teacher import Teacher
+
+FREE_KEYS = {"report_to", "logging_steps", "resume_from_checkpoint", "checkpoints_total_limit", "output_dir"}
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Carry(UserDict):
+    """Hands tensors from one turn to the next; not a dict, which DistributedDataParallel would copy."""
+
+
+class Runner:
+    """Runs one configuration in its run folder; repeating it resumes, a finished run is left alone."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.run = Path(config.output_dir)
+        self.checkpoints = Checkpoints(self.run, config.checkpoints_total_limit)
+
+    def finished(self) -> bool:
+        steps = self.checkpoints.steps()
+        return bool(steps) and steps[-1] >= self.config.max_train_steps and (self.run / "pipeline").is_dir()
+
+    def train(self) -> Path:
+        """Train to max_train_steps and export; returns the run folder. Ctrl-C saves, exports and stops."""
+        start = self._prepare_folder()
+        self._build(start)
+        interrupted = self._loop(start or 0)
+        if interrupted:
+            self._say(f"interrupted at step {self.step}: saved and exported; repeat the command to go on")
+        self._export()
+        self.accelerator.end_training()
+        if interrupted:
+            raise KeyboardInterrupt
+        return self.run
+
+    def _prepare_folder(self) -> int | None:
+        """Compare with the configuration that the folder was started with; the step to resume from, or None."""
+        path = self.run / "config.yaml"
+        tree = as_tree(self.config)
+        if path.is_file():
+            before = yaml.safe_load(path.read_text())
+            changed = [k for k in differing(before, tree) if k.split(".")[0] not in FREE_KEYS]
+            if changed:
+                raise UserError(
+                    f"output_dir: {self.run} was started with another {', '.join(changed)}; "
+                    "use the same values or another --output_dir"
+                )
+        return self.checkpoints.choose(self.config.resume_from_checkpoint)
+
+    def _write_config(self) -> None:
+        if not (self.run / "config.yaml").is_file():
+            try:
+                self.run.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"output_dir: {self.run} cannot be made ({error.strerror}); choose another") from error
+            write_file(self.run / "config.yaml", yaml.safe_dump(as_tree(self.config), sort_keys=False))
+
+    def _build(self, start: int | None) -> None:
+        c = self.config
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=False)]
+        log_with = None if c.report_to == "none" else c.report_to
+        self.accelerator = Accelerator(
+            mixed_precision=c.mixed_precision, log_with=log_with, project_dir=str(self.run), kwargs_handlers=handlers
+        )
+        if self.accelerator.distributed_type not in (DistributedType.NO, *REPLICATED):
+            kind = self.accelerator.distributed_type.value
+            raise UserError(f"accelerate's {kind} is not supported; launch with --multi_gpu (replicated weights)")
+        if self.accelerator.is_main_process:
+            self._write_config()
+        if c.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
+        torch.manual_seed(c.seed)
+        device = self.accelerator.device
+        teacher = Teacher.load(c.teacher) if c.teacher else None
+        resolution = c.resolution or (teacher.resolution if teacher else None)
+        if resolution is None:
+            raise UserError("resolution: missing; without a teacher the image size must be given")
+        data = load_data(
+            c.data.name, split=c.data.split, resolution=resolution, center_crop=c.data.center_crop,
+            image_column=c.data.image_column, caption_column=c.data.caption_column,
+        )  # fmt: skip
+        kind = method_named(c.method["name"])
+        settings = kind.Settings(**{k: v for k, v in c.method.items() if k != "name"})
+        method: Method = kind(settings, Parts(teacher, c.student, data.captions))
+        if teacher is not None:
+            teacher.to(device, DTYPES[c.mixed_precision])
+        self._memory_savers(method)
+        self.method = method
+        self.players = method.players()
+        self.optimisers = {k: self._optimiser(p) for k, p in self.players.items()}
+        self.schedules = {
+            k: get_scheduler(c.lr_scheduler, o, num_warmup_steps=c.lr_warmup_steps, num_training_steps=c.max_train_steps)
+            for k, o in self.optimisers.items()
+        }
+        self.updates = dict.fromkeys(self.players, 0)
+        named = {k: p for k, p in method.named_parameters() if p.requires_grad}
+        self.ema = EMA(named, c.ema_decay, warmup=True) if c.use_ema else None
+        if start is not None:
+            self._restore(start)
+        method.to(device)
+        if self.ema is not None:
+            self.ema.to(device)
+        self.model = self.accelerator.prepare(method)
+        self.optimisers = {k: self.accelerator.prepare(o) for k, o in self.optimisers.items()}
+        self.batches = Batches(c, method.needs, data, teacher, self.accelerator)
+        if log_with:
+            self.accelerator.init_trackers("fewstep", config=flat(as_tree(c)))
+
+    def _memory_savers(self, method: Method) -> None:
+        networks = [m for m in method.modules() if hasattr(m, "enable_gradient_checkpointing")]
+        if self.config.gradient_checkpointing:
+            for network in networks:
+                network.enable_gradient_checkpointing()
+        if self.config.enable_xformers_memory_efficient_attention:
+            for network in networks:
+                enable_xformers(network)
+
+    def _optimiser(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        c = self.config
+        return torch.optim.AdamW(
+            parameters, lr=c.learning_rate, betas=(c.adam_beta1, c.adam_beta2),
+            weight_decay=c.adam_weight_decay, eps=c.adam_epsilon,
+        )  # fmt: skip
+
+    def _loop(self, start: int) -> bool:
+        """Returns whether Ctrl-C ended it early."""
+        c, stop = self.config, []
+        previous = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+        bar = tqdm(total=c.max_train_steps, initial=start, unit="step", disable=not self.accelerator.is_main_process)
+        begun, self.step = time.perf_counter(), start
+        images = c.train_batch_size * c.gradient_accumulation_steps * self.accelerator.num_processes
+        try:
+            for iteration in range(start, c.max_train_steps):
+                values = self._iteration(iteration)
+                self.step = iteration + 1
+                bar.update()
+                if self.step % c.logging_steps == 0 or self.step == c.max_train_steps:
+                    rate = images * (self.step - start) / (time.perf_counter() - begun)
+                    self._log(values, rate, bar)
+                if c.validation_steps and self.step % c.validation_steps == 0:
+                    self._pictures()
+                if c.raw_weights.every and self.step % c.raw_weights.every == 0:
+                    self._save_raw()
+                halting = self._any(bool(stop))
+                if self.step % c.checkpointing_steps == 0 or self.step == c.max_train_steps or halting:
+                    self._save()
+                if halting:
+                    return self.step < c.max_train_steps
+        finally:
+            signal.signal(signal.SIGINT, previous)
+            bar.close()
+        return False
+
+    def _iteration(self, iteration: int) -> dict[str, Tensor]:
+        c, micro = self.config, self.config.gradient_accumulation_steps
+        batches = self.batches.micro_batches(iteration)
+        carries = [Carry() for _ in batches]
+        progress = Progress(iteration, c.max_train_steps, dict(self.updates))
+        values: dict[str, Tensor] = {}
+        for player in self.method.turns(progress):
+            torch.manual_seed(mix(c.seed, iteration, self.accelerator.process_index, len(player)))
+            optimiser = self.optimisers[player]
+            for i, (batch, carry) in enumerate(zip(batches, carries, strict=True)):
+                if i + 1 < micro:
+                    with self.accelerator.no_sync(self.model):
+                        out = self._backward(player, batch, progress, carry)
+                else:
+                    out = self._backward(player, batch, progress, carry)
+                for key, value in out.items():
+                    name = key if len(self.players) == 1 else f"{player}/{key}"
+                    values[name] = values.get(name, 0) + value.detach().float() / micro
+            norm = self.accelerator.clip_grad_norm_(self.players[player], c.max_grad_norm)
+            if not torch.isfinite(norm) and c.mixed_precision != "fp16":
+                raise UserError(f"step {iteration + 1}: the gradient of {player} is not finite; lower --learning_rate")
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            self.schedules[player].step()
+            self.updates[player] += 1
+            self.method.after(player)
+        if self.ema is not None:
+            self.ema.update()
+        return values
+
+    def _backward(self, player: str, batch: Any, progress: Progress, carry: Carry) -> dict[str, Tensor]:
+        out = self.model(player, batch, progress, carry)
+        self.accelerator.backward(out["loss"] / self.config.gradient_accumulation_steps)
+        return out
+
+    def _any(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        votes = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(votes, "sum") > 0)
+
+    def _log(self, values: dict[str, Tensor], rate: float, bar: tqdm) -> None:
+        row = {k: float(self.accelerator.reduce(v, "mean")) for k, v in values.items()}
+        row["lr"] = next(iter(self.schedules.values())).get_last_lr()[0]
+        if not self.accelerator.is_main_process:
+            return
+        self.accelerator.log(row, step=self.step)
+        line = {"step": self.step, **row, "images_per_second": round(rate, 2)}
+        with open(self.run / "log.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+        loss = next(v for k, v in row.items() if k.endswith("loss"))
+        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s")
+
+    def _pictures(self) -> None:
+        captions = list(self.config.validation_prompts) or self.batches.data.captions[:8]
+        if not self.accelerator.is_main_process:
+            return
+        with self._averaged():
+            self.method.eval()
+            rows = self.method.pictures(captions, seed=0)
+            self.method.train()
+        if rows:
+            save_rows(rows, self.run / "samples" / f"step-{self.step:06d}.png")
+
+    def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        optimisers = {
+            "players": {k: o.state_dict() for k, o in self.optimisers.items()},
+            "schedules": {k: s.state_dict() for k, s in self.schedules.items()},
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
+        }
+        self.checkpoints.save(self.step, self._state(), optimisers, {"updates": self.updates})
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {f"method.{k}": v for k, v in kept_state(self.method).items()}
+        if self.ema is not None:
+            state |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        return state
+
+    def _restore(self, step: int) -> None:
+        source = self.checkpoints.folder(step)
+        state, optimisers, progress = self.checkpoints.load(step)
+        split = {p: {k[len(p) :]: v for k, v in state.items() if k.startswith(p)} for p in ("method.", "ema.")}
+        restore_state(self.method, split["method."], source)
+        if self.ema is not None:
+            self.ema.load_state_dict(split["ema."])
+        for k, o in self.optimisers.items():
+            o.load_state_dict(optimisers["players"][k])
+            self.schedules[k].load_state_dict(optimisers["schedules"][k])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(optimisers["scaler"])
+        self.updates = dict(progress["updates"])
+
+    def _save_raw(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        ring = RawWeights(self.run, self.config.raw_weights.keep)
+        ring.save(self.step, {k: p.detach() for k, p in self.method.named_parameters() if p.requires_grad})
+
+    def _averaged(self) -> "Averaged":
+        return Averaged(self.method, self.ema)
+
+    def _export(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            from ..pipelines.export import write_export
+
+            with self._averaged():
+                export = self.method.export()
+                card = run_card(self.config, export, self.step)
+                write_folder(self.run / "pipeline", lambda folder: write_export(export, folder, card))
+            self._say(f"exported {self.run / 'pipeline'}")
+        self.accelerator.wait_for_everyone()
+
+    def _say(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(line)
+
+
+REPLICATED = (
+    DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_NPU, DistributedType.MULTI_XPU,
+)  # fmt: skip
+
+
+class Averaged:
+    """Within it the trained parameters hold their averages; without an EMA it does nothing."""
+
+    def __init__(self, method: Method, ema: EMA | None):
+        self.parameters = dict(method.named_parameters())
+        self.ema = ema
+
+    def __enter__(self) -> None:
+        if self.ema is not None:
+            self._swap()
+
+    def __exit__(self, *_: Any) -> None:
+        if self.ema is not None:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        assert self.ema is not None
+        for name, average in self.ema.tensors().items():
+            p = self.parameters[name]
+            held = p.detach().clone()
+            p.copy_(average)
+            average.copy_(held)
+
+
+def enable_xformers(network: Any) -> None:
+    """diffusers' memory-efficient attention, or one line where xformers does not fit the installed torch."""
+    key = "enable_xformers_memory_efficient_attention"
+    try:
+        network.enable_xformers_memory_efficient_attention()
+    except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{key}: xformers cannot run beside torch {torch.__version__} here ({reason}); "
+            "install the xformers build for this torch on a GPU machine, or leave the key off"
+        ) from error
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists become text."""
+    out: dict[str, Any] = {}
+    for k, v in tree.items():
+        if isinstance(v, dict):
+            out |= flat(v, f"{prefix}{k}.")
+        else:
+            out[prefix + k] = v if isinstance(v, int | float | str | bool) else str(v)
+    return out
+
+
+def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ, in order."""
+    a, b = flat(before), flat(after)
+    return [k for k in {**a, **b} if a.get(k) != b.get(k)]
