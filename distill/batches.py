@@ -24,7 +24,12 @@ class Batches:
     """
 
     def __init__(
-        self, config: RunConfig, needs: frozenset[str], data: ImageData, teacher: Teacher | None, accelerator: Accelerator
+        self,
+        config: RunConfig,
+        needs: frozenset[str],
+        data: ImageData,
+        teacher: Teacher | None,
+        accelerator: Accelerator,
     ):
         self.config, self.needs, self.data, self.accelerator = config, needs, data, accelerator
         self.device = accelerator.device
@@ -46,7 +51,10 @@ class Batches:
         rows = rows_of(mix(c.seed, 1), iteration, total, len(self.data))
         first = a.process_index * micro * size
         slots = [range(first + i * size, first + (i + 1) * size) for i in range(micro)]
-        return [self._batch([rows[j] for j in slot], Draws(c.seed, iteration, slot, self.device)) for slot in slots]
+        return [
+            self._batch([rows[j] for j in slot], Draws(c.seed, iteration, slot, self.device))
+            for slot in slots
+        ]
 
     def _batch(self, rows: list[int], draws: Draws) -> Batch:
         batch = Batch(draws, captions=[self.data.captions[i] for i in rows])

@@ -98,7 +98,11 @@ class Checkpoints:
             return state, optimisers, json.loads((folder / PROGRESS).read_text())
         except Exception as error:
             earlier = [s for s in self.steps() if s < step]
-            remedy = f"the run then goes on from checkpoint-{earlier[-1]}" if earlier else "the run then starts anew"
+            remedy = (
+                f"the run then goes on from checkpoint-{earlier[-1]}"
+                if earlier
+                else "the run then starts anew"
+            )
             raise UserError(
                 f"resume_from_checkpoint: {folder} is cut short or unreadable; delete it and repeat the command, {remedy}"
             ) from error

@@ -38,7 +38,9 @@ class Condition:
 
     def with_(self, **arguments: Any) -> "Condition":
         """More keyword arguments, such as timestep_cond; they have no empty value and survive null()."""
-        return Condition({**self.arguments, **arguments}, {**self.empty, **{k: v[:1] for k, v in arguments.items()}})
+        return Condition(
+            {**self.arguments, **arguments}, {**self.empty, **{k: v[:1] for k, v in arguments.items()}}
+        )
 
     def to(self, *args: Any) -> "Condition":
         return Condition(_map(lambda a: a.to(*args), self.arguments), _map(lambda e: e.to(*args), self.empty))

@@ -30,7 +30,9 @@ class Draws:
 
     def integers(self, low: int, high: int) -> Tensor:
         """Uniform integers low..high-1 as int64, (B,)."""
-        return torch.cat([torch.randint(low, high, (1,), generator=g) for g in self.generators]).to(self.device)
+        return torch.cat([torch.randint(low, high, (1,), generator=g) for g in self.generators]).to(
+            self.device
+        )
 
 
 def mix(*numbers: int) -> int:

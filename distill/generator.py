@@ -54,7 +54,9 @@ class Generator:
         x_t, x0 = noise, noise
         for i in range(start_index, len(self.times)):
             last = i == len(self.times) - 1
-            graded = torch.is_grad_enabled() and (self.grad_steps == "all" or (self.grad_steps == "last" and last))
+            graded = torch.is_grad_enabled() and (
+                self.grad_steps == "all" or (self.grad_steps == "last" and last)
+            )
             t = torch.full((len(noise),), float(self.times[i]), dtype=torch.float64, device=noise.device)
             with torch.set_grad_enabled(graded):
                 x0 = self.function(x_t, t, condition, weights=weights)

@@ -22,7 +22,9 @@ def guided_x0_eps(
 
     Guidance is linear in the prediction, so guiding x0 and eps separately is the same for every prediction type.
     """
-    both = denoiser(x_t.repeat(2, *[1] * (x_t.ndim - 1)), t.repeat(2), Condition.cat([condition, condition.null()]))
+    both = denoiser(
+        x_t.repeat(2, *[1] * (x_t.ndim - 1)), t.repeat(2), Condition.cat([condition, condition.null()])
+    )
     x0, eps = both.x0.chunk(2), both.eps.chunk(2)
     return guided(x0[0], x0[1], scale), guided(eps[0], eps[1], scale)
 
@@ -30,7 +32,9 @@ def guided_x0_eps(
 def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
     """Sinusoidal embedding of w (B,), shape (B, dim): u = 1000 w, sines first (arXiv 2310.04378)."""
     half = dim // 2
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=w.device, dtype=torch.float32) / (half - 1))
+    frequency = torch.exp(
+        -math.log(10000.0) * torch.arange(half, device=w.device, dtype=torch.float32) / (half - 1)
+    )
     angle = 1000 * w.float()[:, None] * frequency
     out = torch.cat([angle.sin(), angle.cos()], dim=1)
     return torch.nn.functional.pad(out, (0, dim % 2))

@@ -39,7 +39,9 @@ def run_card(config: RunConfig, export: Export, step: int) -> str:
     kind = type(export.model).__name__
     out = [
         "---\nlibrary_name: diffusers\ntags: [fewstep, few-step]\n---\n",
-        f"# {kind} distilled by fewstep ({method})\n" if export.sampling else f"# {kind} trained by fewstep\n",
+        f"# {kind} distilled by fewstep ({method})\n"
+        if export.sampling
+        else f"# {kind} trained by fewstep\n",
     ]
     if export.sampling:
         out += ["```python\n" + loading_lines(export) + "```\n", "## Steps\n", steps_table(export.sampling)]

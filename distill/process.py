@@ -78,7 +78,9 @@ class VP(NoiseProcess):
         """From any diffusers scheduler config that defines betas (beta_schedule, beta_start, beta_end)."""
         if "beta_schedule" not in config and config.get("trained_betas") is None:
             name = config.get("_class_name", "scheduler")
-            raise UserError(f"teacher: {name} has no beta_schedule; a variance-preserving teacher is needed here")
+            raise UserError(
+                f"teacher: {name} has no beta_schedule; a variance-preserving teacher is needed here"
+            )
         keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
         chosen = {k: config[k] for k in (*keys, "rescale_betas_zero_snr") if config.get(k) is not None}
         return cls(DDPMScheduler(**chosen).alphas_cumprod)

@@ -80,7 +80,9 @@ class Runner:
             try:
                 self.run.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"output_dir: {self.run} cannot be made ({error.strerror}); choose another") from error
+                raise UserError(
+                    f"output_dir: {self.run} cannot be made ({error.strerror}); choose another"
+                ) from error
             write_file(self.run / "config.yaml", yaml.safe_dump(as_tree(self.config), sort_keys=False))
 
     def _build(self, start: int | None) -> None:
@@ -88,11 +90,16 @@ class Runner:
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=False)]
         log_with = None if c.report_to == "none" else c.report_to
         self.accelerator = Accelerator(
-            mixed_precision=c.mixed_precision, log_with=log_with, project_dir=str(self.run), kwargs_handlers=handlers
+            mixed_precision=c.mixed_precision,
+            log_with=log_with,
+            project_dir=str(self.run),
+            kwargs_handlers=handlers,
         )
         if self.accelerator.distributed_type not in (DistributedType.NO, *REPLICATED):
             kind = self.accelerator.distributed_type.value
-            raise UserError(f"accelerate's {kind} is not supported; launch with --multi_gpu (replicated weights)")
+            raise UserError(
+                f"accelerate's {kind} is not supported; launch with --multi_gpu (replicated weights)"
+            )
         if self.accelerator.is_main_process:
             self._write_config()
         if c.allow_tf32:
@@ -117,7 +124,9 @@ class Runner:
         self.players = method.players()
         self.optimisers = {k: self._optimiser(p) for k, p in self.players.items()}
         self.schedules = {
-            k: get_scheduler(c.lr_scheduler, o, num_warmup_steps=c.lr_warmup_steps, num_training_steps=c.max_train_steps)
+            k: get_scheduler(
+                c.lr_scheduler, o, num_warmup_steps=c.lr_warmup_steps, num_training_steps=c.max_train_steps
+            )
             for k, o in self.optimisers.items()
         }
         self.updates = dict.fromkeys(self.players, 0)
@@ -154,7 +163,9 @@ class Runner:
         """Returns whether Ctrl-C ended it early."""
         c, stop = self.config, []
         previous = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-        bar = tqdm(total=c.max_train_steps, initial=start, unit="step", disable=not self.accelerator.is_main_process)
+        bar = tqdm(
+            total=c.max_train_steps, initial=start, unit="step", disable=not self.accelerator.is_main_process
+        )
         begun, self.step = time.perf_counter(), start
         images = c.train_batch_size * c.gradient_accumulation_steps * self.accelerator.num_processes
         try:
@@ -199,7 +210,9 @@ class Runner:
                     values[name] = values.get(name, 0) + value.detach().float() / micro
             norm = self.accelerator.clip_grad_norm_(self.players[player], c.max_grad_norm)
             if not torch.isfinite(norm) and c.mixed_precision != "fp16":
-                raise UserError(f"step {iteration + 1}: the gradient of {player} is not finite; lower --learning_rate")
+                raise UserError(
+                    f"step {iteration + 1}: the gradient of {player} is not finite; lower --learning_rate"
+                )
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             self.schedules[player].step()
@@ -262,7 +275,9 @@ class Runner:
     def _restore(self, step: int) -> None:
         source = self.checkpoints.folder(step)
         state, optimisers, progress = self.checkpoints.load(step)
-        split = {p: {k[len(p) :]: v for k, v in state.items() if k.startswith(p)} for p in ("method.", "ema.")}
+        split = {
+            p: {k[len(p) :]: v for k, v in state.items() if k.startswith(p)} for p in ("method.", "ema.")
+        }
         restore_state(self.method, split["method."], source)
         if self.ema is not None:
             self.ema.load_state_dict(split["ema."])

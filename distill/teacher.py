@@ -29,7 +29,9 @@ def locate(path: str) -> str:
         return str(folder)
     if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
         known = ", ".join(EMBEDDED)
-        raise UserError(f"teacher.path: no folder {path}; give a pipeline folder, a hub id or one of: {known}")
+        raise UserError(
+            f"teacher.path: no folder {path}; give a pipeline folder, a hub id or one of: {known}"
+        )
     return path
 
 
@@ -40,7 +42,9 @@ def load_pipeline(path: str, *, key: str = "teacher.path", **kwargs: Any) -> Dif
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         if Path(path).is_dir():
-            raise UserError(f"{key}: {path} is not a readable pipeline folder ({reason}); save it again") from error
+            raise UserError(
+                f"{key}: {path} is not a readable pipeline folder ({reason}); save it again"
+            ) from error
         raise UserError(
             f"{key}: {path} could not be fetched from the hub ({reason}); check the name and the network, "
             "or give a local pipeline folder"
@@ -59,7 +63,9 @@ class Teacher:
             raise UserError(f"teacher.path: {path} has no scheduler; save the pipeline with its scheduler")
         if not isinstance(pipeline, StableDiffusionPipeline):
             name = type(pipeline).__name__
-            raise UserError(f"teacher.path: {path} is a {name}; teachers so far are StableDiffusionPipeline folders")
+            raise UserError(
+                f"teacher.path: {path} is a {name}; teachers so far are StableDiffusionPipeline folders"
+            )
         self.pipeline, self.path = pipeline, path
         self.process = VP.from_scheduler(pipeline.scheduler.config)
         kind = pipeline.scheduler.config.get("prediction_type", "epsilon")

@@ -28,7 +28,9 @@ def write_export(export: Export, folder: Path, card: str = "") -> None:
     for part in export.beside:
         part.save_pretrained(folder)
     if export.lora is not None:
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=export.lora, safe_serialization=True)
+        StableDiffusionPipeline.save_lora_weights(
+            folder, unet_lora_layers=export.lora, safe_serialization=True
+        )
     if export.sampling:
         (folder / "sampling.json").write_text(json.dumps(export.sampling, indent=2) + "\n")
     if card:
@@ -51,5 +53,3 @@ def sampling_of(folder: Path) -> dict[str, dict[str, Any]]:
     """The call arguments that an export carries, {} for foreign folders."""
     path = folder / "sampling.json"
     return json.loads(path.read_text()) if path.is_file() else {}
-
-

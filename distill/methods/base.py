@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ...pipelines.export import Export
 from ..condition import Condition
-from ..draws import Draws
 from ..config import StudentSettings
+from ..draws import Draws
 from ..errors import UserError
 from ..teacher import Teacher
-from ...pipelines.export import Export
 
 
 @dataclass
@@ -80,7 +80,9 @@ class Method(nn.Module, ABC):
         return tuple(self.players())
 
     @abstractmethod
-    def forward(self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(
+        self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]
+    ) -> dict[str, Tensor]:
         """0-d tensors: "loss" is minimised, the rest are diagnostics. `carry` hands tensors to later turns."""
 
     def after(self, player: str) -> None:

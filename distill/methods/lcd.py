@@ -62,7 +62,9 @@ class LCD(Method):
         if s.w_min > s.w_max:
             raise UserError(f"method.w_min: {s.w_min} is above method.w_max {s.w_max}; swap them")
         if not s.w_min <= s.w_export <= s.w_max:
-            raise UserError(f"method.w_export: {s.w_export} is outside the trained range {s.w_min}..{s.w_max}")
+            raise UserError(
+                f"method.w_export: {s.w_export} is outside the trained range {s.w_min}..{s.w_max}"
+            )
         self.teacher = parts.need_teacher()
         self.process = self.teacher.process
         self.total = len(self.process.abar)
@@ -80,7 +82,9 @@ class LCD(Method):
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"student": list(self.student.trained().values())}
 
-    def forward(self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(
+        self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]
+    ) -> dict[str, Tensor]:
         assert batch.latents is not None and batch.condition is not None
         s, draws = self.settings, batch.draws
         z0 = self.teacher.latents(batch.latents, draws)
@@ -119,7 +123,9 @@ class LCD(Method):
         return Generator(self.function, times)
 
     @torch.no_grad()
-    def sample(self, captions: list[str], num_steps: int, w: float, generators: list[torch.Generator]) -> Tensor:
+    def sample(
+        self, captions: list[str], num_steps: int, w: float, generators: list[torch.Generator]
+    ) -> Tensor:
         """Latents (B, C, h, w) by multistep consistency sampling, one random generator per image."""
         condition = self.teacher.condition(captions)
         guidance = torch.full((len(captions),), w, device=self.teacher.vae.device)

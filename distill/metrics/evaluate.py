@@ -1,23 +1,18 @@
 """Score a pipeline or a folder of pictures against real pictures; every number carries its protocol."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import UserError
-from .features import Extractor, extract, make_extractor
-from .neighbours import match_share
-from .protocol import Score
+from .features import make_extractor
 from .reference import load_reference, reference
 from .report import check_writable, machine, peak_memory, write_report
-from .scoring import Setting, score_all
-from .sources import SEED_STRIDE, FolderSource, PipelineSource, open_source
+from .scoring import score_all
+from .sources import FolderSource, open_source
 
 __all__ = ["caption_match", "evaluate", "real_floor", "reference"]
 

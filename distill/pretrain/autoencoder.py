@@ -49,7 +49,9 @@ class Autoencoder(Method):
     def players(self) -> dict[str, list[torch.nn.Parameter]]:
         return {"autoencoder": list(self.vae.parameters())}
 
-    def forward(self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(
+        self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]
+    ) -> dict[str, Tensor]:
         assert batch.images is not None
         x = self.augment(batch.images, batch.draws)
         posterior = self.vae.encode(x).latent_dist

@@ -39,7 +39,9 @@ class Diffusion(Method):
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"student": list(self.student.trained().values())}
 
-    def forward(self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(
+        self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]
+    ) -> dict[str, Tensor]:
         assert batch.latents is not None and batch.condition is not None
         process = self.teacher.process
         x0 = self.teacher.latents(batch.latents, batch.draws)
@@ -58,7 +60,12 @@ class Diffusion(Method):
         condition = self.teacher.condition(captions)
         generators = seeded(len(captions), seed)
         z = ddim_sample(
-            self.student.denoiser, self.teacher.latent_shape, condition, 20, self.settings.guidance_scale, generators
+            self.student.denoiser,
+            self.teacher.latent_shape,
+            condition,
+            20,
+            self.settings.guidance_scale,
+            generators,
         )
         return {"20 steps": self.teacher.decode(z)}
 

@@ -38,7 +38,11 @@ def train(tree: dict[str, Any]) -> Path:
     if not start.is_dir():
         write_folder(start, lambda folder: assemble(runs["autoencoder"], root, tree).save_pretrained(folder))
     last = load_config(
-        {**tree["stages"]["diffusion"], "output_dir": str(root / "diffusion"), "teacher": {"path": str(start)}}
+        {
+            **tree["stages"]["diffusion"],
+            "output_dir": str(root / "diffusion"),
+            "teacher": {"path": str(start)},
+        }
     )
     finish(last)
     return halve(root / "diffusion" / "pipeline", root / "pipeline")
@@ -58,7 +62,9 @@ def assemble(autoencoder: RunConfig, root: Path, tree: dict[str, Any]) -> Stable
     assert autoencoder.resolution is not None
     images = load_data(data.name, split=data.split, resolution=autoencoder.resolution).images()
     with torch.no_grad():
-        std = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.sample() for x in images.split(256)]).std()
+        std = torch.cat(
+            [vae.encode(x.float() / 127.5 - 1).latent_dist.sample() for x in images.split(256)]
+        ).std()
     vae.register_to_config(scaling_factor=round(1 / float(std), 5))
     torch.manual_seed(0)
     encoder = CLIPTextModel.from_pretrained(text)

@@ -131,7 +131,9 @@ class TextEncoder(Method):
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"text_encoder": [*self.model.parameters(), *self.project.parameters()]}
 
-    def forward(self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(
+        self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]
+    ) -> dict[str, Tensor]:
         rows = batch.draws.integers(0, len(self.ids))
         guess = self.project(self.model(self.ids[rows]).pooler_output)
         cosine = F.cosine_similarity(guess, self.vectors[rows], dim=-1).mean()
