@@ -45,12 +45,15 @@ class Runner:
         self.checkpoints = Checkpoints(self.run, config.checkpoints_total_limit)
 
     def finished(self) -> bool:
+        """Whether the folder holds this configuration's last checkpoint and its export."""
+        self._compare_config()
         steps = self.checkpoints.steps()
         return bool(steps) and steps[-1] >= self.config.max_train_steps and (self.run / "pipeline").is_dir()
 
     def train(self) -> Path:
         """Train to max_train_steps and export; returns the run folder. Ctrl-C saves, exports and stops."""
-        start = self._prepare_folder()
+        self._compare_config()
+        start = self.checkpoints.choose(self.config.resume_from_checkpoint)
         self._build(start)
         interrupted = self._loop(start or 0)
         if interrupted:
@@ -61,19 +64,18 @@ class Runner:
             raise KeyboardInterrupt
         return self.run
 
-    def _prepare_folder(self) -> int | None:
-        """Compare with the configuration that the folder was started with; the step to resume from, or None."""
+    def _compare_config(self) -> None:
+        """Refuse a folder that was started with other values; keys without effect on the result are free."""
         path = self.run / "config.yaml"
-        tree = as_tree(self.config)
-        if path.is_file():
-            before = yaml.safe_load(path.read_text())
-            changed = [k for k in differing(before, tree) if k.split(".")[0] not in FREE_KEYS]
-            if changed:
-                raise UserError(
-                    f"output_dir: {self.run} was started with another {', '.join(changed)}; "
-                    "use the same values or another --output_dir"
-                )
-        return self.checkpoints.choose(self.config.resume_from_checkpoint)
+        if not path.is_file():
+            return
+        before, after = yaml.safe_load(path.read_text()), as_tree(self.config)
+        changed = [k for k in differing(before, after) if k.split(".")[0] not in FREE_KEYS]
+        if changed:
+            raise UserError(
+                f"output_dir: {self.run} was started with another {', '.join(changed)}; "
+                "use the same values or another --output_dir"
+            )
 
     def _write_config(self) -> None:
         if not (self.run / "config.yaml").is_file():
@@ -287,6 +289,14 @@ class Runner:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(optimisers["scaler"])
         self.updates = dict(progress["updates"])
+        self._cut_log(step)
+
+    def _cut_log(self, step: int) -> None:
+        """Lines after the checkpoint are written again."""
+        path = self.run / "log.jsonl"
+        if self.accelerator.is_main_process and path.is_file():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            write_file(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
     def _save_raw(self) -> None:
         if not self.accelerator.is_main_process:

@@ -4,7 +4,8 @@
     python scripts/build_emoji.py GOOGLE_FOLDER TWITTER_FOLDER --output distill/data/emoji
 
 Writes one RGB sheet per style (32 px cells on white, row-major in the order of metadata.jsonl) and
-metadata.jsonl with caption, category, subcategory and split of each cell. Components and flags are left out.
+metadata.jsonl with code points, caption, category, subcategory and split of each cell. Components, flags and
+skin-tone variants are left out. Licences and credits: distill/data/emoji/NOTICE.md.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from PIL import Image
 
 CELL, COLUMNS, SPLIT_SEED = 32, 40, 0
 SPLIT_SHARES = {"train": 0.61, "reward": 0.15, "score": 0.10, "holdout": 0.14}
-GENDER = {"man", "men", "woman", "women", "person", "people", "boy", "girl", "boys", "girls", "adult", "older"}
+ADULTS = {"man", "men", "woman", "women", "person", "people", "adult", "older"}
+GENDER = ADULTS | {"boy", "girl", "boys", "girls"}
 
 
 def caption_of(entry: dict) -> str:
@@ -28,7 +30,7 @@ def caption_of(entry: dict) -> str:
 
 
 def group_of(caption: str) -> str:
-    """Names that differ in gender or in the hour of a clock alone are one picture in variants: one side of the split."""
+    """What names share that differ only in gender or in the hour of a clock: one side of the split."""
     if caption.startswith("clock face"):
         return "clock face"
     words = [w for w in caption.split() if w not in GENDER]
@@ -68,7 +70,9 @@ def sheet(folder: Path, style: str, entries: list[dict]) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("google", type=Path)
     parser.add_argument("twitter", type=Path)
     parser.add_argument("--output", type=Path, default=Path("distill/data/emoji"))

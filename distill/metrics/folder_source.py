@@ -27,10 +27,18 @@ class FolderSource(Source):
         self.folder = folder
         self.files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not self.files:
-            raise UserError(f"{folder}: holds neither a pipeline (model_index.json) nor images; give another folder")
+            raise UserError(
+                f"{folder}: holds neither a pipeline (model_index.json) nor images; give another folder"
+            )
 
-    def calls(self, steps: Sequence[int], seeds: int, guidance_scale: float | None) -> dict[int | None, dict[str, Any]]:
-        for name, idle in (("steps", not steps), ("seeds", seeds == 1), ("guidance_scale", guidance_scale is None)):
+    def calls(
+        self, steps: Sequence[int], seeds: int, guidance_scale: float | None
+    ) -> dict[int | None, dict[str, Any]]:
+        for name, idle in (
+            ("steps", not steps),
+            ("seeds", seeds == 1),
+            ("guidance_scale", guidance_scale is None),
+        ):
             if not idle:
                 raise UserError(f"{name}: has no effect on a folder of images ({self.folder}); leave it out")
         return {None: {}}
@@ -43,7 +51,9 @@ class FolderSource(Source):
     ) -> Iterator[tuple[Tensor, float]]:
         """The first `count` files; UserError if there are fewer, one is unreadable or of another size."""
         if count > len(self.files):
-            raise UserError(f"num_images: {count} wanted, {self.folder} holds {len(self.files)} images; lower it")
+            raise UserError(
+                f"num_images: {count} wanted, {self.folder} holds {len(self.files)} images; lower it"
+            )
         size = read_image(self.files[0]).shape
         for first in range(0, count, batch_size):
             start = time.perf_counter()

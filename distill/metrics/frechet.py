@@ -9,7 +9,7 @@ from torch import Tensor
 TOLERANCE = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moments:
     """Mean (D,) and covariance of n samples, ddof = 1.
 
@@ -26,7 +26,9 @@ class Moments:
     def of(cls, features: Tensor) -> "Moments":
         """Moments of features (N, D). Raises ValueError if N < 2 or a feature is not finite."""
         if features.ndim != 2 or len(features) < 2:
-            raise ValueError(f"a covariance needs at least 2 feature vectors (N, D), not {tuple(features.shape)}")
+            raise ValueError(
+                f"a covariance needs at least 2 feature vectors (N, D), not {tuple(features.shape)}"
+            )
         if not features.isfinite().all():
             raise ValueError("features are not finite")
         x = features.double()
@@ -87,7 +89,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _nonnegative(values: Tensor) -> Tensor:
-    """Eigenvalues of a covariance with rounding below zero cut off; ValueError where it is more than rounding."""
+    """Eigenvalues of a covariance, rounding below zero cut off; ValueError if it is more than rounding."""
     if not values.min() >= -TOLERANCE * values.abs().max():
         raise ValueError(f"a covariance has the eigenvalue {float(values.min())}: it is not positive")
     return values.clamp_min(0)

@@ -12,9 +12,9 @@ DEFINITION = "unbiased MMD^2 of whole sets, kernel (x.y/d + 1)^3, not x1000"
 def kid(x: Tensor, y: Tensor, *, block: int = 4096) -> float:
     """Unbiased MMD^2 between features x (N, D) and y (M, D) with k(x, y) = (x.y / D + 1)^3; may be negative.
 
-    The plain value, not x1000. Whole sets in float64, kernel matrices in pieces of block x block. Binkowski et
-    al. 2018, with sets of different sizes allowed. Raises ValueError below 2 pictures a side, on features
-    that are not finite and on differing dimensions.
+    The plain value, not x1000. Whole sets in float64, kernel matrices in pieces of block x block. Binkowski
+    et al. 2018, with sets of different sizes allowed. Raises ValueError below 2 pictures a side, on
+    features that are not finite and on differing dimensions.
     """
     return within(x, block=block) + within(y, block=block) - 2 * between(x, y, block=block)
 

@@ -51,12 +51,12 @@ class Share:
 def match_share(
     generated: Tensor, captions: Sequence[str], reference: Tensor, reference_captions: Sequence[str]
 ) -> Share:
-    """Share of captions whose picture is nearer to a picture of its own caption than to one of another caption.
+    """Share of captions whose picture is nearer to a picture of its own caption than to one of another.
 
-    generated (N, D) was made for captions (N); reference (M, D) are the real pictures with their captions. The
-    distance is cosine distance to the nearest picture of a caption (a caption may have several styles). The other
-    caption is drawn once for each caption of the reference, from a fixed seed, so it depends neither on N nor
-    on the model. A caption counts once, by its first picture; a tie is a miss.
+    generated (N, D) was made for captions (N); reference (M, D) are the real pictures with their captions.
+    The distance is the cosine distance to the nearest picture of a caption, which may have several styles.
+    The other caption is drawn once for each caption of the reference, from a fixed seed: it does not depend on
+    N or the model. A caption counts once, by its first picture; a tie is a miss.
     Raises ValueError on a caption without a reference picture or a reference with one caption.
     """
     names = list(dict.fromkeys(reference_captions))

@@ -31,7 +31,7 @@ class PipelineSource(Source):
         self.name = pipeline
         self.device = device
         self.pipe, self.sampling = _load(pipeline)
-        self.pipe.to(device)
+        self.pipe.to(device, torch.float32)
         self.pipe.set_progress_bar_config(disable=True)
         if getattr(self.pipe, "safety_checker", None) is not None:
             self.pipe.safety_checker = None  # it would have black squares scored in place of pictures
@@ -40,11 +40,12 @@ class PipelineSource(Source):
         for p in self.parameters.values():
             given = p.name in ("self", "prompt") or p.default is not p.empty
             if not given and p.kind is p.POSITIONAL_OR_KEYWORD:
-                raise UserError(
-                    f"{pipeline}: {type(self.pipe).__name__} needs {p.name!r}; only prompts and noise can be given"
-                )
+                kind = type(self.pipe).__name__
+                raise UserError(f"{pipeline}: {kind} needs {p.name!r}; only prompts and noise can be given")
 
-    def calls(self, steps: Sequence[int], seeds: int, guidance_scale: float | None) -> dict[int | None, dict[str, Any]]:
+    def calls(
+        self, steps: Sequence[int], seeds: int, guidance_scale: float | None
+    ) -> dict[int | None, dict[str, Any]]:
         if not steps or min(steps) < 1:
             raise UserError(f"steps: {list(steps)}; name at least one number of steps, each 1 or more")
         return {n: self.arguments(n, guidance_scale) for n in steps}
@@ -54,9 +55,8 @@ class PipelineSource(Source):
         if str(steps) in self.sampling:
             out = dict(self.sampling[str(steps)])
         elif self.sampling and "default" not in self.sampling:
-            raise UserError(
-                f"{self.name}/sampling.json: no entry for {steps} steps; available: {', '.join(self.sampling)}"
-            )
+            there = ", ".join(self.sampling)
+            raise UserError(f"steps: {self.name}/sampling.json has no {steps}; choose among {there}")
         else:
             out = {**self.sampling.get("default", {}), "num_inference_steps": steps}
         if guidance_scale is not None:
@@ -94,9 +94,13 @@ class PipelineSource(Source):
         if isinstance(images, np.ndarray):  # DDPMPipeline and its kin know no "pt": (B, H, W, 3) in [0, 1]
             images = torch.from_numpy(images).permute(0, 3, 1, 2)
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
-            raise UserError(f"{self.name}: {type(self.pipe).__name__} gives no RGB pictures; nothing to score")
+            raise UserError(
+                f"{self.name}: {type(self.pipe).__name__} gives no RGB pictures; nothing to score"
+            )
         if not images.isfinite().all():
-            raise UserError(f"{self.name}: the pictures hold NaN or infinity; its weights or precision are unfit")
+            raise UserError(
+                f"{self.name}: the pictures hold NaN or infinity; its weights or precision are unfit"
+            )
         return quantise(images).cpu()
 
     def describe(self) -> dict[str, Any]:
@@ -119,12 +123,16 @@ def quantise(images: Tensor) -> Tensor:
 def _load(pipeline: str) -> tuple[Any, dict[str, dict[str, Any]]]:
     local = Path(pipeline).is_dir()
     try:
-        pipe = DiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float32, local_files_only=local)
+        pipe = DiffusionPipeline.from_pretrained(pipeline, local_files_only=local)
     except Exception as error:  # whatever diffusers, transformers or safetensors say about these files
         remedy = "complete the folder" if local else "no such folder here; check the spelling and the network"
-        raise UserError(f"{pipeline}: cannot be loaded as a pipeline ({first_line(error)}); {remedy}") from None
+        raise UserError(
+            f"{pipeline}: cannot be loaded as a pipeline ({first_line(error)}); {remedy}"
+        ) from None
     if getattr(pipe, "scheduler", None) is None:
-        raise UserError(f"{pipeline}: the pipeline has no scheduler; add a scheduler folder and name it in model_index")
+        raise UserError(
+            f"{pipeline}: the pipeline has no scheduler; add a scheduler folder and name it in model_index"
+        )
     path = Path(pipeline) / "sampling.json" if local else _sampling_of_hub(pipeline)
     return pipe, _read_sampling(path) if path and path.is_file() else {}
 
@@ -134,7 +142,7 @@ def _sampling_of_hub(repository: str) -> Path | None:
         return Path(hf_hub_download(repository, "sampling.json"))
     except LocalEntryNotFoundError:
         raise UserError(
-            f"{repository}: no network to ask whether it has a sampling.json; give the folder of its snapshot instead"
+            f"{repository}: no network to ask for its sampling.json; give the folder of its snapshot"
         ) from None
     except EntryNotFoundError:
         return None
@@ -151,6 +159,10 @@ def _read_sampling(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """What makes the pictures: components, index, sampling arguments and code, not the model card or reports."""
-    top = [p for p in folder.iterdir() if p.name in ("model_index.json", "sampling.json") or p.suffix == ".py"]
-    return top + [p for d in folder.iterdir() if d.is_dir() and d.name[0] != "." for p in d.rglob("*") if p.is_file()]
+    """What makes the pictures: components, index, sampling arguments, code; no model card, no reports."""
+    top = [
+        p for p in folder.iterdir() if p.name in ("model_index.json", "sampling.json") or p.suffix == ".py"
+    ]
+    return top + [
+        p for d in folder.iterdir() if d.is_dir() and d.name[0] != "." for p in d.rglob("*") if p.is_file()
+    ]

@@ -31,7 +31,7 @@ def reference(
     return rows.images(order), [rows.captions[i] for i in order]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reference:
     """A split's captions (N) and features (N, D), with the parts of scores that do not depend on a model."""
 

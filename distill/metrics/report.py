@@ -15,7 +15,7 @@ from ..errors import UserError
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of `path` and try a file in it, before the long work. Raises UserError if that fails."""
+    """Make the folder of `path` and try a file in it, before the long work. UserError if that fails."""
     probe = _beside(path)
     try:
         if path.is_dir():
@@ -28,7 +28,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:
-    """Write JSON beside `path`, then rename: what was there stays intact on any failure, which is a UserError."""
+    """Write JSON beside `path`, then rename; on failure, a UserError, what was there stays intact."""
     part = _beside(path)
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     try:
@@ -58,7 +58,9 @@ def _beside(path: Path) -> Path:
 
 
 def _not_writable(path: Path, error: OSError) -> UserError:
-    return UserError(f"output {path}: cannot be written ({error.strerror or error}); choose another place or free space")
+    return UserError(
+        f"output {path}: cannot be written ({error.strerror or error}); choose another place or free space"
+    )
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -74,4 +76,7 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         return {"bytes": torch.cuda.max_memory_allocated(device), "measure": "cuda max_memory_allocated"}
     unit = 1 if sys.platform == "darwin" else 1024
-    return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "measure": "ru_maxrss of the process"}
+    return {
+        "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "measure": "ru_maxrss of the process",
+    }

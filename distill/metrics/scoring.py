@@ -16,7 +16,7 @@ DEFINITIONS = {
     "KID": KID_DEFINITION,
     "FD": "squared Frechet distance of Gaussians, ddof 1, float64; falls as n_gen grows",
     "NN ratio": "median Euclidean distance of generated to train over that of hold-out to train",
-    "caption match": "share of captions whose picture is nearer (cosine) to own than to a random other's, seed 0",
+    "caption match": "share of captions with a picture nearer (cosine) to own than to a random other, seed 0",
 }
 
 
@@ -61,13 +61,19 @@ class Setting:
         )
 
     def score(
-        self, metric: str, real: Reference, values: Sequence[float], interval: tuple[float, float] | None = None
+        self,
+        metric: str,
+        real: Reference,
+        values: Sequence[float],
+        interval: tuple[float, float] | None = None,
     ) -> Score:
         """Mean and sd of the values of each seed."""
         return Score(self.label(metric), *mean_sd(values), self.protocol(metric, real), interval)
 
 
-def score_all(runs: Sequence[Tensor], train: Reference, holdout: Reference | None, setting: Setting) -> list[Score]:
+def score_all(
+    runs: Sequence[Tensor], train: Reference, holdout: Reference | None, setting: Setting
+) -> list[Score]:
     """Scores of the features (N, D) of each seed's pictures, mean and sd over seeds.
 
     KID and FD to `train`; KID to `holdout` and NN ratio where there is one; caption match where the pictures

@@ -24,12 +24,14 @@ class Source(ABC):
     quantisation: ClassVar[str]
 
     @abstractmethod
-    def calls(self, steps: Sequence[int], seeds: int, guidance_scale: float | None) -> dict[int | None, dict[str, Any]]:
+    def calls(
+        self, steps: Sequence[int], seeds: int, guidance_scale: float | None
+    ) -> dict[int | None, dict[str, Any]]:
         """What to score: {number of steps, or None for files: the call's keyword arguments}."""
 
     @abstractmethod
     def warm_up(self, arguments: dict[str, Any], count: int) -> int:
-        """Make `count` pictures that are thrown away; their side in pixels. UserError if they are not square."""
+        """Make `count` pictures to throw away; their side in pixels. UserError if they are not square."""
 
     @abstractmethod
     def batches(
@@ -66,5 +68,6 @@ def short(folder: Path) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for one-line messages."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first 200 characters of the first line of an error's text, for one-line messages."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 200 else line[:197] + "..."

@@ -92,18 +92,21 @@ def test_fingerprint_follows_every_part():
 
 
 def test_fingerprint_of_a_folder_is_of_its_content(tmp_path):
-    def write(folder, last_pixel):
+    def write(folder, place=None):
         folder.mkdir()
         pixels = np.random.default_rng(0).integers(0, 256, (150, 150, 3), np.uint8)
-        pixels[-1, -1] = last_pixel
-        Image.fromarray(pixels).save(folder / "a.png")
-        Image.fromarray(pixels).save(folder / "b.bmp")
-        lines = [{"file_name": n, "text": n} for n in ("a.png", "b.bmp")]
+        if place is not None:
+            pixels[place, place] ^= 1
+        Image.fromarray(pixels).save(folder / "a.bmp")
+        Image.new("RGB", (8, 8), "red").save(folder / "b.png")
+        lines = [{"file_name": n, "text": n} for n in ("a.bmp", "b.png")]
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
         return load_data(str(folder), resolution=8).fingerprint
 
-    first = write(tmp_path / "one", 0)
-    assert write(tmp_path / "copy", 0) == first != write(tmp_path / "other", 1)
+    first = write(tmp_path / "one")
+    assert write(tmp_path / "copy") == first
+    changed = {write(tmp_path / f"pixel {place}", place) for place in (0, 75, 149)}
+    assert len(changed | {first}) == 4
     load = f"load_data({str(tmp_path / 'one')!r}, resolution=8)"
     code = f"from fewstep.distill.data import load_data; print({load}.fingerprint)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,32 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fewstep.distill.metrics.features import EfficientNetLite0
+from PIL import Image
+
+CAPTIONS = ["cat", "dog", "red", "red cat", "red dog", "cat dog"]
+
+
+@pytest.fixture(scope="session")
+def extractor() -> EfficientNetLite0:
+    return EfficientNetLite0()
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 px: two pictures a caption in train, one in holdout, each its caption's colour with noise."""
+    root = tmp_path_factory.mktemp("data")
+    draw = torch.Generator().manual_seed(1)
+    colours = torch.randint(0, 256, (len(CAPTIONS), 1, 1, 3), generator=draw)
+    for split, copies in (("train", 2), ("holdout", 1)):
+        (root / split).mkdir()
+        lines = []
+        for i, caption in enumerate(CAPTIONS * copies):
+            noise = torch.randint(-40, 41, (16, 16, 3), generator=draw)
+            pixels = (colours[i % len(CAPTIONS)] + noise).clamp(0, 255).byte()
+            Image.fromarray(pixels.numpy()).save(root / split / f"{i:02d}.png")
+            lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": caption}))
+        (root / split / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return root

@@ -1,0 +1,165 @@
+"""The variance-preserving process against recorded values, closed forms, finite differences and autograd."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from fewstep.distill.errors import UserError
+from fewstep.distill.process import VP, NoiseProcess, per_sample
+from torch import Tensor
+
+SD: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+}
+BETWEEN = torch.tensor([0.25, 0.5, 17.3, 259.75, 499.5, 731.1, 998.6], dtype=torch.float64)
+
+
+@pytest.fixture
+def vp() -> VP:
+    return VP.from_scheduler(SD)
+
+
+def squared_alpha(process: NoiseProcess, t: Tensor) -> Tensor:
+    return process.alpha(t).square()
+
+
+def test_stable_diffusion_schedule_has_the_recorded_values(vp: VP) -> None:
+    t = torch.tensor([0, 19, 499, 519, 999])
+    recorded = torch.tensor(
+        [0.99914998, 0.98224396, 0.27766943, 0.25157753, 0.00466010], dtype=torch.float64
+    )
+    torch.testing.assert_close(squared_alpha(vp, t), recorded, rtol=0, atol=2e-8)
+    torch.testing.assert_close(vp.sigma(t).square(), 1 - recorded, rtol=0, atol=2e-8)
+    assert vp.t_range == (0.0, 999.0)
+    assert vp.alpha(t).dtype == vp.sigma(t).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["DDPM", "DDIM", "PNDM", "EulerDiscrete", "DPMSolverMultistep", "LCM"])
+def test_every_scheduler_of_the_same_betas_gives_its_own_alphas(name: str) -> None:
+    scheduler = getattr(diffusers, f"{name}Scheduler")(**SD)
+    ours = VP.from_scheduler(scheduler.config)
+    torch.testing.assert_close(
+        squared_alpha(ours, torch.arange(1000)).float(), scheduler.alphas_cumprod, rtol=1e-6, atol=0
+    )
+
+
+def test_other_schedules_are_taken_from_the_config() -> None:
+    betas = [0.1, 0.2, 0.3]
+    process = VP.from_scheduler({"trained_betas": betas, "num_train_timesteps": 3})
+    expected = torch.tensor([0.9, 0.72, 0.504], dtype=torch.float64)
+    torch.testing.assert_close(squared_alpha(process, torch.arange(3)), expected, rtol=1e-6, atol=0)
+    cosine = VP.from_scheduler({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000})
+    assert squared_alpha(cosine, torch.tensor([500])).item() == pytest.approx(
+        (math.cos(0.509 / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2, rel=1e-5
+    )
+
+
+def test_zero_terminal_snr_ends_where_diffusers_euler_scheduler_ends() -> None:
+    config = {**SD, "rescale_betas_zero_snr": True}
+    process = VP.from_scheduler(config)
+    last = torch.tensor([999])
+    assert squared_alpha(process, last).item() == pytest.approx(2.0**-24, rel=1e-9)
+    euler = diffusers.EulerDiscreteScheduler(**config)
+    sigma = (process.sigma(last) / process.alpha(last)).item()
+    assert sigma == pytest.approx(euler.sigmas[0].item(), rel=1e-4)
+    assert process.log_snr(torch.arange(1000)).isfinite().all()
+
+
+def test_a_scheduler_without_betas_is_refused_by_name(tmp_path: Path) -> None:
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path)
+    flow = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler has no beta_schedule") as caught:
+        VP.from_scheduler(flow.config)
+    assert "\n" not in str(caught.value)
+
+
+def test_variance_is_preserved_between_the_steps_too(vp: VP) -> None:
+    t = torch.cat([torch.linspace(0, 999, 2001, dtype=torch.float64), BETWEEN])
+    total = squared_alpha(vp, t) + vp.sigma(t).square()
+    torch.testing.assert_close(total, torch.ones_like(t), rtol=0, atol=1e-14)
+
+
+def test_log_snr_is_the_ratio_and_linear_between_the_steps(vp: VP) -> None:
+    ratio = 2 * (vp.alpha(BETWEEN) / vp.sigma(BETWEEN)).log()
+    torch.testing.assert_close(vp.log_snr(BETWEEN), ratio, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(NoiseProcess.log_snr(vp, BETWEEN), ratio, rtol=1e-10, atol=1e-10)
+    left, right = vp.log_snr(torch.tensor([400.0])), vp.log_snr(torch.tensor([401.0]))
+    torch.testing.assert_close(vp.log_snr(torch.tensor([400.25])), 0.75 * left + 0.25 * right)
+
+
+def test_derivatives_agree_with_finite_differences_and_autograd(vp: VP) -> None:
+    step = 1e-4
+    for value, derivative in ((vp.alpha, vp.alpha_dot), (vp.sigma, vp.sigma_dot)):
+        difference = (value(BETWEEN + step) - value(BETWEEN - step)) / (2 * step)
+        torch.testing.assert_close(derivative(BETWEEN), difference, rtol=1e-6, atol=1e-10)
+        t = BETWEEN.clone().requires_grad_()
+        (graded,) = torch.autograd.grad(value(t).sum(), t)
+        torch.testing.assert_close(derivative(BETWEEN), graded, rtol=1e-10, atol=0)
+    assert (vp.alpha_dot(BETWEEN) < 0).all() and (vp.sigma_dot(BETWEEN) > 0).all()
+
+
+def test_a_step_leaves_unit_gaussian_data_where_they_are(vp: VP) -> None:
+    """x0 = alpha x, eps = sigma x solve unit Gaussian data, so alpha' alpha + sigma' sigma is 0."""
+    drift = vp.alpha_dot(BETWEEN) * vp.alpha(BETWEEN) + vp.sigma_dot(BETWEEN) * vp.sigma(BETWEEN)
+    assert drift.abs().max() < 1e-15
+
+
+def test_time_of_inverts_log_snr_and_cuts_at_the_ends(vp: VP) -> None:
+    t = torch.cat([torch.arange(1000, dtype=torch.float64), BETWEEN])
+    torch.testing.assert_close(vp.time_of(vp.log_snr(t)), t, rtol=0, atol=1e-9)
+    far = torch.tensor([100.0, -100.0])
+    assert vp.time_of(far).tolist() == [0.0, 999.0]
+
+
+def test_noised_mixes_each_row_at_its_own_time(vp: VP) -> None:
+    x0, eps = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    t = torch.tensor([0.0, 519.0, 999.0])
+    abar = torch.tensor([0.99914998, 0.25157753, 0.00466010]).view(3, 1, 1)
+    noised = vp.noised(x0, eps, t)
+    assert noised.dtype == torch.float32
+    torch.testing.assert_close(noised, abar.sqrt() * x0 + (1 - abar).sqrt() * eps, rtol=1e-5, atol=1e-6)
+
+
+def test_per_sample_broadcasts_in_the_state_dtype() -> None:
+    a = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        x = torch.ones(2, 3, 4, 5, dtype=dtype)
+        shaped = per_sample(a, x)
+        assert shaped.shape == (2, 1, 1, 1) and shaped.dtype == dtype
+        assert (shaped * x)[:, 0, 0, 0].tolist() == [2.0, 3.0]
+
+
+@pytest.fixture
+def linear() -> VP:
+    return VP.from_scheduler({**SD, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02})
+
+
+def test_map_to_lands_on_the_state_of_equal_snr(vp: VP, linear: VP) -> None:
+    """Of the same x0 and eps, at the time of equal ratio, both processes differ by one factor."""
+    t = torch.tensor([10.0, 155.5, 420.0, 700.25, 990.0], dtype=torch.float64)
+    x0, eps = torch.randn(2, 5, 7, dtype=torch.float64)
+    mapped, s = vp.map_to(linear, vp.noised(x0, eps, t), t)
+    torch.testing.assert_close(linear.log_snr(s), vp.log_snr(t), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(mapped, linear.noised(x0, eps, s), rtol=1e-9, atol=1e-9)
+    back, time = linear.map_to(vp, mapped, s)
+    torch.testing.assert_close(time, t, rtol=0, atol=1e-8)
+    torch.testing.assert_close(back, vp.noised(x0, eps, t), rtol=1e-9, atol=1e-9)
+    assert (s - t).abs().min() > 1
+
+
+def test_map_to_cuts_ratios_that_the_other_process_cannot_reach(vp: VP) -> None:
+    """At the noisy end the noise keeps its size, at the clean end the data do."""
+    narrow = VP(vp.abar[100:900])
+    t = torch.tensor([0.0, 999.0], dtype=torch.float64)
+    x = torch.randn(2, 6, dtype=torch.float64)
+    mapped, s = vp.map_to(narrow, x, t)
+    assert s.tolist() == [0.0, 799.0]
+    clean = (vp.abar[100] / vp.abar[0]).sqrt() * x[0]
+    noisy = ((1 - vp.abar[899]) / (1 - vp.abar[999])).sqrt() * x[1]
+    torch.testing.assert_close(mapped, torch.stack([clean, noisy]), rtol=1e-10, atol=0)
