@@ -1,7 +1,10 @@
 """`fewstep <verb>`: the command line. A user's mistake is one line on stderr and exit code 2."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 from .errors import UserError
 
@@ -40,6 +43,58 @@ def train_teacher(arguments: list[str]) -> int:
     return 0
 
 
+def evaluate(arguments: list[str]) -> int:
+    """evaluate PIPELINE --data NAME_OR_FOLDER --num_images N --steps 1 2 4 [--seeds 3] [--output report.json]"""
+    parser = argparse.ArgumentParser(prog="fewstep evaluate", description="Score a pipeline or a folder of pictures.")
+    parser.error = _usage_error  # type: ignore[method-assign]
+    parser.add_argument("pipeline", help="diffusers pipeline folder, embedded teacher, hub id, or folder of images")
+    parser.add_argument("--data", default="emoji")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--holdout", default="holdout", help="split of unseen real pictures, or none")
+    parser.add_argument("--num_images", type=int, default=500)
+    parser.add_argument("--steps", type=int, nargs="*", default=[])
+    parser.add_argument("--seeds", type=int, default=1, help="disjoint blocks of num_images pictures")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--extractor", default="efflite0-128")
+    parser.add_argument("--device")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args(arguments)
+
+    from .metrics.evaluate import evaluate as score
+    from .metrics.table import markdown_table, rows_of
+    from .teacher import EMBEDDED
+
+    if args.pipeline in EMBEDDED:
+        name, args.pipeline = args.pipeline, str(EMBEDDED[args.pipeline])
+    else:
+        name = Path(args.pipeline).name
+    report = score(
+        args.pipeline, data=args.data, num_images=args.num_images, steps=args.steps, seeds=args.seeds,
+        batch_size=args.batch_size, device=args.device, extractor=args.extractor, split=args.split,
+        holdout=None if args.holdout == "none" else args.holdout, output=args.output,
+        guidance_scale=args.guidance_scale,
+    )  # fmt: skip
+    print(markdown_table(rows_of(name, report)))
+    return 0
+
+
+def demo(arguments: list[str]) -> int:
+    """demo [--output_dir DIR]: distil the embedded teacher, score both, and write the pictures"""
+    parser = argparse.ArgumentParser(prog="fewstep demo")
+    parser.error = _usage_error  # type: ignore[method-assign]
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
+    args = parser.parse_args(arguments)
+    from .demo import run_demo
+
+    run_demo(args.output_dir)
+    return 0
+
+
+def _usage_error(message: str) -> NoReturn:
+    raise UserError(f"{message}; see --help")
+
+
 def _with_config(arguments: list[str], verb: Callable[[list[str]], int]) -> list[str]:
     if not arguments or arguments[0].startswith("--"):
         raise UserError(f"which configuration? usage: fewstep {verb.__doc__}")
@@ -48,7 +103,9 @@ def _with_config(arguments: list[str], verb: Callable[[list[str]], int]) -> list
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
+    "evaluate": evaluate,
     "train-teacher": train_teacher,
+    "demo": demo,
 }
 
 
@@ -65,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise UserError(f"no command {verb!r}; there are: {', '.join(VERBS)}")
-        if rest[:1] in (["-h"], ["--help"]):
+        if rest[:1] in (["-h"], ["--help"]) and verb in ("distill", "train-teacher"):
             print(f"usage: fewstep {VERBS[verb].__doc__}")
             return 0
         return VERBS[verb](rest)

@@ -153,7 +153,7 @@ def validate(cls: type, tree: Any, prefix: str = "") -> Any:
 
 def load_config(tree: dict[str, Any]) -> RunConfig:
     """The resolved configuration; `method` becomes the settings of the method that method.name names."""
-    from .methods import settings_of
+    from .catalog import settings_of
 
     config = validate(RunConfig, tree)
     method = config.method

@@ -23,7 +23,7 @@ from .draws import mix
 from .ema import EMA
 from .errors import UserError
 from .grid import save_rows
-from .methods import method_named
+from .catalog import method_named
 from .methods.base import Method, Parts, Progress
 from .model_card import run_card
 from .teacher import Teacher

@@ -55,8 +55,8 @@ def match_share(
 
     generated (N, D) was made for captions (N); reference (M, D) are the real pictures with their captions.
     The distance is the cosine distance to the nearest picture of a caption, which may have several styles.
-    The other caption is drawn once for each caption of the reference, from a fixed seed: it does not depend on
-    N or the model. A caption counts once, by its first picture; a tie is a miss.
+    The other caption is drawn once for each caption of the reference, from a fixed seed, whatever N and the
+    model. A caption counts once, by its first picture; a tie is a miss.
     Raises ValueError on a caption without a reference picture or a reference with one caption.
     """
     names = list(dict.fromkeys(reference_captions))

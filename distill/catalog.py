@@ -1,0 +1,29 @@
+"""The list of methods: one line each."""
+
+import difflib
+from typing import Any
+
+from .errors import UserError
+from .pretrain.autoencoder import Autoencoder
+from .pretrain.diffusion import Diffusion
+from .pretrain.text_encoder import TextEncoder
+from .methods.base import Method
+from .methods.lcd import LCD
+
+METHODS: dict[str, type[Method]] = {
+    "lcd": LCD,
+    "diffusion": Diffusion,
+    "autoencoder": Autoencoder,
+    "text_encoder": TextEncoder,
+}
+
+
+def method_named(name: str) -> type[Method]:
+    if name not in METHODS:
+        near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.0)[0]
+        raise UserError(f"method.name: there is no method {name!r}; the nearest is {near}")
+    return METHODS[name]
+
+
+def settings_of(name: str) -> type[Any]:
+    return method_named(name).Settings

@@ -1,0 +1,71 @@
+"""`fewstep demo`: distil the embedded teacher, score teacher and student alike, show both."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..pipelines.export import sampling_of
+from .checkpoint import write_file
+from .config import load_config, read_yaml
+from .grid import rows_image
+from .metrics.evaluate import evaluate
+from .metrics.pipeline_source import quantise
+from .metrics.table import markdown_table, rows_of
+from .runner import Runner
+from .teacher import EMBEDDED
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+NUM_IMAGES, SEEDS = 100, 3
+CAPTIONS = (
+    "red apple", "grinning face", "rocket", "banana", "tiger face", "rose", "octopus", "cherries", "airplane", "owl",
+    "watermelon", "frog face",  # the last two are held out
+)  # fmt: skip
+
+
+def run_demo(output_dir: Path) -> str:
+    """Writes comparison.md, pictures.png and both reports below output_dir; returns the table. Resumes."""
+    begun = time.perf_counter()
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    run = output_dir / "lcd"
+    config = load_config({**read_yaml(CONFIGS / "emoji" / "demo.yaml"), "output_dir": str(run)})
+    runner = Runner(config)
+    if not runner.finished():
+        print(f"1/3 distilling emoji-sd in {config.max_train_steps} steps", flush=True)
+        runner.train()
+    print("2/3 scoring the teacher and the student on the same prompts and noise seeds", flush=True)
+    teacher, student = EMBEDDED["emoji-sd"], run / "pipeline"
+    rows = []
+    for name, folder, steps, seeds in (
+        ("teacher", teacher, [50, 8], 1),
+        ("teacher", teacher, [4, 2, 1], SEEDS),
+        ("student", student, [1, 2, 4], SEEDS),
+    ):
+        output = output_dir / f"{name}-{'-'.join(map(str, steps))}.json"
+        report = evaluate(str(folder), num_images=NUM_IMAGES, steps=steps, seeds=seeds, output=output)
+        rows += rows_of(f"{name}", report)
+    table = markdown_table(rows)
+    print("3/3 drawing", flush=True)
+    save_pictures(teacher, student, output_dir / "pictures.png")
+    write_file(output_dir / "comparison.md", table)
+    print(f"\n{table}")
+    print(f"pictures:   {output_dir / 'pictures.png'}\npipeline:   {student}\ncomparison: {output_dir / 'comparison.md'}")
+    print(f"{time.perf_counter() - begun:.0f} seconds")
+    return table
+
+
+def save_pictures(teacher: Path, student: Path, path: Path, captions: tuple[str, ...] = CAPTIONS) -> None:
+    """Teacher at 50, 2, 1 steps above the student at 1, 2, 4: the same captions and noise seeds in every row."""
+    rows = {}
+    for name, folder, steps in (("teacher", teacher, (50, 2, 1)), ("student", student, (1, 2, 4))):
+        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        calls = sampling_of(folder)
+        for n in steps:
+            arguments = calls.get(str(n)) or {**calls["default"], "num_inference_steps": n}
+            generators = [torch.Generator().manual_seed(i) for i in range(len(captions))]
+            images = pipeline(list(captions), generator=generators, output_type="pt", **arguments).images
+            rows[f"{name}, {n} step{'s' * (n > 1)}"] = quantise(images)
+    rows_image(rows).save(path)

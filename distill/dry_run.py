@@ -1,0 +1,259 @@
+"""`--dry_run`: what a configuration would train, hold in memory and download, from its architecture alone."""
+
+import os
+import re
+from glob import glob
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .condition import Condition
+from .config import RunConfig
+from .data import load_data
+from .data.embedded import STYLES
+from .data.tables import _expand_braces
+from .draws import Draws
+from .ema import EMA
+from .errors import UserError
+from .known_teachers import Blueprint, blueprint, meta_teacher
+from .meta_memory import FusedAttention, LiveBytes, nbytes
+from .catalog import method_named
+from .methods.base import Batch, Method, Parts, Progress
+from .runner import DTYPES
+from .teacher import Teacher
+
+TITLES = {"unet": "teacher network", "vae": "autoencoder", "text_encoder": "text encoder"}
+META = torch.device("meta")
+
+
+def describe(config: RunConfig) -> str:
+    """Parameters, memory per device, images and downloads of a run, as text. Reads and fetches no weights.
+
+    UserError for whatever the run itself would refuse: a missing teacher, a setting that does not fit it.
+    """
+    c = config
+    plan = blueprint(c.teacher) if c.teacher else None
+    teacher = meta_teacher(c.teacher, plan.parts) if c.teacher and plan else None
+    resolution = c.resolution or (teacher.resolution if teacher else None)
+    if resolution is None:
+        raise UserError("resolution: missing; without a teacher the image size must be given")
+    captions = _captions(c, resolution)
+    kind = method_named(c.method["name"])
+    settings = kind.Settings(**{k: v for k, v in c.method.items() if k != "name"})
+    with META:
+        method: Method = kind(settings, Parts(teacher, c.student, captions))
+        trained = {k: p for k, p in method.named_parameters() if p.requires_grad}
+        ema = EMA(trained, c.ema_decay) if c.use_ema else None
+    if teacher is not None:
+        teacher.to(META, DTYPES[c.mixed_precision])
+    sections = [
+        _heading(c, plan, resolution),
+        _table("parameters", [(name, f"{n:,}") for name, n in parameters(method, teacher).items()]),
+        _memory(c, method, teacher, ema, resolution),
+        _work(c, teacher, resolution, len(captions)),
+        _downloads(c, plan, teacher),
+    ]
+    return "\n\n".join(sections)
+
+
+def parameters(method: Method, teacher: Teacher | None) -> dict[str, int]:
+    """Numbers of parameters by title. A LoRA's student includes the network that it shares with the teacher."""
+    own = list(method.parameters())
+    out = {"student": count(own), "trained": count([p for p in own if p.requires_grad])}
+    if teacher is None:
+        return out
+    frozen = {
+        f"{TITLES.get(name, name)} ({type(m).__name__})": count([p for p in m.parameters() if not p.requires_grad])
+        for name, m in components(teacher).items()
+    }
+    return {**frozen, **out}
+
+
+def held_bytes(method: Method, teacher: Teacher | None, ema: EMA | None) -> dict[str, int]:
+    """Bytes that stay on the device during the whole run, by title."""
+    trained = [p for p in method.parameters() if p.requires_grad]
+    counted: set[int] = {id(p) for p in trained}
+    out = {}
+    for name, module in components(teacher).items() if teacher else ():
+        tensors = [t for t in tensors_of(module) if id(t) not in counted]
+        counted |= {id(t) for t in tensors}
+        out[f"{TITLES.get(name, name)}, {str(tensors[0].dtype).removeprefix('torch.')}"] = nbytes(tensors)
+    rest = [t for t in tensors_of(method) if id(t) not in counted]
+    out["trained weights, float32"] = nbytes(trained)
+    out["gradients"] = nbytes(trained)
+    out["AdamW's two moments"] = 2 * nbytes(trained)
+    out["moving targets and other state of the method"] = nbytes(rest)
+    if ema is not None:
+        out["average of the trained weights (use_ema)"] = nbytes(ema.buffers())
+    return {title: size for title, size in out.items() if size}
+
+
+def step_bytes(
+    config: RunConfig, method: Method, teacher: Teacher | None, ema: EMA | None, resolution: int
+) -> int | None:
+    """Bytes beyond `held_bytes` at the peak of forward and backward, in float32; None where a step needs values.
+
+    Counted operation by operation on the meta device, attention without its score matrix.
+    """
+    method.train()
+    if config.gradient_checkpointing:
+        for module in method.modules():
+            if hasattr(module, "enable_gradient_checkpointing"):
+                module.enable_gradient_checkpointing()
+    known = tensors_of(method) + [t for m in components(teacher).values() if teacher for t in tensors_of(m)]
+    for t in known:
+        t.data = t.data.float() if t.is_floating_point() else t.data
+    batch = _batch(config, method, teacher, resolution)
+    player = next(iter(method.players()))
+    progress = Progress(0, config.max_train_steps, dict.fromkeys(method.players(), 0))
+    with LiveBytes(known) as counter, FusedAttention():
+        try:
+            torch.autograd.backward(method(player, batch, progress, {})["loss"])
+        except (RuntimeError, NotImplementedError):
+            return None
+    return counter.peak - nbytes([p for p in method.parameters() if p.grad is not None])
+
+
+def components(teacher: Teacher | None) -> dict[str, nn.Module]:
+    pipeline = teacher.pipeline.components if teacher else {}
+    return {name: m for name, m in pipeline.items() if isinstance(m, nn.Module)}
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def count(tensors: list[nn.Parameter]) -> int:
+    return sum(t.numel() for t in tensors)
+
+
+def num_processes() -> int:
+    """As torchrun and accelerate tell their processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _captions(c: RunConfig, resolution: int) -> list[str]:
+    """Those of embedded data; of other data nothing is opened."""
+    if c.data.name not in STYLES:
+        return []
+    return load_data(
+        c.data.name, split=c.data.split, resolution=resolution, image_column=c.data.image_column,
+        caption_column=c.data.caption_column, center_crop=c.data.center_crop,
+    ).captions  # fmt: skip
+
+
+def _batch(c: RunConfig, method: Method, teacher: Teacher | None, resolution: int) -> Batch:
+    size = c.train_batch_size
+    batch = Batch(Draws(c.seed, 0, range(size), META), captions=[""] * size)
+    if "images" in method.needs:
+        batch.images = torch.empty(size, 3, resolution, resolution, device=META)
+    if "latents" in method.needs:
+        assert teacher is not None
+        batch.latents = torch.empty(size, *latent_record(teacher, resolution), device=META)
+    if "prompts" in method.needs:
+        assert teacher is not None
+        states = torch.empty(size, *prompt_record(teacher), device=META)
+        batch.condition = Condition({"encoder_hidden_states": states}, {"encoder_hidden_states": states[:1]})
+    return batch
+
+
+def latent_record(teacher: Teacher, resolution: int) -> tuple[int, int, int]:
+    """Shape of an image's mean and log-variance."""
+    side = resolution // teacher.pipeline.vae_scale_factor
+    return (2 * teacher.vae.config.latent_channels, side, side)
+
+
+def prompt_record(teacher: Teacher) -> tuple[int, int]:
+    """Shape of a prompt's text states."""
+    text = teacher.pipeline.text_encoder.config
+    return (text.max_position_embeddings, text.hidden_size)
+
+
+def _heading(c: RunConfig, plan: Blueprint | None, resolution: int) -> str:
+    s = c.student
+    student = "all weights" if s.kind == "full" else f"LoRA of rank {s.rank}, alpha {s.lora_alpha:g}"
+    rows = [("method", c.method["name"]), ("student", student)]
+    if c.teacher and plan:
+        rows.append(("teacher", f"{c.teacher.path} (architecture from {plan.origin})"))
+    rows += [("data", f"{c.data.name}, split {c.data.split}, {resolution} px"), ("output_dir", c.output_dir)]
+    return _table("", rows)
+
+
+def _memory(
+    c: RunConfig, method: Method, teacher: Teacher | None, ema: EMA | None, resolution: int
+) -> str:
+    held = held_bytes(method, teacher, ema)
+    half = c.mixed_precision != "no"
+    if half:
+        trained = nbytes([p for p in method.parameters() if p.requires_grad])
+        held["autocast's 16-bit copy of the trained weights"] = trained // 2
+    if num_processes() > 1:
+        held["gradient buckets of the processes' exchange"] = held["gradients"]
+    total = sum(held.values())
+    rows = [(title, gib(size)) for title, size in held.items()] + [("sum", gib(total))]
+    peak = step_bytes(c, method, teacher, ema, resolution)
+    if peak is None:
+        rows.append(("activations", "not estimated: this method's step needs values"))
+    elif half:
+        rows.append(("activations, estimate", f"{gib(peak / 2)} to {gib(peak)} (all in 16 bit to all in float32)"))
+        rows.append(("total, estimate", f"{gib(total + peak / 2)} to {gib(total + peak)}"))
+    else:
+        rows += [("activations, estimate", gib(peak)), ("total, estimate", gib(total + peak))]
+    rows.append(("not counted", "the device's libraries, temporaries of the optimiser, validation pictures"))
+    return _table(f"memory per device in GiB, {c.train_batch_size} images in each", rows)
+
+
+def _work(c: RunConfig, teacher: Teacher | None, resolution: int, num_rows: int) -> str:
+    n = num_processes()
+    size = c.train_batch_size * c.gradient_accumulation_steps * n
+    parts = f"{c.train_batch_size} x {c.gradient_accumulation_steps} accumulated x {n} processes"
+    seen = f"{size * c.max_train_steps:,} in {c.max_train_steps:,} steps"
+    if num_rows:
+        seen += f", {size * c.max_train_steps / num_rows:.1f} times each of {num_rows:,}"
+    rows = [("global batch", f"{size} = {parts}"), ("images seen", seen)]
+    needs = method_named(c.method["name"]).needs
+    if teacher and "latents" in needs:
+        kept = 2 * torch.Size(latent_record(teacher, resolution)).numel()
+        if "prompts" in needs:
+            item = DTYPES[c.mixed_precision].itemsize
+            kept += item * torch.Size(prompt_record(teacher)).numel()
+        every = f", {gib(kept * num_rows)} GiB in all" if num_rows else ", for every image of the data"
+        rows.append(("disk for caches", f"{kept / 2**10:.0f} KiB an image{every}"))
+    return _table("work", rows)
+
+
+def _downloads(c: RunConfig, plan: Blueprint | None, teacher: Teacher | None) -> str:
+    rows = []
+    if c.teacher and plan and teacher:
+        item = 2 if c.teacher.variant in ("fp16", "bf16") else 4
+        for name in plan.missing:
+            frozen = [p for p in components(teacher)[name].parameters() if not p.requires_grad]
+            rows.append((f"{c.teacher.path} {name}", f"about {gib(item * count(frozen))} GiB"))
+    rows += [(c.data.name, reason) for reason in missing_data(c.data.name)]
+    return _table("must be downloaded", rows or [("nothing", "")])
+
+
+def missing_data(name: str) -> list[str]:
+    """What of the data is not on this machine: at most one line."""
+    path = Path(name).expanduser()
+    if name in STYLES or path.exists():
+        return []
+    if re.search(r"[*?\[{]", name):
+        shards = list(_expand_braces(str(path)))
+        lacking = [s for s in shards if not glob(s, recursive=True)]
+        return [f"{len(lacking)} of {len(shards)} shards or patterns match no file"] if lacking else []
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):
+        return ["a data set of the hub, unless `datasets` has cached it; its size is not known offline"]
+    raise UserError(f"data.name: no folder {name}; give a folder of images, tar shards or a data set of the hub")
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f}" if size >= 2**30 / 100 else f"{size / 2**30:.4f}"
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    indent = "  " if title else ""
+    lines = [f"{indent}{name:<{width}}  {value}".rstrip() for name, value in rows]
+    return "\n".join([title, *lines] if title else lines)

@@ -1,0 +1,71 @@
+"""How many bytes a step would hold, counted on the meta device: nothing is computed or allocated."""
+
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, UntypedStorage
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it, `peak` is the largest sum of meta tensors alive at once that are not among `known`."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self.seen = WeakIdKeyDictionary()
+        for t in known:
+            self.seen[t.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.device.type == "meta":
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: UntypedStorage) -> None:
+        if storage in self.seen:
+            return
+        self.seen[storage] = True
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, size).atexit = False
+
+    def _drop(self, size: int) -> None:
+        self.live -= size
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention that keeps queries, keys, values and output, as fused kernels do, and no score matrix.
+
+    Tensor.backward() leaves the mode for its duration, torch.autograd.backward does not.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            return _Kept.apply(named["query"], named["key"], named["value"])
+        return func(*args, **(kwargs or {}))
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])

@@ -1,0 +1,279 @@
+"""From a real tiny pipeline or a folder of files to a report."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, UNet2DModel
+from fewstep.distill.errors import UserError
+from fewstep.distill.metrics.evaluate import caption_match, evaluate, open_source, real_floor, reference
+from fewstep.distill.metrics.features import EfficientNetLite0, extract
+from fewstep.distill.metrics.frechet import Moments, frechet_distance
+from fewstep.distill.metrics.kid import kid
+from fewstep.distill.metrics.pipeline_source import PipelineSource, quantise
+from fewstep.distill.metrics.protocol import Score
+from fewstep.distill.metrics.report import read_report
+from PIL import Image
+
+CPU = torch.device("cpu")
+
+
+def pictures(
+    source: object, arguments: dict, batch_size: int, count: int = 5, seed_block: int = 0
+) -> torch.Tensor:
+    prompts = ["red cat", "dog", "cat"]
+    return torch.cat([x for x, _ in source.batches(prompts, count, seed_block, arguments, batch_size)])
+
+
+@pytest.fixture
+def folder(tiny_pipeline: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny pipeline that a test may change."""
+    return Path(shutil.copytree(tiny_pipeline, tmp_path / "pipeline"))
+
+
+def test_each_picture_has_its_seed_and_prompt_whatever_the_batch(tiny_pipeline: Path) -> None:
+    source = PipelineSource(str(tiny_pipeline), CPU)
+    arguments = source.arguments(2, 3.0)
+    one, three = (pictures(source, arguments, b) for b in (1, 3))
+    assert (one.int() - three.int()).abs().max() <= 1
+    assert one.shape == (5, 3, 16, 16) and one.float().std() > 1
+    other = pictures(source, arguments, 3, seed_block=1)
+    assert (one.int() - other.int()).abs().amax((1, 2, 3)).min() > 5
+
+    pipe = DiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    draw = torch.Generator().manual_seed(1_000_004)
+    same = pipe("dog", num_inference_steps=2, guidance_scale=3.0, generator=draw, output_type="np").images[0]
+    assert np.abs(same.transpose(2, 0, 1) * 255 - other[4].numpy()).max() <= 1
+
+
+def test_pictures_are_rounded_and_clipped() -> None:
+    x = torch.tensor([-0.1, 0.0, 0.499 / 255, 0.501 / 255, 254.4 / 255, 254.6 / 255, 1.1])
+    assert quantise(x).tolist() == [0, 0, 0, 1, 254, 255, 255]
+
+
+def test_evaluate_reports_what_its_parts_give(
+    tiny_pipeline: Path, data_folder: Path, tmp_path: Path, extractor: EfficientNetLite0
+) -> None:
+    output = tmp_path / "out" / "report.json"
+    report = evaluate(
+        str(tiny_pipeline),
+        data=str(data_folder),
+        num_images=14,
+        steps=[2, 1],
+        seeds=2,
+        batch_size=5,
+        device="cpu",
+        output=output,
+        guidance_scale=2.0,
+        progress=False,
+    )
+    assert read_report(output) == json.loads(json.dumps(report))
+    assert str(tmp_path) not in output.read_text() and str(data_folder) not in output.read_text()
+    assert [r["nfe"] for r in report["rows"]] == [2, 1]
+    assert report["rows"][0]["arguments"] == {"num_inference_steps": 2, "guidance_scale": 2.0}
+    assert all(r["seconds_per_image"] > 0 for r in report["rows"])
+    assert report["peak_memory"]["bytes"] > 1e8 and report["peak_memory"]["measure"].startswith("ru_maxrss")
+
+    train, captions = reference(str(data_folder), "train", 16)
+    unseen, _ = reference(str(data_folder), "holdout", 16)
+    source = PipelineSource(str(tiny_pipeline), CPU)
+    prompts = [captions[i % 12] for i in range(14)]
+    runs = []
+    for seed in (0, 1):
+        batches = source.batches(prompts, 14, seed, {"num_inference_steps": 1, "guidance_scale": 2.0}, 5)
+        runs.append(extract(extractor, torch.cat([x for x, _ in batches])))
+    real, held = extract(extractor, train), extract(extractor, unseen)
+    scores = [Score.from_json(s) for s in report["rows"][1]["scores"]]
+    names = ["KID-efflite0-128", "KID-efflite0-128", "FD-efflite0-128", "NN ratio", "caption match"]
+    assert [s.name for s in scores] == names
+    kids = torch.tensor([kid(real, x) for x in runs], dtype=torch.float64)
+    assert scores[0].value == pytest.approx(kids.mean().item(), rel=1e-5)
+    assert scores[0].sd == pytest.approx(kids.std().item(), rel=1e-3)
+    assert scores[1].value == pytest.approx(np.mean([kid(held, x) for x in runs]), rel=1e-5)
+    distances = [frechet_distance(Moments.of(real), Moments.of(x)) for x in runs]
+    assert scores[2].value == pytest.approx(np.mean(distances), rel=1e-5)
+    nearest = [torch.cdist(x, real).amin(1).median() for x in (*runs, held)]
+    assert scores[3].value == pytest.approx(float((nearest[0] + nearest[1]) / 2 / nearest[2]), rel=1e-4)
+    protocols = [s.protocol for s in scores]
+    assert [(p.n_ref, p.n_gen) for p in protocols] == [(12, 14), (6, 14), (12, 14), (12, 14), (12, 14)]
+    assert [p.reference.split("/")[1] for p in protocols[:3]] == ["train", "holdout", "train"]
+    assert len({p.id for p in protocols}) == 5
+    assert all((p.conditioning, p.image_size) == ("caption", 16) for p in protocols)
+
+
+def test_batch_size_does_not_change_scores(tiny_pipeline: Path, data_folder: Path) -> None:
+    values = []
+    for batch_size in (2, 8):
+        report = evaluate(
+            str(tiny_pipeline),
+            data=str(data_folder),
+            num_images=8,
+            steps=[1],
+            batch_size=batch_size,
+            device="cpu",
+            progress=False,
+        )
+        values.append([s["value"] for s in report["rows"][0]["scores"]])
+        assert [s["sd"] for s in report["rows"][0]["scores"]] == [None] * 5
+    assert values[0] == pytest.approx(values[1], rel=1e-2)
+
+
+def test_sampling_json_decides_the_call(folder: Path) -> None:
+    def source(sampling: object) -> PipelineSource:
+        (folder / "sampling.json").write_text(json.dumps(sampling))
+        return PipelineSource(str(folder), CPU)
+
+    fixed = source({"2": {"timesteps": [999, 499], "guidance_scale": 1.0}, "4": {}})
+    assert fixed.calls([2], 1, None) == {2: {"timesteps": [999, 499], "guidance_scale": 1.0}}
+    assert fixed.arguments(2, 5.0)["guidance_scale"] == 5.0
+    with pytest.raises(UserError, match=r"sampling\.json has no 3; choose among 2, 4"):
+        fixed.calls([2, 3], 1, None)
+    teacher = source({"default": {"guidance_scale": 4.0}, "1": {"num_inference_steps": 2}})
+    assert teacher.arguments(7, None) == {"guidance_scale": 4.0, "num_inference_steps": 7}
+    assert teacher.arguments(1, 3.0) == {"guidance_scale": 3.0, "num_inference_steps": 2}
+    with pytest.raises(UserError, match="takes no 'stride'"):
+        source({"default": {"stride": 2}}).arguments(1, None)
+    with pytest.raises(UserError, match="must map a number of steps"):
+        source([1, 2])
+    (folder / "sampling.json").write_text("{")
+    with pytest.raises(UserError, match=r"sampling\.json: unreadable"):
+        PipelineSource(str(folder), CPU)
+
+
+def test_caption_match_asks_each_caption_once(tiny_pipeline: Path, data_folder: Path) -> None:
+    score = caption_match(
+        str(tiny_pipeline), steps=1, data=str(data_folder), split="train", device="cpu", progress=False
+    )
+    assert score.protocol.n_gen == 6 and score.protocol.n_ref == 12
+    assert score.interval is not None and score.interval[0] <= score.value <= score.interval[1]
+    assert score.value * 6 == pytest.approx(round(score.value * 6))
+
+
+def test_folder_of_real_pictures_scores_as_the_real_pictures(data_folder: Path, tmp_path: Path) -> None:
+    for path in (data_folder / "train").glob("*.png"):
+        shutil.copy(path, tmp_path / path.name)
+    arguments = {
+        "data": str(data_folder),
+        "num_images": 12,
+        "device": "cpu",
+        "progress": False,
+        "batch_size": 5,
+    }
+    report = evaluate(str(tmp_path), steps=[], **arguments)
+    ((kid_, holdout, distance, ratio),) = ([s["value"] for s in r["scores"]] for r in report["rows"])
+    assert distance < 1e-6 and ratio < 1e-6 and kid_ < holdout
+    assert report["rows"][0]["nfe"] is None and report["rows"][0]["seconds_per_image"] is None
+    assert report["rows"][0]["scores"][0]["protocol"]["conditioning"] == "none"
+    for name, value in (("steps", [1]), ("seeds", 2), ("guidance_scale", 2.0)):
+        with pytest.raises(UserError, match=f"{name}: has no effect"):
+            evaluate(str(tmp_path), **({"steps": []} | {name: value} | arguments))
+    with pytest.raises(UserError, match=r"13 wanted, .* holds 12"):
+        evaluate(str(tmp_path), steps=[], **(arguments | {"num_images": 13}))
+    Image.new("RGB", (16, 17)).save(tmp_path / "90.png")
+    with pytest.raises(UserError, match=r"90\.png: 16x17 pixels, the first has 16x16"):
+        evaluate(str(tmp_path), steps=[], **(arguments | {"num_images": 13}))
+    (tmp_path / "90.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"90\.png: unreadable image"):
+        evaluate(str(tmp_path), steps=[], **(arguments | {"num_images": 13}))
+
+
+def test_a_split_may_be_left_out_but_not_missed(data_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(data_folder / "train", tmp_path / "flat")
+    arguments = {"data": str(tmp_path / "flat"), "num_images": 12, "device": "cpu", "progress": False}
+    report = evaluate(str(data_folder / "train"), steps=[], holdout=None, **arguments)
+    assert [s["protocol"]["metric"] for s in report["rows"][0]["scores"]] == ["KID", "FD"]
+    with pytest.raises(UserError, match="holdout"):
+        evaluate(str(data_folder / "train"), steps=[], **arguments)
+
+
+def test_real_floor_is_kid_and_distance_between_real_pictures(
+    data_folder: Path, extractor: EfficientNetLite0
+) -> None:
+    floor = real_floor(image_size=16, data=str(data_folder), device="cpu")
+    train, unseen = (extract(extractor, reference(str(data_folder), s, 16)[0]) for s in ("train", "holdout"))
+    a, b = Moments.of(train[:6]), Moments.of(train[6:])
+    expected = [
+        kid(train, unseen),
+        frechet_distance(Moments.of(train), Moments.of(unseen)),
+        kid(train[:6], train[6:]),
+        frechet_distance(a, b),
+    ]
+    assert [s.value for s in floor] == pytest.approx(expected, rel=1e-5)
+    assert [(s.protocol.n_ref, s.protocol.n_gen) for s in floor] == [(12, 6), (12, 6), (6, 6), (6, 6)]
+
+
+def test_reference_rows_are_a_fixed_fair_order() -> None:
+    images, captions = reference("emoji", "holdout", 32)
+    again, _ = reference("emoji", "holdout", 32)
+    assert images.shape == (456, 3, 32, 32) and images.dtype == torch.uint8 and torch.equal(images, again)
+    assert set(Counter(captions).values()) <= {2, 4}
+    pairs = 228 - len(set(captions[:228]))
+    assert 40 < pairs < 75  # of 456 rows half are drawn: 57 captions are expected with both of their pictures
+
+
+def test_unconditional_pipelines_have_no_captions(tmp_path: Path, data_folder: Path) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    unet = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=2,
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    arguments = {"data": str(data_folder), "device": "cpu", "progress": False}
+    report = evaluate(str(tmp_path / "ddpm"), num_images=4, steps=[2], **arguments)
+    scores = [Score.from_json(s) for s in report["rows"][0]["scores"]]
+    assert [s.protocol.metric for s in scores] == ["KID", "KID", "FD", "NN ratio"]
+    assert {s.protocol.conditioning for s in scores} == {"none"} and scores[0].protocol.prompts_sha256 == ""
+    with pytest.raises(UserError, match="takes no prompts"):
+        caption_match(str(tmp_path / "ddpm"), steps=2, **arguments)
+    with pytest.raises(UserError, match="takes no 'guidance_scale'"):
+        evaluate(str(tmp_path / "ddpm"), num_images=4, steps=[2], guidance_scale=2.0, **arguments)
+
+
+def test_pipelines_that_cannot_be_scored(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = PipelineSource(str(folder), CPU)
+    source.pipe.vae.decoder.conv_out.bias.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="NaN or infinity"):
+        source.warm_up({"num_inference_steps": 1}, 2)
+    with pytest.raises(UserError, match="at least one number of steps"):
+        source.calls([], 1, None)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        ("empty", "holds neither a pipeline"),
+        ("./nowhere", "no such folder"),
+        ("nobody/nothing", "check the spelling and the network"),
+        (str(tmp_path), "this is a run folder; give .*pipeline"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            open_source(name, CPU)
+        assert "\n" not in str(caught.value)
+    shutil.rmtree(folder / "scheduler")
+    with pytest.raises(UserError, match="cannot be loaded as a pipeline"):
+        open_source(str(folder), CPU)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": [None, None]}))
+    with pytest.raises(UserError, match="scheduler"):
+        open_source(str(folder), CPU)
+
+
+def test_wrong_numbers_stop_before_any_work(tmp_path: Path) -> None:
+    for arguments, message in (
+        ({"num_images": 1}, "num_images: 1"),
+        ({"num_images": 4, "seeds": 0}, "seeds: 0"),
+        ({"num_images": 4, "batch_size": 0}, "batch_size: 0"),
+        ({"num_images": 4, "device": "abacus"}, "device: abacus"),
+        ({"num_images": 4, "output": tmp_path}, "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate("./nowhere", steps=[1], **arguments)

@@ -1,0 +1,98 @@
+"""DDIM steps on Gaussian data, whose flow is known, and trailing DDIM sampling against diffusers' scheduler."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from fewstep.distill.condition import Condition
+from fewstep.distill.denoiser import UNet2DConditionDenoiser
+from fewstep.distill.generator import ddim_sample, seeded
+from fewstep.distill.process import VP
+from fewstep.distill.solvers import ddim_step
+from torch import Tensor
+
+SD = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+@pytest.fixture
+def vp() -> VP:
+    return VP.from_scheduler(SD)
+
+
+def solve(vp: VP, x: Tensor, times: Tensor, mean: float, spread: float) -> Tensor:
+    """DDIM over `times` with the exact denoiser of data N(mean, spread^2)."""
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        a, sigma = vp.alpha(t), vp.sigma(t)
+        x0 = mean + a * spread**2 / (a**2 * spread**2 + sigma**2) * (x - a * mean)
+        eps = (x - a * x0) / sigma
+        x = ddim_step(x0, eps, vp, s.expand(len(x)))
+    return x
+
+
+def test_a_step_of_unit_gaussian_data_shrinks_by_the_cosine_of_its_angle(vp: VP) -> None:
+    """x0 = alpha x and eps = sigma x, theta = arctan(sigma/alpha)."""
+    x = torch.randn(5, dtype=torch.float64)
+    times = torch.tensor([999.0, 700.5, 20.0, 0.0], dtype=torch.float64)
+    theta = torch.atan2(vp.sigma(times), vp.alpha(times))
+    factor = (theta[1:] - theta[:-1]).cos().prod()
+    torch.testing.assert_close(solve(vp, x, times, 0.0, 1.0), factor * x, rtol=1e-12, atol=0)
+
+
+def test_many_small_steps_are_the_identity_for_unit_gaussian_data(vp: VP) -> None:
+    """The probability flow does not move such data; the error of DDIM falls with the first power of the step."""
+    x = torch.ones(1, dtype=torch.float64)
+    errors = [
+        (1 - solve(vp, x, torch.linspace(999, 0, n + 1, dtype=torch.float64), 0.0, 1.0)).item()
+        for n in (500, 1000, 2000)
+    ]
+    assert 0 < errors[2] < 2e-3
+    assert errors[0] / errors[1] == pytest.approx(2, abs=0.05)
+    assert errors[1] / errors[2] == pytest.approx(2, abs=0.05)
+
+
+def test_many_small_steps_follow_the_flow_of_any_gaussian(vp: VP) -> None:
+    mean, spread = 0.7, 0.4
+    x = torch.randn(5, dtype=torch.float64)
+    times = torch.linspace(999, 19, 4001, dtype=torch.float64)
+
+    def deviation(t: Tensor) -> Tensor:
+        return (vp.alpha(t).square() * spread**2 + vp.sigma(t).square()).sqrt()
+
+    first, last = times[0], times[-1]
+    expected = vp.alpha(last) * mean + deviation(last) / deviation(first) * (x - vp.alpha(first) * mean)
+    torch.testing.assert_close(solve(vp, x, times, mean, spread), expected, rtol=0, atol=2e-3)
+
+
+def test_a_step_to_the_same_time_changes_nothing_and_rows_have_their_own_times(vp: VP) -> None:
+    t = torch.tensor([0.0, 333.25, 999.0], dtype=torch.float64)
+    x0, eps = torch.randn(2, 3, 4, dtype=torch.float64)
+    x_t = vp.noised(x0, eps, t)
+    torch.testing.assert_close(ddim_step(x0, eps, vp, t), x_t, rtol=1e-12, atol=0)
+    for i in range(3):
+        row = ddim_step(x0[i : i + 1], eps[i : i + 1], vp, t[i : i + 1])
+        torch.testing.assert_close(row, x_t[i : i + 1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 50])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_trailing_sampling_is_that_of_ddim_scheduler(
+    num_steps: int, kind: str, tiny_pipeline: Path, vp: VP
+) -> None:
+    """diffusers' scheduler stepped by hand on the same noise, its last step going to alpha = 1."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline / "unet").requires_grad_(False)
+    prompt, empty = torch.randn(2, 12, 16), torch.randn(1, 12, 16)
+    condition = Condition({"encoder_hidden_states": prompt}, {"encoder_hidden_states": empty})
+    denoiser = UNet2DConditionDenoiser(unet, vp, kind)
+    ours = ddim_sample(denoiser, (4, 8, 8), condition, num_steps, 3.0, seeded(2, 5))
+
+    scheduler = DDIMScheduler(
+        **SD, prediction_type=kind, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(num_steps)
+    z = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5 + i)) for i in range(2)])
+    for t in scheduler.timesteps:
+        cond = unet(z, t, encoder_hidden_states=prompt).sample
+        uncond = unet(z, t, encoder_hidden_states=empty.expand(2, -1, -1)).sample
+        z = scheduler.step(uncond + 3.0 * (cond - uncond), t, z, eta=0.0).prev_sample
+    assert ((ours - z).norm() / z.norm()).item() < 1e-5
