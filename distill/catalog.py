@@ -4,11 +4,11 @@ import difflib
 from typing import Any
 
 from .errors import UserError
+from .methods.base import Method
+from .methods.lcd import LCD
 from .pretrain.autoencoder import Autoencoder
 from .pretrain.diffusion import Diffusion
 from .pretrain.text_encoder import TextEncoder
-from .methods.base import Method
-from .methods.lcd import LCD
 
 METHODS: dict[str, type[Method]] = {
     "lcd": LCD,

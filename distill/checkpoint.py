@@ -104,7 +104,8 @@ class Checkpoints:
                 else "the run then starts anew"
             )
             raise UserError(
-                f"resume_from_checkpoint: {folder} is cut short or unreadable; delete it and repeat the command, {remedy}"
+                f"resume_from_checkpoint: {folder} is cut short or unreadable; "
+                f"delete it and repeat the command, {remedy}"
             ) from error
 
     def choose(self, wanted: str | None) -> int | None:

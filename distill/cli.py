@@ -34,7 +34,7 @@ def distill(arguments: list[str]) -> int:
 
 
 def train_teacher(arguments: list[str]) -> int:
-    """train-teacher CONFIG [--stages.<stage>.key value ...]: autoencoder, text encoder and network, one after another"""
+    """train-teacher CONFIG [--stages.<stage>.key value ...]: autoencoder, text encoder, then the network"""
     from .config import read_yaml, with_overrides
     from .pretrain.teacher import train
 
@@ -45,9 +45,13 @@ def train_teacher(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """evaluate PIPELINE --data NAME_OR_FOLDER --num_images N --steps 1 2 4 [--seeds 3] [--output report.json]"""
-    parser = argparse.ArgumentParser(prog="fewstep evaluate", description="Score a pipeline or a folder of pictures.")
+    parser = argparse.ArgumentParser(
+        prog="fewstep evaluate", description="Score a pipeline or a folder of pictures."
+    )
     parser.error = _usage_error  # type: ignore[method-assign]
-    parser.add_argument("pipeline", help="diffusers pipeline folder, embedded teacher, hub id, or folder of images")
+    parser.add_argument(
+        "pipeline", help="diffusers pipeline folder, embedded teacher, hub id, or folder of images"
+    )
     parser.add_argument("--data", default="emoji")
     parser.add_argument("--split", default="train")
     parser.add_argument("--holdout", default="holdout", help="split of unseen real pictures, or none")

@@ -51,7 +51,9 @@ def run_demo(output_dir: Path) -> str:
     save_pictures(teacher, student, output_dir / "pictures.png")
     write_file(output_dir / "comparison.md", table)
     print(f"\n{table}")
-    print(f"pictures:   {output_dir / 'pictures.png'}\npipeline:   {student}\ncomparison: {output_dir / 'comparison.md'}")
+    print(
+        f"pictures:   {output_dir / 'pictures.png'}\npipeline:   {student}\ncomparison: {output_dir / 'comparison.md'}"
+    )
     print(f"{time.perf_counter() - begun:.0f} seconds")
     return table
 

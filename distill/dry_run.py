@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .catalog import method_named
 from .condition import Condition
 from .config import RunConfig
 from .data import load_data
@@ -18,7 +19,6 @@ from .ema import EMA
 from .errors import UserError
 from .known_teachers import Blueprint, blueprint, meta_teacher
 from .meta_memory import FusedAttention, LiveBytes, nbytes
-from .catalog import method_named
 from .methods.base import Batch, Method, Parts, Progress
 from .runner import DTYPES
 from .teacher import Teacher
@@ -64,7 +64,9 @@ def parameters(method: Method, teacher: Teacher | None) -> dict[str, int]:
     if teacher is None:
         return out
     frozen = {
-        f"{TITLES.get(name, name)} ({type(m).__name__})": count([p for p in m.parameters() if not p.requires_grad])
+        f"{TITLES.get(name, name)} ({type(m).__name__})": count(
+            [p for p in m.parameters() if not p.requires_grad]
+        )
         for name, m in components(teacher).items()
     }
     return {**frozen, **out}
@@ -180,9 +182,7 @@ def _heading(c: RunConfig, plan: Blueprint | None, resolution: int) -> str:
     return _table("", rows)
 
 
-def _memory(
-    c: RunConfig, method: Method, teacher: Teacher | None, ema: EMA | None, resolution: int
-) -> str:
+def _memory(c: RunConfig, method: Method, teacher: Teacher | None, ema: EMA | None, resolution: int) -> str:
     held = held_bytes(method, teacher, ema)
     half = c.mixed_precision != "no"
     if half:
@@ -196,7 +196,9 @@ def _memory(
     if peak is None:
         rows.append(("activations", "not estimated: this method's step needs values"))
     elif half:
-        rows.append(("activations, estimate", f"{gib(peak / 2)} to {gib(peak)} (all in 16 bit to all in float32)"))
+        rows.append(
+            ("activations, estimate", f"{gib(peak / 2)} to {gib(peak)} (all in 16 bit to all in float32)")
+        )
         rows.append(("total, estimate", f"{gib(total + peak / 2)} to {gib(total + peak)}"))
     else:
         rows += [("activations, estimate", gib(peak)), ("total, estimate", gib(total + peak))]
@@ -245,7 +247,9 @@ def missing_data(name: str) -> list[str]:
         return [f"{len(lacking)} of {len(shards)} shards or patterns match no file"] if lacking else []
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):
         return ["a data set of the hub, unless `datasets` has cached it; its size is not known offline"]
-    raise UserError(f"data.name: no folder {name}; give a folder of images, tar shards or a data set of the hub")
+    raise UserError(
+        f"data.name: no folder {name}; give a folder of images, tar shards or a data set of the hub"
+    )
 
 
 def gib(size: float) -> str:

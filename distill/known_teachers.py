@@ -94,7 +94,9 @@ def blueprint(settings: TeacherSettings) -> Blueprint:
         return Blueprint(parts, _without_weights(cached, parts, settings.variant), "the local hub cache")
     if settings.path in KNOWN_TEACHERS:
         parts = KNOWN_TEACHERS[settings.path]
-        return Blueprint(parts, _without_weights(cached, parts, settings.variant), "its published configuration")
+        return Blueprint(
+            parts, _without_weights(cached, parts, settings.variant), "its published configuration"
+        )
     parts = _read_folder(_fetch_configurations(settings), settings.path)
     return Blueprint(parts, _without_weights(cached, parts, settings.variant), "the hub")
 
@@ -106,7 +108,9 @@ def meta_teacher(settings: TeacherSettings, parts: dict[str, dict[str, Any]]) ->
         library, kind = config["_class"]
         cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind, None)
         if cls is None:
-            raise UserError(f"teacher.path: {settings.path}: {library} here has no {kind}; install a newer one")
+            raise UserError(
+                f"teacher.path: {settings.path}: {library} here has no {kind}; install a newer one"
+            )
         own = {k: v for k, v in config.items() if k != "_class"}
         if name == "scheduler":
             built[name] = cls.from_config(own)

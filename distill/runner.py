@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .batches import Batches
+from .catalog import method_named
 from .checkpoint import Checkpoints, RawWeights, kept_state, restore_state, write_file, write_folder
 from .config import RunConfig, as_tree
 from .data import load_data
@@ -23,7 +24,6 @@ from .draws import mix
 from .ema import EMA
 from .errors import UserError
 from .grid import save_rows
-from .catalog import method_named
 from .methods.base import Method, Parts, Progress
 from .model_card import run_card
 from .teacher import Teacher

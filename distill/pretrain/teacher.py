@@ -7,11 +7,13 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ...pipelines.export import Export, sampling_of, write_export
 from ..checkpoint import write_folder
 from ..config import RunConfig, load_config
 from ..data import load_data
 from ..errors import UserError
 from ..runner import Runner
+from .card import write_card
 
 STAGES = ("autoencoder", "text_encoder", "diffusion")
 
@@ -45,7 +47,9 @@ def train(tree: dict[str, Any]) -> Path:
         }
     )
     finish(last)
-    return halve(root / "diffusion" / "pipeline", root / "pipeline")
+    pipeline = halve(root / "diffusion" / "pipeline", root / "pipeline")
+    write_card(pipeline)
+    return pipeline
 
 
 def finish(config: RunConfig) -> None:
@@ -82,8 +86,6 @@ def assemble(autoencoder: RunConfig, root: Path, tree: dict[str, Any]) -> Stable
 
 def halve(source: Path, target: Path) -> Path:
     """The same pipeline in float16 safetensors, with its sampling.json and card."""
-    from ...pipelines.export import Export, sampling_of, write_export
-
     pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float16)
     card = (source / "README.md").read_text()
     export = Export(pipeline, sampling=sampling_of(source))
