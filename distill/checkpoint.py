@@ -4,11 +4,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,53 +19,83 @@ from .errors import UserError
 STATE, OPTIMISERS, PROGRESS = "state.safetensors", "optimizers.pt", "progress.json"
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A write that fails within becomes one line that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
+        raise UserError(
+            f"output_dir: {path} could not be written ({reason}); "
+            "free space or choose another --output_dir; what was saved before is intact"
+        ) from error
+
+
+def save_objects(value: Any, path: Path) -> None:
+    """torch.save, which reports a full disk as "unexpected pos": here it is the OSError of the write."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        cause = error.__context__
+        raise cause if isinstance(cause, OSError) else error from None
+
+
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Run `fill` on a scratch folder beside `folder`, then put it in place in one rename."""
     scratch = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        fill(scratch)
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-            scratch.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            scratch.rename(folder)
-    except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise UserError(
-            f"output_dir: {folder} could not be written ({error.strerror or error}); "
-            "free space or choose another --output_dir; what was saved before is intact"
-        ) from error
+    with writing(folder):
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            fill(scratch)
+            if folder.exists():
+                old = folder.with_name(f".{folder.name}.old")
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+                scratch.rename(folder)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                scratch.rename(folder)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
 
 def write_file(path: Path, text: str) -> None:
     """Replace a small text file in one rename."""
     scratch = path.with_name(f".{path.name}.partial")
-    try:
+    with writing(path):
         scratch.write_text(text)
         os.replace(scratch, path)
-    except OSError as error:
-        raise UserError(f"output_dir: {path} could not be written ({error.strerror or error})") from error
 
 
 def kept_state(method: nn.Module) -> dict[str, Tensor]:
-    """What a method's checkpoint holds: trained parameters and persistent buffers, contiguous, by name."""
-    trained = {k for k, p in method.named_parameters() if p.requires_grad}
-    frozen = {k for k, p in method.named_parameters() if not p.requires_grad}
-    state = method.state_dict()
-    return {k: v.detach().contiguous() for k, v in state.items() if k in trained or k not in frozen}
+    """What a method's checkpoint holds: trained parameters and persistent buffers, contiguous, by name.
+
+    A network that two submodules share appears once, under its first name.
+    """
+    kept = {k for k, p in method.named_parameters() if p.requires_grad}
+    kept |= {k for k, _ in method.named_buffers()}
+    return {k: v.detach().contiguous() for k, v in method.state_dict().items() if k in kept}
 
 
 def restore_state(method: nn.Module, state: dict[str, Tensor], source: Path) -> None:
     expected = kept_state(method)
     if expected.keys() != state.keys():
         odd = sorted(expected.keys() ^ state.keys())[:3]
-        raise UserError(f"resume_from_checkpoint: {source} is of another model (differs in {', '.join(odd)})")
-    method.load_state_dict(state, strict=False)
+        raise UserError(
+            f"resume_from_checkpoint: {source} is of another model (differs in {', '.join(odd)}); "
+            "choose another --output_dir"
+        )
+    try:
+        method.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"resume_from_checkpoint: {source} is of another model ({reason}); choose another --output_dir"
+        ) from error
 
 
 class Checkpoints:
@@ -82,7 +114,7 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Tensor], optimisers: Any, progress: dict[str, Any]) -> None:
         def fill(folder: Path) -> None:
             save_file(state, folder / STATE)
-            torch.save(optimisers, folder / OPTIMISERS)
+            save_objects(optimisers, folder / OPTIMISERS)
             (folder / PROGRESS).write_text(json.dumps(progress))
 
         write_folder(self.folder(step), fill)
@@ -136,12 +168,12 @@ class RawWeights:
     def save(self, step: int, weights: dict[str, Tensor]) -> None:
         path = self.folder / f"step-{step:08d}.safetensors"
         scratch = path.with_suffix(".partial")
-        try:
-            self.folder.mkdir(exist_ok=True)
-            save_file({k: v.contiguous() for k, v in weights.items()}, scratch)
-            os.replace(scratch, path)
-        except OSError as error:
-            scratch.unlink(missing_ok=True)
-            raise UserError(f"output_dir: {path} could not be written ({error.strerror or error})") from error
+        with writing(path):
+            try:
+                self.folder.mkdir(exist_ok=True)
+                save_file({k: v.contiguous() for k, v in weights.items()}, scratch)
+                os.replace(scratch, path)
+            finally:
+                scratch.unlink(missing_ok=True)
         for old in sorted(self.folder.glob("step-*.safetensors"))[: -self.keep]:
             old.unlink()

@@ -62,7 +62,7 @@ def save_pictures(teacher: Path, student: Path, path: Path, captions: tuple[str,
     """Teacher at 50, 2, 1 steps above the student at 1, 2, 4: the same captions and noise seeds in every row."""
     rows = {}
     for name, folder, steps in (("teacher", teacher, (50, 2, 1)), ("student", student, (1, 2, 4))):
-        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         calls = sampling_of(folder)
         for n in steps:

@@ -18,7 +18,7 @@ from .draws import Draws
 from .ema import EMA
 from .errors import UserError
 from .known_teachers import Blueprint, blueprint, meta_teacher
-from .meta_memory import FusedAttention, LiveBytes, nbytes
+from .meta_memory import LiveBytes, fused_attention, nbytes
 from .methods.base import Batch, Method, Parts, Progress
 from .runner import DTYPES
 from .teacher import Teacher
@@ -109,7 +109,7 @@ def step_bytes(
     batch = _batch(config, method, teacher, resolution)
     player = next(iter(method.players()))
     progress = Progress(0, config.max_train_steps, dict.fromkeys(method.players(), 0))
-    with LiveBytes(known) as counter, FusedAttention():
+    with LiveBytes(known) as counter, fused_attention():
         try:
             torch.autograd.backward(method(player, batch, progress, {})["loss"])
         except (RuntimeError, NotImplementedError):

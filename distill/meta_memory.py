@@ -2,11 +2,11 @@
 
 import weakref
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, UntypedStorage
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -46,17 +46,13 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-class FusedAttention(TorchFunctionMode):
-    """Attention that keeps queries, keys, values and output, as fused kernels do, and no score matrix.
+def fused_attention() -> Any:
+    """Within it attention keeps queries, keys, values and output, as fused kernels do, and no score matrix."""
 
-    Tensor.backward() leaves the mode for its duration, torch.autograd.backward does not.
-    """
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _Kept.apply(query, key, value)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            return _Kept.apply(named["query"], named["key"], named["value"])
-        return func(*args, **(kwargs or {}))
+    return mock.patch.object(F, "scaled_dot_product_attention", attend)
 
 
 class _Kept(torch.autograd.Function):

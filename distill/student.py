@@ -80,4 +80,4 @@ def full_copy(base: UNet2DConditionModel, guidance_dim: int | None) -> UNet2DCon
         missing, unexpected = network.load_state_dict(base.state_dict(), strict=False)
         assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
         nn.init.zeros_(network.time_embedding.cond_proj.weight)
-    return network.to(dtype=torch.float32).requires_grad_(True).train()
+    return network.float().requires_grad_(True).train()

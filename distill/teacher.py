@@ -78,7 +78,7 @@ class Teacher:
         folder = locate(settings.path)
         options = {"variant": settings.variant, "revision": settings.revision}
         pipeline = load_pipeline(
-            folder, torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False,
+            folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False,
             **{k: v for k, v in options.items() if v is not None},
         )  # fmt: skip
         return cls(pipeline, settings.path)

@@ -16,7 +16,10 @@ def sdxl_like(rows: int, offset: float = 0.0) -> Condition:
         },
         {
             "encoder_hidden_states": torch.full((1, 3, 2), -1.0),
-            "added_cond_kwargs": {"text_embeds": torch.full((1, 1), -10.0), "time_ids": torch.full((1, 1), 512.0)},
+            "added_cond_kwargs": {
+                "text_embeds": torch.full((1, 1), -10.0),
+                "time_ids": torch.full((1, 1), 512.0),
+            },
         },
     )
 
@@ -24,7 +27,11 @@ def sdxl_like(rows: int, offset: float = 0.0) -> Condition:
 def columns(condition: Condition) -> list[list[float]]:
     """One number per row of each leaf."""
     nested = condition.arguments["added_cond_kwargs"]
-    leaves: list[Tensor] = [condition.arguments["encoder_hidden_states"], nested["text_embeds"], nested["time_ids"]]
+    leaves: list[Tensor] = [
+        condition.arguments["encoder_hidden_states"],
+        nested["text_embeds"],
+        nested["time_ids"],
+    ]
     return [leaf.flatten(1)[:, 0].tolist() for leaf in leaves]
 
 

@@ -104,9 +104,14 @@ def unet(tiny_pipeline: Path) -> UNet2DConditionModel:
 
 def state(rows: int = 3) -> tuple[Tensor, Tensor, Condition]:
     condition = Condition(
-        {"encoder_hidden_states": torch.randn(rows, 12, 16)}, {"encoder_hidden_states": torch.zeros(1, 12, 16)}
+        {"encoder_hidden_states": torch.randn(rows, 12, 16)},
+        {"encoder_hidden_states": torch.zeros(1, 12, 16)},
     )
-    return torch.randn(rows, 4, 8, 8), torch.tensor([19.0, 519.0, 999.0], dtype=torch.float64)[:rows], condition
+    return (
+        torch.randn(rows, 4, 8, 8),
+        torch.tensor([19.0, 519.0, 999.0], dtype=torch.float64)[:rows],
+        condition,
+    )
 
 
 def bare(network: UNet2DConditionModel, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -123,7 +128,9 @@ def test_the_adapter_gives_the_bare_network_row_by_row(unet: UNet2DConditionMode
     assert torch.equal(seen.output, bare(unet, x, t, condition))
     assert seen.features == {} and seen.kind == "epsilon"
     for i in range(3):
-        text = Condition({"encoder_hidden_states": condition.arguments["encoder_hidden_states"][i : i + 1]}, {})
+        text = Condition(
+            {"encoder_hidden_states": condition.arguments["encoder_hidden_states"][i : i + 1]}, {}
+        )
         assert relative(seen.output[i : i + 1], bare(unet, x[i : i + 1], t[i : i + 1], text)) < 1e-5
 
 

@@ -123,7 +123,11 @@ def rollout(
     function = ConsistencyFunction(SlopesDenoiser(network, VP.from_scheduler(SD), "sample"))
     noise = torch.tensor([[1.0, -2.0], [0.5, 3.0]], requires_grad=True)
     sample = Generator(function, TIMES, grad_steps)(
-        noise, Condition({}, {}), partial(torch.full_like, fill_value=0.3), start_index=start_index, weights=weights
+        noise,
+        Condition({}, {}),
+        partial(torch.full_like, fill_value=0.3),
+        start_index=start_index,
+        weights=weights,
     )
     return network, noise, sample
 
@@ -197,4 +201,6 @@ def test_fresh_noise_is_drawn_between_the_steps_only(unet: UNet2DConditionModel)
 
 def test_an_unknown_choice_of_gradients_is_refused() -> None:
     with pytest.raises(ValueError, match="grad_steps 'first' is not last, all or none"):
-        Generator(ConsistencyFunction(SlopesDenoiser(Slopes(), VP.from_scheduler(SD), "sample")), TIMES, "first")
+        Generator(
+            ConsistencyFunction(SlopesDenoiser(Slopes(), VP.from_scheduler(SD), "sample")), TIMES, "first"
+        )

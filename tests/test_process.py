@@ -31,9 +31,7 @@ def squared_alpha(process: NoiseProcess, t: Tensor) -> Tensor:
 
 def test_stable_diffusion_schedule_has_the_recorded_values(vp: VP) -> None:
     t = torch.tensor([0, 19, 499, 519, 999])
-    recorded = torch.tensor(
-        [0.99914998, 0.98224396, 0.27766943, 0.25157753, 0.00466010], dtype=torch.float64
-    )
+    recorded = torch.tensor([0.99914998, 0.98224396, 0.27766943, 0.25157753, 0.00466010], dtype=torch.float64)
     torch.testing.assert_close(squared_alpha(vp, t), recorded, rtol=0, atol=2e-8)
     torch.testing.assert_close(vp.sigma(t).square(), 1 - recorded, rtol=0, atol=2e-8)
     assert vp.t_range == (0.0, 999.0)

@@ -1,5 +1,6 @@
 """DDIM steps on Gaussian data, whose flow is known, and trailing DDIM sampling against diffusers' scheduler."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def vp() -> VP:
 
 def solve(vp: VP, x: Tensor, times: Tensor, mean: float, spread: float) -> Tensor:
     """DDIM over `times` with the exact denoiser of data N(mean, spread^2)."""
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         a, sigma = vp.alpha(t), vp.sigma(t)
         x0 = mean + a * spread**2 / (a**2 * spread**2 + sigma**2) * (x - a * mean)
         eps = (x - a * x0) / sigma

@@ -205,4 +205,6 @@ def test_stock_diffusers_loads_the_adapter(
     stock = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     stock.load_lora_weights(tmp_path)
     stock_denoiser = UNet2DConditionDenoiser(stock.unet.eval(), teacher.process, "epsilon")
-    torch.testing.assert_close(output(stock_denoiser, given), output(student.denoiser, given), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        output(stock_denoiser, given), output(student.denoiser, given), rtol=0, atol=1e-6
+    )

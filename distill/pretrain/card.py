@@ -27,7 +27,7 @@ embedded teacher of fewstep: small enough for two CPU cores, and loaded by stock
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{folder}", torch_dtype=torch.float32)
+pipe = DiffusionPipeline.from_pretrained("{folder}", dtype=torch.float32)
 image = pipe("red apple", guidance_scale={guidance}, num_inference_steps=50).images[0]
 ```
 

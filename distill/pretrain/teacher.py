@@ -86,7 +86,7 @@ def assemble(autoencoder: RunConfig, root: Path, tree: dict[str, Any]) -> Stable
 
 def halve(source: Path, target: Path) -> Path:
     """The same pipeline in float16 safetensors, with its sampling.json and card."""
-    pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float16)
+    pipeline = StableDiffusionPipeline.from_pretrained(source, dtype=torch.float16)
     card = (source / "README.md").read_text()
     export = Export(pipeline, sampling=sampling_of(source))
     write_folder(target, lambda folder: write_export(export, folder, card))
