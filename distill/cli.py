@@ -25,9 +25,7 @@ def distill(arguments: list[str]) -> int:
 
     runner = Runner(config)
     if runner.finished():
-        print(
-            f"{config.output_dir} is finished: {config.max_train_steps} steps, exported to {runner.run / 'pipeline'}"
-        )
+        print(f"{config.output_dir} is finished: {config.max_train_steps} steps, exported; nothing was changed")
         return 0
     runner.train()
     return 0

@@ -32,13 +32,15 @@ class TeacherSettings:
 
 @settings
 class StudentSettings:
-    """kind: all weights, or a LoRA on the teacher's network (LCM-LoRA, arXiv 2311.05556: rank 64, alpha 64)."""
+    """kind: all weights, or a LoRA on the teacher's network (LCM-LoRA, arXiv 2311.05556: rank 64, alpha 64).
+    export_fused: beside lora/ also a pipeline/ with the LoRA added to the weights; a full student has its pipeline."""
 
     kind: Literal["full", "lora"] = "full"
     rank: int = Field(64, ge=1)
-    lora_alpha: float = 64.0
+    lora_alpha: int = Field(64, ge=1)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = LORA_TARGETS
+    export_fused: bool = True
 
 
 @settings
@@ -169,6 +171,14 @@ def as_tree(config: RunConfig) -> dict[str, Any]:
     return TypeAdapter(RunConfig).dump_python(config, mode="json")
 
 
+def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that was written before keys were added, with those keys; itself where it no longer fits."""
+    try:
+        return as_tree(load_config(tree))
+    except UserError:
+        return tree
+
+
 def numbers(tree: Any) -> Any:
     """YAML 1.1 reads 1e-4 as text; make it the number that was meant."""
     if isinstance(tree, dict):
@@ -182,7 +192,8 @@ def numbers(tree: Any) -> Any:
 
 def _first_line(error: ValidationError, cls: type, prefix: str) -> str:
     first = min(error.errors(), key=lambda e: e["type"] == "missing")
-    location = [p for p in first["loc"] if not isinstance(p, str) or p.isidentifier()]
+    *outer, last = first["loc"]
+    location = [p for p in outer if not isinstance(p, str) or p.isidentifier()] + [last]
     key = prefix + ".".join(str(p) for p in location)
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner: Any = cls
@@ -199,4 +210,4 @@ def _first_line(error: ValidationError, cls: type, prefix: str) -> str:
 def _field_class(owner: type, name: str) -> type:
     kinds = {f.name: f.type for f in dataclasses.fields(owner)}
     options = getattr(kinds[name], "__args__", (kinds[name],))
-    return next(k for k in options if dataclasses.is_dataclass(k))
+    return next(k for k in options if isinstance(k, type) and dataclasses.is_dataclass(k))

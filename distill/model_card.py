@@ -12,18 +12,64 @@ from .config import RunConfig
 
 def loading_lines(export: Export, folder: str = "pipeline") -> str:
     """Python that opens the export with plain diffusers and samples with its own arguments."""
-    calls = export.sampling
-    call = calls.get("2") or calls.get("default") or {}
-    arguments = "".join(f", {k}={v}" for k, v in call.items())
     return (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"
         f'pipe = DiffusionPipeline.from_pretrained("{folder}")\n'
-        f'image = pipe("red apple"{arguments}, generator=torch.Generator().manual_seed(0)).images[0]\n'
+        f"{sampling_line(export)}\n"
     )
+
+
+def adapter_loading_lines(config: RunConfig, export: Export, folder: str = "lora") -> str:
+    """Python that puts the LoRA on the teacher's pipeline with plain diffusers."""
+    assert export.adapter is not None and config.teacher is not None
+    scheduler, teacher = type(export.adapter.scheduler).__name__, config.teacher.path
+    return (
+        f"import torch\nfrom diffusers import DiffusionPipeline, {scheduler}\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{teacher}")  # the folder or hub id of the teacher\n'
+        f'pipe.scheduler = {scheduler}.from_pretrained("{folder}")\n'
+        f'pipe.load_lora_weights("{folder}")\n'
+        f"{sampling_line(export)}\n"
+    )
+
+
+def sampling_line(export: Export) -> str:
+    """One call of `pipe`, in two steps where there are two."""
+    call = export.sampling.get("2") or next(iter(export.sampling.values()))
+    arguments = "".join(f", {k}={v}" for k, v in call.items())
+    return f'image = pipe("red apple"{arguments}, generator=torch.Generator().manual_seed(0)).images[0]'
+
+
+def adapter_card(config: RunConfig, export: Export, step: int) -> str:
+    """The card of a LoRA's folder."""
+    out = [
+        "---\nlibrary_name: diffusers\ntags: [fewstep, few-step, lora]\n---\n",
+        f"# LoRA distilled by fewstep ({config.method['name']})\n",
+        "```python\n" + adapter_loading_lines(config, export) + "```\n",
+        "## Steps\n",
+        steps_table(export.sampling),
+        "## Training\n",
+        training_table(config, step),
+    ]
+    return "\n".join(out)
 
 
 def run_card(config: RunConfig, export: Export, step: int) -> str:
     """The card of a finished or interrupted run; scores are added by `with_scores` when they are known."""
+    kind = type(export.model).__name__
+    out = [
+        "---\nlibrary_name: diffusers\ntags: [fewstep, few-step]\n---\n",
+        f"# {kind} distilled by fewstep ({config.method['name']})\n"
+        if export.sampling
+        else f"# {kind} trained by fewstep\n",
+    ]
+    if export.sampling:
+        out += ["```python\n" + loading_lines(export) + "```\n", "## Steps\n", steps_table(export.sampling)]
+    out += ["## Training\n", training_table(config, step)]
+    return "\n".join(out)
+
+
+def training_table(config: RunConfig, step: int) -> str:
+    """How the student was made."""
     method = config.method["name"]
     teacher = config.teacher.path if config.teacher else "none"
     rows = [
@@ -36,17 +82,7 @@ def run_card(config: RunConfig, export: Export, step: int) -> str:
         ("learning rate", config.learning_rate),
         ("made with", f"torch {torch.__version__}, diffusers {diffusers.__version__}"),
     ]
-    kind = type(export.model).__name__
-    out = [
-        "---\nlibrary_name: diffusers\ntags: [fewstep, few-step]\n---\n",
-        f"# {kind} distilled by fewstep ({method})\n"
-        if export.sampling
-        else f"# {kind} trained by fewstep\n",
-    ]
-    if export.sampling:
-        out += ["```python\n" + loading_lines(export) + "```\n", "## Steps\n", steps_table(export.sampling)]
-    out += ["## Training\n", markdown(("what", "value"), rows)]
-    return "\n".join(out)
+    return markdown(("what", "value"), rows)
 
 
 def steps_table(sampling: Mapping[str, Mapping[str, Any]]) -> str:

@@ -10,25 +10,40 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, is_tensorboard_available, is_wandb_available
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
+from ..pipelines.export import write_adapter, write_export
 from .batches import Batches
 from .catalog import method_named
-from .checkpoint import Checkpoints, RawWeights, kept_state, restore_state, write_file, write_folder
-from .config import RunConfig, as_tree
+from .checkpoint import (
+    Checkpoints,
+    RawWeights,
+    kept_state,
+    restore_state,
+    write_file,
+    write_folder,
+    writing,
+)  # fmt: skip
+from .config import RunConfig, as_tree, read_yaml, with_defaults
 from .data import load_data
 from .draws import mix
 from .ema import EMA
 from .errors import UserError
 from .grid import save_rows
 from .methods.base import Method, Parts, Progress
-from .model_card import run_card
+from .model_card import adapter_card, run_card
 from .teacher import Teacher
 
-FREE_KEYS = {"report_to", "logging_steps", "resume_from_checkpoint", "checkpoints_total_limit", "output_dir"}
+FREE_KEYS = {
+    "report_to", "logging_steps", "resume_from_checkpoint", "checkpoints_total_limit", "output_dir",
+    "student.export_fused",
+}  # fmt: skip
+TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+EXPORTED = "exported.json"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -45,10 +60,15 @@ class Runner:
         self.checkpoints = Checkpoints(self.run, config.checkpoints_total_limit)
 
     def finished(self) -> bool:
-        """Whether the folder holds this configuration's last checkpoint and its export."""
+        """Whether the folder holds what this configuration's last step exports."""
         self._compare_config()
-        steps = self.checkpoints.steps()
-        return bool(steps) and steps[-1] >= self.config.max_train_steps and (self.run / "pipeline").is_dir()
+        record = self.run / EXPORTED
+        if not record.is_file():
+            return False
+        exported = json.loads(record.read_text())
+        whole = all((self.run / name).is_dir() for name in exported["folders"])
+        wanted = "pipeline" in exported["folders"] or not self.config.student.export_fused
+        return exported["step"] >= self.config.max_train_steps and whole and wanted
 
     def train(self) -> Path:
         """Train to max_train_steps and export; returns the run folder. Ctrl-C saves, exports and stops."""
@@ -69,8 +89,8 @@ class Runner:
         path = self.run / "config.yaml"
         if not path.is_file():
             return
-        before, after = yaml.safe_load(path.read_text()), as_tree(self.config)
-        changed = [k for k in differing(before, after) if k.split(".")[0] not in FREE_KEYS]
+        before, after = with_defaults(read_yaml(path)), as_tree(self.config)
+        changed = [k for k in differing(before, after) if not {k, k.split(".")[0]} & FREE_KEYS]
         if changed:
             raise UserError(
                 f"output_dir: {self.run} was started with another {', '.join(changed)}; "
@@ -79,18 +99,19 @@ class Runner:
 
     def _write_config(self) -> None:
         if not (self.run / "config.yaml").is_file():
-            try:
+            with writing(self.run):
                 self.run.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(
-                    f"output_dir: {self.run} cannot be made ({error.strerror}); choose another"
-                ) from error
             write_file(self.run / "config.yaml", yaml.safe_dump(as_tree(self.config), sort_keys=False))
 
     def _build(self, start: int | None) -> None:
         c = self.config
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=False)]
         log_with = None if c.report_to == "none" else c.report_to
+        if log_with and not TRACKERS[log_with]():
+            raise UserError(
+                f"report_to: {log_with} is not installed; pip install {log_with}, or leave the key off"
+            )
+        AcceleratorState._reset_state()  # each run of a process has its own precision
         self.accelerator = Accelerator(
             mixed_precision=c.mixed_precision,
             log_with=log_with,
@@ -134,9 +155,10 @@ class Runner:
         self.updates = dict.fromkeys(self.players, 0)
         named = {k: p for k, p in method.named_parameters() if p.requires_grad}
         self.ema = EMA(named, c.ema_decay, warmup=True) if c.use_ema else None
+        self._cut_log(start or 0)
         if start is not None:
             self._restore(start)
-        method.to(device)
+        method.to(device).train()
         if self.ema is not None:
             self.ema.to(device)
         self.model = self.accelerator.prepare(method)
@@ -146,7 +168,7 @@ class Runner:
             self.accelerator.init_trackers("fewstep", config=flat(as_tree(c)))
 
     def _memory_savers(self, method: Method) -> None:
-        networks = [m for m in method.modules() if hasattr(m, "enable_gradient_checkpointing")]
+        networks: list[Any] = [m for m in method.modules() if hasattr(m, "enable_gradient_checkpointing")]
         if self.config.gradient_checkpointing:
             for network in networks:
                 network.enable_gradient_checkpointing()
@@ -242,7 +264,8 @@ class Runner:
             return
         self.accelerator.log(row, step=self.step)
         line = {"step": self.step, **row, "images_per_second": round(rate, 2)}
-        with open(self.run / "log.jsonl", "a") as f:
+        path = self.run / "log.jsonl"
+        with writing(path), open(path, "a") as f:
             f.write(json.dumps(line) + "\n")
         loss = next(v for k, v in row.items() if k.endswith("loss"))
         bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s")
@@ -256,7 +279,9 @@ class Runner:
             rows = self.method.pictures(captions, seed=0)
             self.method.train()
         if rows:
-            save_rows(rows, self.run / "samples" / f"step-{self.step:06d}.png")
+            path = self.run / "samples" / f"step-{self.step:06d}.png"
+            with writing(path):
+                save_rows(rows, path)
 
     def _save(self) -> None:
         if not self.accelerator.is_main_process:
@@ -289,7 +314,6 @@ class Runner:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(optimisers["scaler"])
         self.updates = dict(progress["updates"])
-        self._cut_log(step)
 
     def _cut_log(self, step: int) -> None:
         """Lines after the checkpoint are written again."""
@@ -310,13 +334,18 @@ class Runner:
     def _export(self) -> None:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            from ..pipelines.export import write_export
-
             with self._averaged():
-                export = self.method.export()
-                card = run_card(self.config, export, self.step)
-                write_folder(self.run / "pipeline", lambda folder: write_export(export, folder, card))
-            self._say(f"exported {self.run / 'pipeline'}")
+                export, names = self.method.export(), []
+                if export.adapter is not None:
+                    names.append("lora")
+                    card = adapter_card(self.config, export, self.step)
+                    write_folder(self.run / "lora", lambda folder: write_adapter(export, folder, card))
+                if export.model is not None:
+                    names.append("pipeline")
+                    card = run_card(self.config, export, self.step)
+                    write_folder(self.run / "pipeline", lambda folder: write_export(export, folder, card))
+            write_file(self.run / EXPORTED, json.dumps({"step": self.step, "folders": names}) + "\n")
+            self._say(f"exported {', '.join(str(self.run / name) for name in names)}")
         self.accelerator.wait_for_everyone()
 
     def _say(self, line: str) -> None:

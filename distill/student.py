@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -67,8 +66,21 @@ class Student(nn.Module):
             self.network.enable_adapters()
 
     def lora_weights(self) -> dict[str, Tensor]:
-        """The adapter in peft's key layout, as diffusers' save_lora_weights takes it."""
-        return get_peft_model_state_dict(self.network, adapter_name=ADAPTER)
+        """The adapter in peft's key layout, as diffusers' save_lora_weights takes it.
+
+        The scale alpha / rank is multiplied into B: the file does not carry alpha, and loaders then take alpha = rank.
+        """
+        config = self.network.peft_config[ADAPTER]
+        scale = config.lora_alpha / config.r
+        weights = get_peft_model_state_dict(self.network, adapter_name=ADAPTER)
+        return {k: v * scale if ".lora_B." in k else v for k, v in weights.items()}
+
+    def fused(self) -> UNet2DConditionModel:
+        """A float32 copy with the LoRA added to its weights; the trained network stays as it is."""
+        network = copy.deepcopy(self.network).float()
+        network.fuse_lora(adapter_names=[ADAPTER])
+        network.unload_lora()
+        return network
 
 
 def full_copy(base: UNet2DConditionModel, guidance_dim: int | None) -> UNet2DConditionModel:

@@ -88,8 +88,9 @@ class Teacher:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves the frozen parts; the autoencoder stays in float32 where its config asks for that (force_upcast)."""
+        upcast_vae = self.vae.config.get("force_upcast", False)
         for module in self.modules():
-            upcast = module is self.vae and self.vae.config.get("force_upcast", False)
+            upcast = module is self.vae and upcast_vae
             module.to(device)
             for p in module.parameters():
                 if not p.requires_grad:  # a LoRA trained on this network stays in float32

@@ -1,4 +1,4 @@
-"""Writes what diffusers loads: a pipeline folder with sampling.json and a model card, and a LoRA file."""
+"""Writes what diffusers loads: a pipeline folder with sampling.json and a model card, and a LoRA folder."""
 
 import json
 from collections.abc import Sequence
@@ -11,15 +11,23 @@ from torch import Tensor
 
 
 @dataclass
+class Adapter:
+    """weights: a LoRA in peft's keys with its scale multiplied in; scheduler: what the teacher's pipeline needs."""
+
+    weights: dict[str, Tensor]
+    scheduler: Any
+
+
+@dataclass
 class Export:
-    """model: a pipeline, or a single model with save_pretrained; beside: what is saved into the same folder (a
-    tokenizer). sampling: exact call arguments per number of steps, as strings, or under "default" for any number.
-    lora: an adapter in peft's keys, written as pytorch_lora_weights.safetensors."""
+    """model: a pipeline, or a single model with save_pretrained, None where the adapter is all; beside: what is saved
+    into the same folder (a tokenizer). sampling: exact call arguments per number of steps, as strings, or under
+    "default" for any number. adapter: a LoRA, which gets a folder of its own."""
 
     model: Any
     beside: Sequence[Any] = ()
     sampling: dict[str, dict[str, Any]] = field(default_factory=dict)
-    lora: dict[str, Tensor] | None = None
+    adapter: Adapter | None = None
 
 
 def write_export(export: Export, folder: Path, card: str = "") -> None:
@@ -27,10 +35,21 @@ def write_export(export: Export, folder: Path, card: str = "") -> None:
     export.model.save_pretrained(folder, safe_serialization=True)
     for part in export.beside:
         part.save_pretrained(folder)
-    if export.lora is not None:
-        StableDiffusionPipeline.save_lora_weights(
-            folder, unet_lora_layers=export.lora, safe_serialization=True
-        )
+    write_notes(export, folder, card)
+
+
+def write_adapter(export: Export, folder: Path, card: str = "") -> None:
+    """Save the LoRA into the empty `folder` as pytorch_lora_weights.safetensors, with its scheduler's configuration."""
+    assert export.adapter is not None
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=export.adapter.weights, safe_serialization=True
+    )
+    export.adapter.scheduler.save_pretrained(folder)
+    write_notes(export, folder, card)
+
+
+def write_notes(export: Export, folder: Path, card: str) -> None:
+    """sampling.json and the model card; the paths that the other JSON files name are dropped."""
     if export.sampling:
         (folder / "sampling.json").write_text(json.dumps(export.sampling, indent=2) + "\n")
     if card:

@@ -12,27 +12,23 @@ import argparse
 import copy
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
-
 from fewstep.distill.config import load_config
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
+from fewstep.distill.measure import environment, peak_mib, quantiles, seconds
 from fewstep.distill.runner import Runner
 from fewstep.distill.teacher import locate
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY_RUNS, MEMORY_STEPS, WARM_UP = 3, 4, 2
@@ -183,24 +179,12 @@ def compare_losses(runner: Runner, plain: PlainLCD, steps: int = 3) -> list[tupl
 def paired_times(runner: Runner, plain: PlainLCD, steps: int, first: int) -> list[tuple[float, float]]:
     """Seconds of (ours, plain) per step, taken in turns."""
 
-    def seconds(function: Any) -> float:
-        synchronise()
-        begin = time.perf_counter()
-        function()
-        synchronise()
-        return time.perf_counter() - begin
-
     pairs = []
     for iteration in range(first, first + WARM_UP + steps):
         batch = batch_of(runner, iteration)
         ours = seconds(lambda i=iteration: runner._iteration(i))
         pairs.append((ours, seconds(lambda b=batch: plain.step(*b))))
     return pairs[WARM_UP:]
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def measure_memory(variant: str, folder: str, work: Path, batch_size: int) -> dict[str, float]:
@@ -218,34 +202,17 @@ def measure_memory(variant: str, folder: str, work: Path, batch_size: int) -> di
     return {"before": before, "peak": peak_mib()}
 
 
-def peak_mib() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if status.is_file():  # ru_maxrss would start at the size of the parent process
-        line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
-
-
 def memory(args: argparse.Namespace, folder: str, work: Path) -> dict[str, list[dict[str, float]]]:
     """Measurements of both variants, each in a process of its own, in turns."""
     out: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
     for _ in range(MEMORY_RUNS):
         for variant, found in out.items():
-            command = [
-                sys.executable,
-                __file__,
-                "--variant",
-                variant,
-                "--work",
-                str(work),
-                "--teacher",
-                folder,
-            ]
-            command += ["--batch_size", str(args.batch_size), "--threads", str(args.threads)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            options = {"variant": variant, "work": work, "teacher": folder}
+            options |= {"batch_size": args.batch_size, "threads": args.threads}
+            words = [word for k, v in options.items() for word in (f"--{k}", str(v))]
+            done = subprocess.run(
+                [sys.executable, __file__, *words], check=True, stdout=subprocess.PIPE, text=True
+            )
             found.append(json.loads(done.stdout.splitlines()[-1]))
     return out
 
@@ -254,12 +221,11 @@ def random_pipeline(folder: Path) -> str:
     """A pipeline of the shape of configs/emoji/teacher.yaml with random weights, saved to `folder`."""
     import yaml
     from diffusers import DDIMScheduler
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     from fewstep.distill.config import StudentSettings
     from fewstep.distill.methods.base import Parts
     from fewstep.distill.pretrain.autoencoder import Autoencoder
     from fewstep.distill.pretrain.text_encoder import TextEncoderSettings, train_tokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     tree = yaml.safe_load((ROOT / "configs" / "emoji" / "teacher.yaml").read_text())
     stages = {
@@ -289,28 +255,6 @@ def random_pipeline(folder: Path) -> str:
     return str(folder)
 
 
-def quantiles(values: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(values, n=5, method="inclusive")
-    return {"median": statistics.median(values), "q20": cuts[0], "q80": cuts[-1]}
-
-
-def environment() -> dict[str, str]:
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
-    cpu = Path("/proc/cpuinfo")
-    names = (
-        [s.split(":")[1].strip() for s in cpu.read_text().splitlines() if "model name" in s]
-        if cpu.is_file()
-        else []
-    )
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else (names or [platform.processor()])[0]
-    )
-    return {
-        "device": device, "commit": commit.stdout.strip() or "unknown", "python": platform.python_version(),
-        "torch": torch.__version__, "diffusers": diffusers.__version__,
-    }  # fmt: skip
-
-
 def report(args: argparse.Namespace, folder: str, work: Path) -> dict[str, Any]:
     runner = our_runner(folder, work / "run", args.batch_size)
     plain = PlainLCD(folder, runner.accelerator.device)
@@ -320,7 +264,7 @@ def report(args: argparse.Namespace, folder: str, work: Path) -> dict[str, Any]:
     found = memory(args, folder, work)
     grown = {k: [m["peak"] - m["before"] for m in v] for k, v in found.items()}
     return {
-        "environment": environment(),
+        "environment": environment(ROOT),
         "teacher": "random" if args.random else args.teacher,
         "parameters": sum(p.numel() for p in plain.student.parameters()),
         "batch_size": args.batch_size, "steps": args.steps, "threads": torch.get_num_threads(),

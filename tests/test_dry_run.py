@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from fewstep.distill import dry_run
 from fewstep.distill.cli import main
 from fewstep.distill.config import RunConfig, TeacherSettings, load_config, read_yaml, with_overrides

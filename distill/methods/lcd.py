@@ -7,7 +7,7 @@ from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffus
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...pipelines.export import Export
+from ...pipelines.export import Adapter, Export
 from ..condition import Condition
 from ..config import settings
 from ..consistency import ConsistencyFunction
@@ -159,6 +159,11 @@ class LCD(Method):
             )
             calls = {str(n): {"num_inference_steps": n, "guidance_scale": s.w_export + 1} for n in steps}
             return Export(pipeline, sampling=calls)
-        pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
         calls = {str(n): {"num_inference_steps": n, "guidance_scale": 1.0} for n in steps}
-        return Export(pipeline, sampling=calls, lora=self.student.lora_weights())
+        pipeline = None
+        if self.parts.student.export_fused:
+            pipeline = StableDiffusionPipeline(
+                **{**parts, "unet": self.student.fused()}, requires_safety_checker=False
+            )
+        adapter = Adapter(self.student.lora_weights(), scheduler)
+        return Export(pipeline, sampling=calls, adapter=adapter)

@@ -104,6 +104,8 @@ class TextEncoder(Method):
     """Minimises 1 - cos(W h_eos, MiniLM(phrase)); W is a training-time projection that is not exported."""
 
     Settings = TextEncoderSettings
+    ids: Tensor
+    vectors: Tensor
 
     def __init__(self, settings: TextEncoderSettings, parts: Parts):
         super().__init__(settings, parts)
