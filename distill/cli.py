@@ -25,7 +25,9 @@ def distill(arguments: list[str]) -> int:
 
     runner = Runner(config)
     if runner.finished():
-        print(f"{config.output_dir} is finished: {config.max_train_steps} steps, exported; nothing was changed")
+        print(
+            f"{config.output_dir} is finished: {config.max_train_steps} steps, exported; nothing was changed"
+        )
         return 0
     runner.train()
     return 0
@@ -82,14 +84,14 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> int:
-    """demo [--output_dir DIR]: distil the embedded teacher, score both, and write the pictures"""
+    """demo [--output_dir DIR] [--key.sub value ...]: distil the embedded teacher, score both, and draw them"""
     parser = argparse.ArgumentParser(prog="fewstep demo")
     parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
-    args = parser.parse_args(arguments)
+    args, overrides = parser.parse_known_args(arguments)
     from .demo import run_demo
 
-    run_demo(args.output_dir)
+    run_demo(args.output_dir, overrides)
     return 0
 
 

@@ -2,18 +2,26 @@
 
 import dataclasses
 import difflib
+import json
+import re
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from .errors import UserError
 
 settings = partial(dataclass, frozen=True, config=ConfigDict(extra="forbid"))
+
+Precision = Annotated[
+    Literal["no", "fp16", "bf16"],
+    BeforeValidator(lambda value: "no" if value is False else value),  # YAML reads a bare no as false
+]
 
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
@@ -71,7 +79,7 @@ class RunConfig:
     data: DataSettings
     teacher: TeacherSettings | None = None
     student: StudentSettings = Field(default_factory=StudentSettings)
-    resolution: int | None = None
+    resolution: int | None = Field(None, ge=1)
     seed: int = 0
     train_batch_size: int = Field(16, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
@@ -79,12 +87,12 @@ class RunConfig:
     learning_rate: float = Field(1e-4, gt=0)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = Field(0, ge=0)
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 1e-2
-    adam_epsilon: float = 1e-8
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_weight_decay: float = Field(1e-2, ge=0)
+    adam_epsilon: float = Field(1e-8, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Precision = "no"
     gradient_checkpointing: bool = False
     allow_tf32: bool = False
     enable_xformers_memory_efficient_attention: bool = False
@@ -124,31 +132,33 @@ def with_overrides(tree: dict[str, Any], arguments: Sequence[str]) -> dict[str, 
         if not equals:
             bare = not items or items[0].startswith("--")
             value = "true" if bare else items.pop(0)
+        if not name:
+            raise UserError(f"unexpected argument {item!r}; overrides are written --key.sub value")
         *parents, last = name.split(".")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise UserError(f"--{name}: {parent} is a single value, it has no key {last}")
-        node[last] = parse_value(value)
+        try:
+            node[last] = parse_value(value)
+        except yaml.YAMLError:
+            raise UserError(f"--{name}: {value!r} is not readable YAML; write text as '\"...\"'") from None
     return tree
 
 
 def parse_value(text: str) -> Any:
-    """A YAML value; 1e-4, which YAML 1.1 reads as text, is a number here."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    """A YAML value, 1e-4 and 1e3 included."""
+    return numbers(yaml.safe_load(text))
 
 
 def validate(cls: type, tree: Any, prefix: str = "") -> Any:
-    """`cls` from a tree, or a UserError that names the first wrong key, its value and the remedy."""
+    """`cls` from a tree, or a UserError that names the first wrong key, its value and the remedy.
+
+    Strict, so that a flag without its value (true) is no 1; by way of JSON, so that a list is a tuple.
+    """
     try:
-        return TypeAdapter(cls).validate_python(numbers(tree))
+        return TypeAdapter(cls).validate_json(json.dumps(numbers(tree), default=str), strict=True)
     except ValidationError as error:
         raise UserError(_first_line(error, cls, prefix)) from None
 
@@ -159,7 +169,7 @@ def load_config(tree: dict[str, Any]) -> RunConfig:
 
     config = validate(RunConfig, tree)
     method = config.method
-    if not isinstance(method, dict) or "name" not in method:
+    if not isinstance(method, dict) or not isinstance(method.get("name"), str):
         raise UserError(f"method: {method!r} has no name; write `method: {{name: lcd}}`")
     rest = {k: v for k, v in method.items() if k != "name"}
     chosen = validate(settings_of(method["name"]), rest, "method.")
@@ -180,13 +190,14 @@ def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def numbers(tree: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; make it the number that was meant."""
+    """YAML 1.1 reads 1e-4 and 1e3 as text; make them the numbers that were meant."""
     if isinstance(tree, dict):
         return {k: numbers(v) for k, v in tree.items()}
     if isinstance(tree, list):
         return [numbers(v) for v in tree]
-    if isinstance(tree, str) and tree[:1] in "+-.0123456789" and "e" in tree.lower():
-        return parse_value(tree)
+    if isinstance(tree, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", tree):
+        value = float(tree)
+        return int(value) if value.is_integer() else value
     return tree
 
 
@@ -204,7 +215,11 @@ def _first_line(error: ValidationError, cls: type, prefix: str) -> str:
         return f"{key}: no such key; the nearest is {near[0]}" if near else f"{key}: no such key"
     if first["type"] == "missing":
         return f"{key}: missing; add it to the configuration"
-    return f"{key}: {first['input']!r} does not fit: {first['msg'].lower()}"
+    given = textwrap.shorten(repr(first["input"]), 60)
+    if first["type"] == "dataclass_type":
+        name = dataclasses.fields(_field_class(cls, key))[0].name
+        return f"{key}: {given} has no keys; write `{key}: {{{name}: ...}}`"
+    return f"{key}: {given} does not fit: {first['msg'].lower()}"
 
 
 def _field_class(owner: type, name: str) -> type:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from ..pipelines.export import sampling_of
 from .checkpoint import write_file
-from .config import load_config, read_yaml
+from .config import load_config, read_yaml, with_overrides
 from .grid import rows_image
 from .metrics.evaluate import evaluate
 from .metrics.pipeline_source import quantise
@@ -25,12 +26,19 @@ CAPTIONS = (
 )  # fmt: skip
 
 
-def run_demo(output_dir: Path) -> str:
-    """Writes comparison.md, pictures.png and both reports below output_dir; returns the table. Resumes."""
+def run_demo(
+    output_dir: Path, overrides: Sequence[str] = (), *, num_images: int = NUM_IMAGES, seeds: int = SEEDS
+) -> str:
+    """Writes comparison.md, pictures.png and the reports below output_dir; returns the table. Resumes.
+
+    overrides: flags on top of configs/emoji/demo.yaml. num_images, seeds: pictures in one value, and how many values;
+    the teacher's 50 and 8 steps have one.
+    """
     begun = time.perf_counter()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     run = output_dir / "lcd"
-    config = load_config({**read_yaml(CONFIGS / "emoji" / "demo.yaml"), "output_dir": str(run)})
+    tree = with_overrides(read_yaml(CONFIGS / "emoji" / "demo.yaml"), overrides)
+    config = load_config({**tree, "output_dir": str(run)})
     runner = Runner(config)
     if not runner.finished():
         print(f"1/3 distilling emoji-sd in {config.max_train_steps} steps", flush=True)
@@ -38,14 +46,14 @@ def run_demo(output_dir: Path) -> str:
     print("2/3 scoring the teacher and the student on the same prompts and noise seeds", flush=True)
     teacher, student = EMBEDDED["emoji-sd"], run / "pipeline"
     rows = []
-    for name, folder, steps, seeds in (
+    for name, folder, steps, repeats in (
         ("teacher", teacher, [50, 8], 1),
-        ("teacher", teacher, [4, 2, 1], SEEDS),
-        ("student", student, [1, 2, 4], SEEDS),
+        ("teacher", teacher, [4, 2, 1], seeds),
+        ("student", student, [1, 2, 4], seeds),
     ):
         output = output_dir / f"{name}-{'-'.join(map(str, steps))}.json"
-        report = evaluate(str(folder), num_images=NUM_IMAGES, steps=steps, seeds=seeds, output=output)
-        rows += rows_of(f"{name}", report)
+        report = evaluate(str(folder), num_images=num_images, steps=steps, seeds=repeats, output=output)
+        rows += rows_of(name, report)
     table = markdown_table(rows)
     print("3/3 drawing", flush=True)
     save_pictures(teacher, student, output_dir / "pictures.png")

@@ -38,7 +38,7 @@ from .methods.base import Method, Parts, Progress
 from .model_card import adapter_card, run_card
 from .teacher import Teacher
 
-FREE_KEYS = {
+FREE_KEYS = {"validation_steps", "validation_prompts", 
     "report_to", "logging_steps", "resume_from_checkpoint", "checkpoints_total_limit", "output_dir",
     "student.export_fused",
 }  # fmt: skip

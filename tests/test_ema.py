@@ -17,7 +17,7 @@ def test_a_step_of_the_parameters_decays_geometrically() -> None:
     ema = EMA(named, 0.9)
     with torch.no_grad():
         for p in named.values():
-            p += 2.0
+            p.add_(2.0)
     for n in range(1, 6):
         ema.update()
         for name, average in ema.tensors().items():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics.evaluate import caption_match, evaluate, open_source, real_floor, reference
 from fewstep.distill.metrics.features import EfficientNetLite0, extract
@@ -18,6 +19,7 @@ from fewstep.distill.metrics.pipeline_source import PipelineSource, quantise
 from fewstep.distill.metrics.protocol import Score
 from fewstep.distill.metrics.report import read_report
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor
 
 CPU = torch.device("cpu")
 
@@ -265,6 +267,20 @@ def test_pipelines_that_cannot_be_scored(
     (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": [None, None]}))
     with pytest.raises(UserError, match="scheduler"):
         open_source(str(folder), CPU)
+
+
+def test_black_squares_of_a_safety_checker_are_not_scored(folder: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    side = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = {**side, "image_size": 8, "patch_size": 4}
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(text_config={**side, "vocab_size": 8}, vision_config=vision, projection_dim=8)
+    )
+    extractor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8)
+    pipe.register_modules(safety_checker=checker, feature_extractor=extractor)
+    pipe.save_pretrained(folder)
+    assert DiffusionPipeline.from_pretrained(folder).safety_checker is not None
+    assert PipelineSource(str(folder), CPU).pipe.safety_checker is None
 
 
 def test_wrong_numbers_stop_before_any_work(tmp_path: Path) -> None:
