@@ -25,7 +25,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
+        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2].partition(" (os error")[0]
         raise UserError(
             f"output_dir: {path} could not be written ({reason}); "
             "free space or choose another --output_dir; what was saved before is intact"

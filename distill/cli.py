@@ -88,10 +88,16 @@ def demo(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="fewstep demo")
     parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--config", type=Path, help="what is distilled (default: configs/emoji/demo.yaml)")
+    parser.add_argument("--num_images", type=int, default=100, help="pictures in one value")
+    parser.add_argument(
+        "--seeds", type=int, help="values per row (default: 3; 1 at the teacher's 50 and 8 steps)"
+    )
     args, overrides = parser.parse_known_args(arguments)
-    from .demo import run_demo
+    from .demo import CONFIGS, run_demo
 
-    run_demo(args.output_dir, overrides)
+    config = args.config or CONFIGS / "emoji" / "demo.yaml"
+    run_demo(args.output_dir, overrides, config=config, num_images=args.num_images, seeds=args.seeds)
     return 0
 
 

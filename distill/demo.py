@@ -19,7 +19,6 @@ from .runner import Runner
 from .teacher import EMBEDDED
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-NUM_IMAGES, SEEDS = 100, 3
 CAPTIONS = (
     "red apple", "grinning face", "rocket", "banana", "tiger face", "rose", "octopus", "cherries", "airplane", "owl",
     "watermelon", "frog face",  # the last two are held out
@@ -27,29 +26,33 @@ CAPTIONS = (
 
 
 def run_demo(
-    output_dir: Path, overrides: Sequence[str] = (), *, num_images: int = NUM_IMAGES, seeds: int = SEEDS
+    output_dir: Path,
+    overrides: Sequence[str] = (),
+    *,
+    config: Path = CONFIGS / "emoji" / "demo.yaml",
+    num_images: int = 100,
+    seeds: int | None = None,
 ) -> str:
     """Writes comparison.md, pictures.png and the reports below output_dir; returns the table. Resumes.
 
-    overrides: flags on top of configs/emoji/demo.yaml. num_images, seeds: pictures in one value, and how many values;
-    the teacher's 50 and 8 steps have one.
+    overrides: flags on top of `config`, which must distil emoji-sd. num_images, seeds: pictures in one value, and how
+    many values; None for 3, and 1 where the teacher takes 50 and 8 steps.
     """
     begun = time.perf_counter()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    run = output_dir / "lcd"
-    tree = with_overrides(read_yaml(CONFIGS / "emoji" / "demo.yaml"), overrides)
-    config = load_config({**tree, "output_dir": str(run)})
-    runner = Runner(config)
+    tree = with_overrides(read_yaml(config), overrides)
+    run = output_dir / "student"
+    runner = Runner(load_config({**tree, "output_dir": str(run)}))
     if not runner.finished():
-        print(f"1/3 distilling emoji-sd in {config.max_train_steps} steps", flush=True)
+        print(f"1/3 distilling emoji-sd in {runner.config.max_train_steps} steps", flush=True)
         runner.train()
     print("2/3 scoring the teacher and the student on the same prompts and noise seeds", flush=True)
     teacher, student = EMBEDDED["emoji-sd"], run / "pipeline"
     rows = []
     for name, folder, steps, repeats in (
-        ("teacher", teacher, [50, 8], 1),
-        ("teacher", teacher, [4, 2, 1], seeds),
-        ("student", student, [1, 2, 4], seeds),
+        ("teacher", teacher, [50, 8], seeds or 1),
+        ("teacher", teacher, [4, 2, 1], seeds or 3),
+        ("student", student, [1, 2, 4], seeds or 3),
     ):
         output = output_dir / f"{name}-{'-'.join(map(str, steps))}.json"
         report = evaluate(str(folder), num_images=num_images, steps=steps, seeds=repeats, output=output)

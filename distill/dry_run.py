@@ -4,6 +4,7 @@ import os
 import re
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from .errors import UserError
 from .known_teachers import Blueprint, blueprint, meta_teacher
 from .meta_memory import LiveBytes, fused_attention, nbytes
 from .methods.base import Batch, Method, Parts, Progress
-from .runner import DTYPES
+from .runner import DTYPES, Carry
 from .teacher import Teacher
 
 TITLES = {"unet": "teacher network", "vae": "autoencoder", "text_encoder": "text encoder"}
@@ -77,7 +78,7 @@ def held_bytes(method: Method, teacher: Teacher | None, ema: EMA | None) -> dict
     trained = [p for p in method.parameters() if p.requires_grad]
     counted: set[int] = {id(p) for p in trained}
     out = {}
-    for name, module in components(teacher).items() if teacher else ():
+    for name, module in components(teacher).items():
         tensors = [t for t in tensors_of(module) if id(t) not in counted]
         counted |= {id(t) for t in tensors}
         out[f"{TITLES.get(name, name)}, {str(tensors[0].dtype).removeprefix('torch.')}"] = nbytes(tensors)
@@ -91,30 +92,35 @@ def held_bytes(method: Method, teacher: Teacher | None, ema: EMA | None) -> dict
     return {title: size for title, size in out.items() if size}
 
 
-def step_bytes(
-    config: RunConfig, method: Method, teacher: Teacher | None, ema: EMA | None, resolution: int
-) -> int | None:
-    """Bytes beyond `held_bytes` at the peak of forward and backward, in float32; None where a step needs values.
+def step_bytes(config: RunConfig, method: Method, teacher: Teacher | None, resolution: int) -> int | None:
+    """Bytes beyond `held_bytes` at the peak of a step, were all of it float32; None where a step needs values.
 
-    Counted operation by operation on the meta device, attention without its score matrix.
+    Forward and backward of each player run on the meta device, attention without its score matrix.
     """
     method.train()
+    modules: list[Any] = list(method.modules())
     if config.gradient_checkpointing:
-        for module in method.modules():
+        for module in modules:
             if hasattr(module, "enable_gradient_checkpointing"):
                 module.enable_gradient_checkpointing()
-    known = tensors_of(method) + [t for m in components(teacher).values() if teacher for t in tensors_of(m)]
+    known = tensors_of(method) + [t for m in components(teacher).values() for t in tensors_of(m)]
     for t in known:
         t.data = t.data.float() if t.is_floating_point() else t.data
-    batch = _batch(config, method, teacher, resolution)
-    player = next(iter(method.players()))
+    for p in method.parameters():
+        if p.requires_grad:
+            p.grad = torch.empty_like(p)
+            known.append(p.grad)
+    batch, carry = _batch(config, method, teacher, resolution), Carry()
     progress = Progress(0, config.max_train_steps, dict.fromkeys(method.players(), 0))
     with LiveBytes(known) as counter, fused_attention():
         try:
-            torch.autograd.backward(method(player, batch, progress, {})["loss"])
-        except (RuntimeError, NotImplementedError):
+            for player in method.turns(progress):
+                torch.autograd.backward(method(player, batch, progress, carry)["loss"])
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise
             return None
-    return counter.peak - nbytes([p for p in method.parameters() if p.grad is not None])
+    return counter.peak
 
 
 def components(teacher: Teacher | None) -> dict[str, nn.Module]:
@@ -174,10 +180,10 @@ def prompt_record(teacher: Teacher) -> tuple[int, int]:
 
 def _heading(c: RunConfig, plan: Blueprint | None, resolution: int) -> str:
     s = c.student
-    student = "all weights" if s.kind == "full" else f"LoRA of rank {s.rank}, alpha {s.lora_alpha:g}"
-    rows = [("method", c.method["name"]), ("student", student)]
+    kind = "all weights" if s.kind == "full" else f"LoRA of rank {s.rank}, alpha {s.lora_alpha:g}"
+    rows = [("method", c.method["name"])]
     if c.teacher and plan:
-        rows.append(("teacher", f"{c.teacher.path} (architecture from {plan.origin})"))
+        rows += [("student", kind), ("teacher", f"{c.teacher.path} (architecture from {plan.origin})")]
     rows += [("data", f"{c.data.name}, split {c.data.split}, {resolution} px"), ("output_dir", c.output_dir)]
     return _table("", rows)
 
@@ -192,7 +198,7 @@ def _memory(c: RunConfig, method: Method, teacher: Teacher | None, ema: EMA | No
         held["gradient buckets of the processes' exchange"] = held["gradients"]
     total = sum(held.values())
     rows = [(title, gib(size)) for title, size in held.items()] + [("sum", gib(total))]
-    peak = step_bytes(c, method, teacher, ema, resolution)
+    peak = step_bytes(c, method, teacher, resolution)
     if peak is None:
         rows.append(("activations", "not estimated: this method's step needs values"))
     elif half:
@@ -253,7 +259,7 @@ def missing_data(name: str) -> list[str]:
 
 
 def gib(size: float) -> str:
-    return f"{size / 2**30:.2f}" if size >= 2**30 / 100 else f"{size / 2**30:.4f}"
+    return f"{size / 2**30:.2f}" if size >= 2**30 else f"{size / 2**30:.3g}"
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from fewstep.distill.config import load_config
+from fewstep.distill.data import load_data
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.measure import environment, peak_mib, quantiles, seconds
@@ -232,13 +233,13 @@ def random_pipeline(folder: Path) -> str:
         k: {s: v for s, v in stage["method"].items() if s != "name"} for k, stage in tree["stages"].items()
     }
     text = TextEncoderSettings(**stages["text_encoder"])
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    tokenizer = train_tokenizer([*letters, "".join(letters)], 64, text.max_length)
+    captions = load_data("emoji-noto", resolution=32).captions
+    tokenizer = train_tokenizer(captions, text.vocabulary_size, text.max_length)
     special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
     torch.manual_seed(0)
     encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=text.vocabulary_size, hidden_size=text.hidden_size, intermediate_size=4 * text.hidden_size,
+            vocab_size=len(tokenizer), hidden_size=text.hidden_size, intermediate_size=4 * text.hidden_size,
             num_hidden_layers=text.num_layers, num_attention_heads=text.num_heads,
             max_position_embeddings=text.max_length, **special,
         )
@@ -286,9 +287,10 @@ def as_text(r: dict[str, Any]) -> str:
         return f"{q['median'] * unit:.4g} ({q['q20'] * unit:.4g} to {q['q80'] * unit:.4g})"
 
     e, m = r["environment"], r["mib"]
+    short = e["commit"][:12] + "+" * e["commit"].endswith("+")
     return "\n".join(
         [
-            f"{e['device']}, torch {e['torch']}, diffusers {e['diffusers']}, commit {e['commit'][:12]}",
+            f"{e['device']}, torch {e['torch']}, diffusers {e['diffusers']}, commit {short}",
             f"teacher {r['teacher']}, {r['parameters']:,} parameters, batch {r['batch_size']}, {r['threads']} threads",
             "losses with the same random numbers (ours, plain): "
             + "; ".join(f"{a:.7f}, {b:.7f}" for a, b in r["losses"]),

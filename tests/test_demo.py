@@ -22,7 +22,9 @@ def test_demo_scores_and_draws_both_and_resumes(embedded, tmp_path, capsys):
     output = tmp_path / "demo"
     flags = ["--max_train_steps", "2", "--train_batch_size", "2", "--checkpointing_steps", "1"]
     table = demo.run_demo(output, flags, num_images=4, seeds=2)
-    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith(("| teacher", "| student"))]
+    rows = [
+        line.split("|")[1:3] for line in table.splitlines() if line.startswith(("| teacher", "| student"))
+    ]
     assert [(m.strip(), int(n)) for m, n in rows] == [
         ("teacher", 50), ("teacher", 8), ("teacher", 4), ("teacher", 2), ("teacher", 1),
         ("student", 1), ("student", 2), ("student", 4),
@@ -30,10 +32,10 @@ def test_demo_scores_and_draws_both_and_resumes(embedded, tmp_path, capsys):
     assert (output / "comparison.md").read_text() == table
     picture = Image.open(output / "pictures.png")
     assert picture.height == 6 * 2 * 16 and picture.width > len(demo.CAPTIONS) * 2 * 16
-    assert (output / "lcd" / "pipeline" / "model_index.json").is_file()
+    assert (output / "student" / "pipeline" / "model_index.json").is_file()
     capsys.readouterr()
 
-    before = (output / "lcd" / "log.jsonl").read_bytes()
+    before = (output / "student" / "log.jsonl").read_bytes()
     demo.run_demo(output, flags, num_images=4, seeds=2)
     assert "distilling" not in capsys.readouterr().out
-    assert (output / "lcd" / "log.jsonl").read_bytes() == before
+    assert (output / "student" / "log.jsonl").read_bytes() == before

@@ -167,10 +167,17 @@ def test_a_gradient_taken_before_teacher_mode_still_arrives(teacher: Teacher) ->
 
 def test_the_adapter_stays_in_float32_on_a_half_precision_base(teacher: Teacher) -> None:
     student = Student(teacher, LORA)
+    shaken(student.trained())
+    given = inputs(teacher)
+    full = output(student.denoiser, given)
     teacher.to(torch.device("cpu"), torch.bfloat16)
     assert {p.dtype for p in student.trained().values()} == {torch.float32}
     frozen = {p.dtype for k, p in student.network.named_parameters() if k not in student.trained()}
     assert frozen == {torch.bfloat16}
+    low = student.denoiser(*given).output
+    assert ((low - full).norm() / full.norm()).item() < 0.05
+    low.square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in student.trained().values())
 
 
 def test_the_average_of_a_lora_holds_the_adapter_alone_and_can_be_evaluated(teacher: Teacher) -> None:

@@ -163,12 +163,12 @@ def test_loss_and_gradients_are_those_of_a_plain_implementation(
     expected = plain_loss(method, batch, teacher, own, target, prediction)
     expected.backward()
 
-    assert loss.item() == pytest.approx(expected.item(), rel=2e-6)
+    assert loss.item() == pytest.approx(expected.item(), rel=5e-6)
     reference = dict(own.named_parameters())
     largest = max(p.grad.norm() for p in reference.values() if p.grad is not None)
     for name, p in method.student.trained().items():
         assert p.grad is not None, name
-        assert (p.grad - reference[name].grad).norm() < 1e-4 * p.grad.norm() + 1e-6 * largest, name
+        assert (p.grad - reference[name].grad).norm() < 1e-3 * p.grad.norm() + 1e-5 * largest, name
 
 
 @pytest.mark.parametrize("student", [None, LORA])

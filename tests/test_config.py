@@ -1,0 +1,163 @@
+"""Configurations: typed YAML, dotted overrides, and one line for each mistake."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fewstep.distill.config import (
+    LORA_TARGETS,
+    RunConfig,
+    as_tree,
+    load_config,
+    numbers,
+    read_yaml,
+    with_defaults,
+    with_overrides,
+)
+from fewstep.distill.errors import UserError
+
+TREE: dict[str, Any] = {
+    "output_dir": "run",
+    "teacher": {"path": "emoji-sd"},
+    "data": {"name": "emoji"},
+    "method": {"name": "lcd", "w_min": 2},
+}
+
+
+def config(*arguments: str) -> RunConfig:
+    return load_config(with_overrides(TREE, arguments))
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(UserError) as refused:
+        config(*arguments)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_defaults_and_the_methods_settings_are_filled_in() -> None:
+    c = config()
+    assert c.data.split == "train" and c.max_train_steps == 1000 and c.student.target_modules == LORA_TARGETS
+    assert c.method["name"] == "lcd" and c.method["w_min"] == 2.0 and c.method["w_max"] == 15.0
+
+
+def test_what_is_written_out_is_read_as_the_same(tmp_path: Path) -> None:
+    c = config("--validation_prompts", "[red cat, dog]", "--student.kind", "lora", "--resolution", "16")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(as_tree(c)))
+    again = load_config(read_yaml(path))
+    assert again == c and again.validation_prompts == ("red cat", "dog")
+
+
+def test_a_configuration_from_before_a_key_was_added_has_its_default() -> None:
+    old = as_tree(config())
+    del old["student"]["export_fused"], old["method"]["distance"]
+    assert with_defaults(old) == as_tree(config())
+    assert with_defaults({"gone": 1}) == {"gone": 1}
+
+
+def test_overrides_reach_nested_keys_and_leave_the_tree_alone() -> None:
+    c = config(
+        "--data.name", "emoji-noto", "--raw_weights.every=5", "--gradient_checkpointing", "--seed", "-3"
+    )
+    assert (c.data.name, c.raw_weights.every, c.gradient_checkpointing, c.seed) == ("emoji-noto", 5, True, -3)
+    assert TREE["data"] == {"name": "emoji"} and "raw_weights" not in TREE
+
+
+@pytest.mark.parametrize("value", ["1e-4", "1.0e-4", "0.0001", "1E-4"])
+def test_a_learning_rate_is_a_number_however_it_is_written(value: str) -> None:
+    assert config("--learning_rate", value).learning_rate == 1e-4
+    tree = {**TREE, "learning_rate": yaml.safe_load(value)}
+    assert load_config(tree).learning_rate == 1e-4
+
+
+def test_only_numbers_become_numbers() -> None:
+    assert numbers(["1e3", "-2e-1", ".5e1", "1.e2"]) == [1000, -0.2, 5, 100]
+    texts = ["1 tree: big", "e", "-e", "1e", "e5", "0xe", "+e: 3", "1e-", "two1e3"]
+    assert numbers(texts) == texts
+    assert config("--max_train_steps", "2e3").max_train_steps == 2000
+
+
+def test_a_bare_no_means_full_precision() -> None:
+    assert config("--mixed_precision", "no").mixed_precision == "no"
+    assert config("--mixed_precision=bf16").mixed_precision == "bf16"
+    assert refusal("--mixed_precision", "yes") == (
+        "mixed_precision: True does not fit: input should be 'no', 'fp16' or 'bf16'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--max_train_step", "5"], "max_train_step: no such key; the nearest is max_train_steps"),
+        (["--max-train-steps", "5"], "max-train-steps: no such key; the nearest is max_train_steps"),
+        (["--data.nam", "x"], "data.nam: no such key; the nearest is name"),
+        (["--teacher.pth", "x"], "teacher.pth: no such key; the nearest is path"),
+        (["--method.w_mn", "3"], "method.w_mn: no such key; the nearest is w_min"),
+        (["--method.name", "lcm"], "method.name: there is no method 'lcm'; the nearest is lcd"),
+        (["--method", "lcd"], "method: 'lcd' has no name; write `method: {name: lcd}`"),
+        (["--method.name", "[a]"], "method: {'name': ['a'], 'w_min': 2} has no name; write `method: {name: lcd}`"),
+        (["--teacher", "emoji-sd"], "teacher: 'emoji-sd' has no keys; write `teacher: {path: ...}`"),
+        (["--data", "null"], "data: None has no keys; write `data: {name: ...}`"),
+        (["--data", "{split: x}"], "data.name: missing; add it to the configuration"),
+        (["--max_train_steps", "many"], "max_train_steps: 'many' does not fit: input should be a valid integer"),
+        (["--max_train_steps"], "max_train_steps: True does not fit: input should be a valid integer"),
+        (["--max_train_steps", "0"], "max_train_steps: 0 does not fit: input should be greater than or equal to 1"),
+        (["--adam_beta1", "1"], "adam_beta1: 1 does not fit: input should be less than 1"),
+        (["--resolution", "-4"], "resolution: -4 does not fit: input should be greater than or equal to 1"),
+        (["--student.kind", "lorra"], "student.kind: 'lorra' does not fit: input should be 'full' or 'lora'"),
+        (["--method.w_min", "a"], "method.w_min: 'a' does not fit: input should be a valid number"),
+        (["--validation_prompts", "[a, 3]"], "validation_prompts.1: 3 does not fit: input should be a valid string"),
+        (["--data.name.x", "3"], "--data.name.x: name is a single value, it has no key x"),
+        (["--data.name", "[1"], "--data.name: '[1' is not readable YAML; write text as '\"...\"'"),
+        (["--data.name", "@x"], "--data.name: '@x' is not readable YAML; write text as '\"...\"'"),
+        (["--"], "unexpected argument '--'; overrides are written --key.sub value"),
+        (["lcd.yaml"], "unexpected argument 'lcd.yaml'; overrides are written --key.sub value"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_key_value_and_remedy(arguments: list[str], line: str) -> None:
+    assert refusal(*arguments) == line
+
+
+def test_a_long_value_is_cut() -> None:
+    line = refusal("--resolution", "word " * 100)
+    assert line.startswith("resolution: 'word word") and len(line) < 140
+
+
+def test_missing_keys_and_odd_keys_are_named() -> None:
+    with pytest.raises(UserError, match=r"^method: missing; add it"):
+        load_config({k: v for k, v in TREE.items() if k != "method"})
+    with pytest.raises(UserError, match=r"^1: no such key"):
+        load_config({**TREE, 1: 2})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "is not readable YAML: while parsing a flow sequence"),
+        ("\x00", "is not readable YAML: unacceptable character"),
+        ("", "holds no `key: value` lines; see configs/ for examples"),
+        ("- 1", "holds no `key: value` lines; see configs/ for examples"),
+    ],
+)
+def test_an_unreadable_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "lcd.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as refused:
+        read_yaml(path)
+    assert str(refused.value).startswith(str(path)) and message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match=r"no configuration .*the ready ones are in configs/"):
+        read_yaml(tmp_path / "missing.yaml")
+    with pytest.raises(UserError, match="Is a directory"):
+        read_yaml(tmp_path)
+
+
+def test_every_ready_configuration_of_a_run_is_valid() -> None:
+    configs = Path(__file__).resolve().parents[1] / "configs"
+    seen = [p for p in sorted(configs.rglob("*.yaml")) if "method" in read_yaml(p)]
+    assert len(seen) >= 4
+    for path in seen:
+        c = load_config(read_yaml(path))
+        assert c.output_dir.startswith("runs/"), path
