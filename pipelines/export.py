@@ -1,13 +1,15 @@
 """Writes what diffusers loads: a pipeline folder with sampling.json and a model card, and a LoRA folder."""
 
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import StableDiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -28,6 +30,17 @@ class Export:
     beside: Sequence[Any] = ()
     sampling: dict[str, dict[str, Any]] = field(default_factory=dict)
     adapter: Adapter | None = None
+
+
+def in_float32(components: Mapping[str, Any]) -> dict[str, Any]:
+    """The same parts; networks that a run holds in half precision as float32 copies.
+
+    A text encoder opens in the precision it was saved in, and a float32 network beside it would refuse its states.
+    """
+    return {
+        k: copy.deepcopy(v).float() if isinstance(v, nn.Module) and v.dtype != torch.float32 else v
+        for k, v in components.items()
+    }
 
 
 def write_export(export: Export, folder: Path, card: str = "") -> None:

@@ -7,7 +7,7 @@ from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffus
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...pipelines.export import Adapter, Export
+from ...pipelines.export import Adapter, Export, in_float32
 from ..condition import Condition
 from ..config import settings
 from ..consistency import ConsistencyFunction
@@ -151,7 +151,8 @@ class LCD(Method):
             clip_sample=False,
             set_alpha_to_one=False,
         )
-        parts = {**self.teacher.pipeline.components, "scheduler": scheduler}
+        components = self.teacher.pipeline.components
+        parts = in_float32({k: v for k, v in components.items() if k != "unet"}) | {"scheduler": scheduler}
         steps = [n for n in EXPORTED_STEPS if n <= s.num_ddim_timesteps]
         if not self.student.lora:
             pipeline = LatentConsistencyModelPipeline(
