@@ -15,7 +15,10 @@ def distill(arguments: list[str]) -> int:
 
     dry = "--dry_run" in arguments
     path, *rest = _with_config([a for a in arguments if a != "--dry_run"], distill)
-    config = load_config(with_overrides(read_yaml(path), rest))
+    tree = read_yaml(path)
+    if "stages" in tree:
+        raise UserError(f"{path} trains a teacher in stages; use `fewstep train-teacher {path}`")
+    config = load_config(with_overrides(tree, rest))
     if dry:
         from .dry_run import describe
 

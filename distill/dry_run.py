@@ -14,7 +14,7 @@ from .condition import Condition
 from .config import RunConfig
 from .data import load_data
 from .data.embedded import STYLES
-from .data.tables import _expand_braces
+from .data.tables import expand_braces
 from .draws import Draws
 from .ema import EMA
 from .errors import UserError
@@ -248,7 +248,7 @@ def missing_data(name: str) -> list[str]:
     if name in STYLES or path.exists():
         return []
     if re.search(r"[*?\[{]", name):
-        shards = list(_expand_braces(str(path)))
+        shards = list(expand_braces(str(path)))
         lacking = [s for s in shards if not glob(s, recursive=True)]
         return [f"{len(lacking)} of {len(shards)} shards or patterns match no file"] if lacking else []
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):

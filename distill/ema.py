@@ -29,8 +29,10 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        n = int(self.updates)
-        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        decay = self.decay
+        if self.warmup:
+            n = int(self.updates)
+            decay = min(decay, (1 + n) / (10 + n))
         sources = [p.detach() for p in self._parameters_by_name.values()]
         torch._foreach_lerp_(list(self.tensors().values()), sources, 1 - decay)
         self.updates += 1

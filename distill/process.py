@@ -87,7 +87,7 @@ class VP(NoiseProcess):
 
     def log_snr(self, t: Tensor) -> Tensor:
         low, weight = self._cell(t)
-        table = self.table.to(t.device)
+        table = self._table_on(t.device)
         return torch.lerp(table[low], table[low + 1], weight)
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class VP(NoiseProcess):
         return -0.5 * self._slope(t) * self.sigma(t) * self.alpha(t).square()
 
     def time_of(self, log_snr: Tensor) -> Tensor:
-        rising = self.table.flip(0).to(log_snr.device)
+        rising = self._table_on(log_snr.device).flip(0)
         wanted = log_snr.double().clamp(rising[0], rising[-1]).contiguous()
         high = torch.searchsorted(rising, wanted).clamp(1, len(rising) - 1)
         weight = (wanted - rising[high - 1]) / (rising[high] - rising[high - 1])
@@ -116,5 +116,11 @@ class VP(NoiseProcess):
 
     def _slope(self, t: Tensor) -> Tensor:
         low, _ = self._cell(t)
-        table = self.table.to(t.device)
+        table = self._table_on(t.device)
         return table[low + 1] - table[low]
+
+    def _table_on(self, device: torch.device) -> Tensor:
+        """The table, moved once: a step on an accelerator waits for no copy."""
+        if self.table.device != device:
+            self.table = self.table.to(device)
+        return self.table

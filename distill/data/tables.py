@@ -99,7 +99,7 @@ def open_shards(pattern: str, split: str) -> Any:
             f"{pattern}: a pattern is all of split 'train': name the shards of {split!r} by one of their own"
         )
     shards = []
-    for plain in _expand_braces(os.path.expanduser(pattern)):
+    for plain in expand_braces(os.path.expanduser(pattern)):
         found = [plain] if os.path.isfile(plain) else sorted(glob(plain, recursive=True))
         if not found:
             raise UserError(f"{pattern}: no file matches {plain}: give the shards that there are")
@@ -112,7 +112,7 @@ def open_shards(pattern: str, split: str) -> Any:
     return _load("webdataset", pattern, data_files={"train": [escape(s) for s in shards]})
 
 
-def _expand_braces(pattern: str) -> Iterator[str]:
+def expand_braces(pattern: str) -> Iterator[str]:
     """The strings that a shell makes of {a,b} and {000..099}; braces inside braces are not looked into."""
     choices = []
     for part in re.split(r"(\{[^{}]*(?:,|\.\.)[^{}]*\})", pattern):
