@@ -70,6 +70,7 @@ def evaluate(arguments: list[str]) -> int:
 
     from .metrics.evaluate import evaluate as score
     from .metrics.table import markdown_table, rows_of
+    from .model_card import with_scores
     from .teacher import EMBEDDED
 
     if args.pipeline in EMBEDDED:
@@ -82,7 +83,10 @@ def evaluate(arguments: list[str]) -> int:
         holdout=None if args.holdout == "none" else args.holdout, output=args.output,
         guidance_scale=args.guidance_scale,
     )  # fmt: skip
-    print(markdown_table(rows_of(name, report)))
+    table = markdown_table(rows_of(name, report))
+    if (Path(args.pipeline) / "sampling.json").is_file() and name not in EMBEDDED:  # an export of ours
+        with_scores(Path(args.pipeline), table)
+    print(table)
     return 0
 
 

@@ -15,6 +15,7 @@ from .grid import rows_image
 from .metrics.evaluate import evaluate
 from .metrics.pipeline_source import quantise
 from .metrics.table import markdown_table, rows_of
+from .model_card import with_scores
 from .runner import Runner
 from .teacher import EMBEDDED
 
@@ -61,6 +62,7 @@ def run_demo(
     print("3/3 drawing", flush=True)
     save_pictures(teacher, student, output_dir / "pictures.png")
     write_file(output_dir / "comparison.md", table)
+    with_scores(student, markdown_table([row for row in rows if row["model"] == "student"]))
     print(f"\n{table}")
     print(
         f"pictures:   {output_dir / 'pictures.png'}\npipeline:   {student}\ncomparison: {output_dir / 'comparison.md'}"

@@ -1,12 +1,14 @@
 """The README.md of an exported folder: what it is, the lines that load it, how it was made."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 
 from ..pipelines.export import Export
+from .checkpoint import write_file
 from .config import RunConfig
 
 
@@ -83,6 +85,13 @@ def training_table(config: RunConfig, step: int) -> str:
         ("made with", f"torch {torch.__version__}, diffusers {diffusers.__version__}"),
     ]
     return markdown(("what", "value"), rows)
+
+
+def with_scores(folder: Path, table: str) -> None:
+    """Put the table of an evaluation into the card of an exported folder, in place of an earlier one."""
+    card = folder / "README.md"
+    before = card.read_text().split("\n## Scores\n")[0].rstrip("\n") if card.is_file() else f"# {folder.name}"
+    write_file(card, f"{before}\n\n## Scores\n\n{table}")
 
 
 def steps_table(sampling: Mapping[str, Mapping[str, Any]]) -> str:

@@ -105,17 +105,6 @@ def test_keys_and_types(arguments: list[str], line: str, refused: Refused, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_verbs_and_configurations(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    for arguments, message in (
-        (["distil"], "no command 'distil'; there are: distill"),
-        (["distill"], "which configuration? usage: fewstep distill CONFIG"),
-        (["distill", str(tmp_path / "no.yaml")], f"no configuration {tmp_path / 'no.yaml'}"),
-    ):
-        assert main(arguments) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"fewstep: error: {message}")
-
-
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

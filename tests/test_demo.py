@@ -30,6 +30,8 @@ def test_demo_scores_and_draws_both_and_resumes(embedded, tmp_path, capsys):
         ("student", 1), ("student", 2), ("student", 4),
     ]  # fmt: skip
     assert (output / "comparison.md").read_text() == table
+    card = (output / "student" / "pipeline" / "README.md").read_text()
+    assert card.count("## Scores") == 1 and "| student | 2 |" in card and "| teacher |" not in card
     picture = Image.open(output / "pictures.png")
     assert picture.height == 6 * 2 * 16 and picture.width > len(demo.CAPTIONS) * 2 * 16
     assert (output / "student" / "pipeline" / "model_index.json").is_file()

@@ -101,6 +101,8 @@ def assert_same_run(run: Path, reference: Path) -> None:
         assert one.keys() == other.keys()
         assert [k for k in one if not torch.equal(one[k], other[k])] == []
     assert log(run) == log(reference)
+    progress = json.loads((run / f"checkpoint-{STEPS}" / "progress.json").read_text())
+    assert progress == {"updates": {"student": STEPS}}
     assert not list(run.glob(".*.partial"))
 
 
@@ -223,6 +225,13 @@ def test_a_lora_run_with_dropout_resumes_on_its_trajectory(
         stop_after_logging(patch, 5, lambda: raise_(Crash()))
         train({**lora, "output_dir": str(run)})
     train({**lora, "output_dir": str(run)})
+    assert_same_run(run, Path(lora["output_dir"]))
+
+
+def test_pictures_change_nothing(lora: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train({**lora, "output_dir": str(run), "validation_steps": 3, "validation_prompts": ["red cat"]})
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["step-000003.png", "step-000006.png"]
     assert_same_run(run, Path(lora["output_dir"]))
 
 
