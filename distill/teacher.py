@@ -1,5 +1,6 @@
 """Teachers: diffusers pipeline folders, found by embedded name, then as a folder, then as a hub id."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ def load_pipeline(path: str, *, key: str = "teacher.path", **kwargs: Any) -> Dif
         return DiffusionPipeline.from_pretrained(path, **kwargs)
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
+        if Path(path).is_dir() and lacks_scheduler(Path(path)):
+            raise UserError(
+                f"{key}: {path} has no scheduler; save the pipeline with its scheduler"
+            ) from error
         if Path(path).is_dir():
             raise UserError(
                 f"{key}: {path} is not a readable pipeline folder ({reason}); save it again"
@@ -49,6 +54,17 @@ def load_pipeline(path: str, *, key: str = "teacher.path", **kwargs: Any) -> Dif
             f"{key}: {path} could not be fetched from the hub ({reason}); check the name and the network, "
             "or give a local pipeline folder"
         ) from error
+
+
+def lacks_scheduler(folder: Path) -> bool:
+    """Whether model_index.json names none, or its configuration is not there."""
+    try:
+        library, _ = json.loads((folder / "model_index.json").read_text())["scheduler"]
+    except (KeyError, TypeError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return library is None or not (folder / "scheduler" / "scheduler_config.json").is_file()
 
 
 class Teacher:

@@ -147,8 +147,9 @@ def test_a_damaged_teacher(damage: str, refused: Refused, tiny_pipeline: Path, t
     index.write_text(json.dumps(tree))
     line = refused("--teacher.path", str(teacher))
     assert line.startswith(f"teacher.path: {teacher} ")
-    assert line.endswith("; save it again")
-    assert damage != "folder" or "scheduler" in line
+    lacking = line.endswith(f"{teacher} has no scheduler; save the pipeline with its scheduler")
+    assert lacking == (damage != "weights")
+    assert lacking or line.endswith("; save it again")
 
 
 def test_a_hub_id_without_network(refused: Refused, tmp_path: Path) -> None:
