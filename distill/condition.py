@@ -26,7 +26,8 @@ class Condition:
     def null(self) -> "Condition":
         """Every row without its prompt."""
         n = len(self)
-        return Condition(_map(lambda e: e.expand(n, *e.shape[1:]), self.empty), self.empty)
+        rows = _map(lambda e: e.expand(n, *e.shape[1:]), self.empty)
+        return Condition({**self.arguments, **rows}, self.empty)
 
     def drop(self, mask: Tensor) -> "Condition":
         """Rows where `mask` (B,) is true lose their prompt."""
@@ -34,13 +35,12 @@ class Condition:
         def choose(a: Tensor, e: Tensor) -> Tensor:
             return torch.where(mask.view(-1, *[1] * (a.ndim - 1)), e.to(a), a)
 
-        return Condition(_map(choose, self.arguments, self.empty), self.empty)
+        rows = _map(choose, {k: self.arguments[k] for k in self.empty}, self.empty)
+        return Condition({**self.arguments, **rows}, self.empty)
 
     def with_(self, **arguments: Any) -> "Condition":
-        """More keyword arguments, such as timestep_cond; they have no empty value and survive null()."""
-        return Condition(
-            {**self.arguments, **arguments}, {**self.empty, **{k: v[:1] for k, v in arguments.items()}}
-        )
+        """More keyword arguments, such as timestep_cond; they have no empty value, null() and drop() keep them."""
+        return Condition({**self.arguments, **arguments}, self.empty)
 
     def to(self, *args: Any) -> "Condition":
         return Condition(_map(lambda a: a.to(*args), self.arguments), _map(lambda e: e.to(*args), self.empty))

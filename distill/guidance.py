@@ -1,7 +1,5 @@
 """Classifier-free guidance. The scale g is 1 when guidance is off; latent consistency's embedding sees w = g - 1."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -32,9 +30,8 @@ def guided_x0_eps(
 def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
     """Sinusoidal embedding of w (B,), shape (B, dim): u = 1000 w, sines first (arXiv 2310.04378)."""
     half = dim // 2
-    frequency = torch.exp(
-        -math.log(10000.0) * torch.arange(half, device=w.device, dtype=torch.float32) / (half - 1)
-    )
+    step = torch.tensor(10000.0, device=w.device).log() / (half - 1)  # rounded as diffusers rounds it
+    frequency = torch.exp(torch.arange(half, device=w.device, dtype=torch.float32) * -step)
     angle = 1000 * w.float()[:, None] * frequency
     out = torch.cat([angle.sin(), angle.cos()], dim=1)
     return torch.nn.functional.pad(out, (0, dim % 2))

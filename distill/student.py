@@ -88,7 +88,9 @@ def full_copy(base: UNet2DConditionModel, guidance_dim: int | None) -> UNet2DCon
     if guidance_dim is None or base.config.time_cond_proj_dim == guidance_dim:
         network = copy.deepcopy(base)
     else:
-        config = {k: v for k, v in base.config.items() if k != "_use_default_values"}  # or ours would be dropped
+        config = {
+            k: v for k, v in base.config.items() if k != "_use_default_values"
+        }  # or ours would be dropped
         network = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": guidance_dim})
         missing, unexpected = network.load_state_dict(base.state_dict(), strict=False)
         assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)

@@ -79,7 +79,6 @@ def test_with_adds_an_argument_and_leaves_the_original() -> None:
     assert extended.null().arguments["timestep_cond"].tolist() == [[5.0], [5.0]]
 
 
-@pytest.mark.xfail(strict=True, reason="null() and drop() spread the first row's value over all rows")
 def test_with_arguments_survive_null_and_drop_row_by_row() -> None:
     guidance = torch.tensor([[5.0], [9.0]])
     extended = sdxl_like(2).with_(timestep_cond=guidance)

@@ -169,9 +169,6 @@ def test_guidance_embedding_against_float64_and_odd_widths(dim: int) -> None:
     assert np.abs(e.numpy() - expected).max() < 2e-3
 
 
-@pytest.mark.xfail(
-    strict=True, reason="frequencies are rounded in another order: up to 1e-3 away at 1000 w = 15000"
-)
 @pytest.mark.parametrize("dim", [33, 256])
 def test_guidance_embedding_is_that_of_the_exported_pipeline(dim: int) -> None:
     """The pipeline embeds guidance_scale - 1 with this function: a student must have been trained on its values."""

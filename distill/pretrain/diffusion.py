@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from ...pipelines.export import Export
+from ...pipelines.export import Export, in_float32
 from ..config import settings
 from ..generator import ddim_sample, seeded
 from ..methods.base import Batch, Method, Parts, Progress
@@ -70,6 +70,7 @@ class Diffusion(Method):
         return {"20 steps": self.teacher.decode(z)}
 
     def export(self) -> Export:
-        components = {**self.teacher.pipeline.components, "unet": self.student.network}
-        pipeline = StableDiffusionPipeline(**components, requires_safety_checker=False)
+        parts = in_float32({k: v for k, v in self.teacher.pipeline.components.items() if k != "unet"})
+        network = self.student.fused() if self.student.lora else self.student.network
+        pipeline = StableDiffusionPipeline(**parts, unet=network, requires_safety_checker=False)
         return Export(pipeline, sampling={"default": {"guidance_scale": self.settings.guidance_scale}})
