@@ -1,6 +1,5 @@
 """Conditions: rows without a prompt, dropped, joined and extended, nested dictionaries included."""
 
-import pytest
 import torch
 from fewstep.distill.condition import Condition
 from torch import Tensor
