@@ -1,6 +1,7 @@
 """Exponential moving averages of trained parameters, held as buffers so that checkpoints carry them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,23 @@ class EMA(nn.Module):
         sources = [p.detach() for p in self._parameters_by_name.values()]
         torch._foreach_lerp_(list(self.tensors().values()), sources, 1 - decay)
         self.updates += 1
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Within it the parameters hold their averages, and the averages the parameters."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, average in self.tensors().items():
+            p = self._parameters_by_name[name]
+            held = p.detach().clone()
+            p.copy_(average)
+            average.copy_(held)
 
 
 def _key(name: str) -> str:

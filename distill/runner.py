@@ -1,14 +1,13 @@
 """The one training loop: devices, precision, players, averages, logs, checkpoints, pictures, export."""
 
-import json
 import signal
 import time
 from collections import UserDict
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, is_tensorboard_available, is_wandb_available
@@ -19,16 +18,8 @@ from tqdm import tqdm
 from ..pipelines.export import write_adapter, write_export
 from .batches import Batches
 from .catalog import method_named
-from .checkpoint import (
-    Checkpoints,
-    RawWeights,
-    kept_state,
-    restore_state,
-    write_file,
-    write_folder,
-    writing,
-)  # fmt: skip
-from .config import RunConfig, as_tree, read_yaml, with_defaults
+from .checkpoint import Checkpoints, RawWeights, kept_state, restore_state, write_folder, writing
+from .config import RunConfig, as_tree
 from .data import load_data
 from .draws import mix
 from .ema import EMA
@@ -36,14 +27,10 @@ from .errors import UserError
 from .grid import save_rows
 from .methods.base import Method, Parts, Progress
 from .model_card import adapter_card, run_card
+from .run_folder import RunFolder, flat
 from .teacher import Teacher
 
-FREE_KEYS = {"validation_steps", "validation_prompts", 
-    "report_to", "logging_steps", "resume_from_checkpoint", "checkpoints_total_limit", "output_dir",
-    "student.export_fused",
-}  # fmt: skip
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-EXPORTED = "exported.json"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -56,23 +43,17 @@ class Runner:
 
     def __init__(self, config: RunConfig):
         self.config = config
-        self.run = Path(config.output_dir)
+        self.folder = RunFolder(config)
+        self.run = self.folder.path
         self.checkpoints = Checkpoints(self.run, config.checkpoints_total_limit)
 
     def finished(self) -> bool:
         """Whether the folder holds what this configuration's last step exports."""
-        self._compare_config()
-        record = self.run / EXPORTED
-        if not record.is_file():
-            return False
-        exported = json.loads(record.read_text())
-        whole = all((self.run / name).is_dir() for name in exported["folders"])
-        wanted = "pipeline" in exported["folders"] or not self.config.student.export_fused
-        return exported["step"] >= self.config.max_train_steps and whole and wanted
+        return self.folder.finished()
 
     def train(self) -> Path:
         """Train to max_train_steps and export; returns the run folder. Ctrl-C saves, exports and stops."""
-        self._compare_config()
+        self.folder.compare_config()
         start = self.checkpoints.choose(self.config.resume_from_checkpoint)
         self._build(start)
         interrupted = self._loop(start or 0)
@@ -83,25 +64,6 @@ class Runner:
         if interrupted:
             raise KeyboardInterrupt
         return self.run
-
-    def _compare_config(self) -> None:
-        """Refuse a folder that was started with other values; keys without effect on the result are free."""
-        path = self.run / "config.yaml"
-        if not path.is_file():
-            return
-        before, after = with_defaults(read_yaml(path)), as_tree(self.config)
-        changed = [k for k in differing(before, after) if not {k, k.split(".")[0]} & FREE_KEYS]
-        if changed:
-            raise UserError(
-                f"output_dir: {self.run} was started with another {', '.join(changed)}; "
-                "use the same values or another --output_dir"
-            )
-
-    def _write_config(self) -> None:
-        if not (self.run / "config.yaml").is_file():
-            with writing(self.run):
-                self.run.mkdir(parents=True, exist_ok=True)
-            write_file(self.run / "config.yaml", yaml.safe_dump(as_tree(self.config), sort_keys=False))
 
     def _build(self, start: int | None) -> None:
         c = self.config
@@ -124,7 +86,7 @@ class Runner:
                 f"accelerate's {kind} is not supported; launch with --multi_gpu (replicated weights)"
             )
         if self.accelerator.is_main_process:
-            self._write_config()
+            self.folder.write_config()
         if c.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         torch.manual_seed(c.seed)
@@ -155,7 +117,8 @@ class Runner:
         self.updates = dict.fromkeys(self.players, 0)
         named = {k: p for k, p in method.named_parameters() if p.requires_grad}
         self.ema = EMA(named, c.ema_decay, warmup=True) if c.use_ema else None
-        self._cut_log(start or 0)
+        if self.accelerator.is_main_process:
+            self.folder.cut_log(start or 0)
         if start is not None:
             self._restore(start)
         method.to(device).train()
@@ -263,10 +226,7 @@ class Runner:
         if not self.accelerator.is_main_process:
             return
         self.accelerator.log(row, step=self.step)
-        line = {"step": self.step, **row, "images_per_second": round(rate, 2)}
-        path = self.run / "log.jsonl"
-        with writing(path), open(path, "a") as f:
-            f.write(json.dumps(line) + "\n")
+        self.folder.append_log({"step": self.step, **row, "images_per_second": round(rate, 2)})
         loss = next(v for k, v in row.items() if k.endswith("loss"))
         bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s")
 
@@ -315,21 +275,14 @@ class Runner:
             self.accelerator.scaler.load_state_dict(optimisers["scaler"])
         self.updates = dict(progress["updates"])
 
-    def _cut_log(self, step: int) -> None:
-        """Lines after the checkpoint are written again."""
-        path = self.run / "log.jsonl"
-        if self.accelerator.is_main_process and path.is_file():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            write_file(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-
     def _save_raw(self) -> None:
         if not self.accelerator.is_main_process:
             return
         ring = RawWeights(self.run, self.config.raw_weights.keep)
         ring.save(self.step, {k: p.detach() for k, p in self.method.named_parameters() if p.requires_grad})
 
-    def _averaged(self) -> "Averaged":
-        return Averaged(self.method, self.ema)
+    def _averaged(self) -> AbstractContextManager:
+        return nullcontext() if self.ema is None else self.ema.swapped()
 
     def _export(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -344,7 +297,7 @@ class Runner:
                     names.append("pipeline")
                     card = run_card(self.config, export, self.step)
                     write_folder(self.run / "pipeline", lambda folder: write_export(export, folder, card))
-            write_file(self.run / EXPORTED, json.dumps({"step": self.step, "folders": names}) + "\n")
+            self.folder.record_export(self.step, names)
             self._say(f"exported {', '.join(str(self.run / name) for name in names)}")
         self.accelerator.wait_for_everyone()
 
@@ -358,31 +311,6 @@ REPLICATED = (
 )  # fmt: skip
 
 
-class Averaged:
-    """Within it the trained parameters hold their averages; without an EMA it does nothing."""
-
-    def __init__(self, method: Method, ema: EMA | None):
-        self.parameters = dict(method.named_parameters())
-        self.ema = ema
-
-    def __enter__(self) -> None:
-        if self.ema is not None:
-            self._swap()
-
-    def __exit__(self, *_: Any) -> None:
-        if self.ema is not None:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        assert self.ema is not None
-        for name, average in self.ema.tensors().items():
-            p = self.parameters[name]
-            held = p.detach().clone()
-            p.copy_(average)
-            average.copy_(held)
-
-
 def enable_xformers(network: Any) -> None:
     """diffusers' memory-efficient attention, or one line where xformers does not fit the installed torch."""
     key = "enable_xformers_memory_efficient_attention"
@@ -394,20 +322,3 @@ def enable_xformers(network: Any) -> None:
             f"{key}: xformers cannot run beside torch {torch.__version__} here ({reason}); "
             "install the xformers build for this torch on a GPU machine, or leave the key off"
         ) from error
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists become text."""
-    out: dict[str, Any] = {}
-    for k, v in tree.items():
-        if isinstance(v, dict):
-            out |= flat(v, f"{prefix}{k}.")
-        else:
-            out[prefix + k] = v if isinstance(v, int | float | str | bool) else str(v)
-    return out
-
-
-def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Dotted keys whose values differ, in order."""
-    a, b = flat(before), flat(after)
-    return [k for k in {**a, **b} if a.get(k) != b.get(k)]

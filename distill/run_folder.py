@@ -1,0 +1,86 @@
+"""The folder of one run: its configuration, log and record of what was exported."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .checkpoint import write_file, writing
+from .config import RunConfig, as_tree, read_yaml, with_defaults
+from .errors import UserError
+
+CONFIG, LOG, EXPORTED = "config.yaml", "log.jsonl", "exported.json"
+# Keys that may differ when a run is taken up again: they do not touch its weights.
+FREE_KEYS = {
+    "output_dir", "report_to", "logging_steps", "resume_from_checkpoint", "checkpoints_total_limit",
+    "validation_steps", "validation_prompts", "student.export_fused",
+}  # fmt: skip
+
+
+class RunFolder:
+    def __init__(self, config: RunConfig):
+        self.config, self.path = config, Path(config.output_dir)
+
+    def compare_config(self) -> None:
+        """Refuse a folder that was started with other values; keys without effect on the result are free."""
+        path = self.path / CONFIG
+        if not path.is_file():
+            return
+        before, after = with_defaults(read_yaml(path)), as_tree(self.config)
+        changed = [k for k in differing(before, after) if not {k, k.split(".")[0]} & FREE_KEYS]
+        if changed:
+            raise UserError(
+                f"output_dir: {self.path} was started with another {', '.join(changed)}; "
+                "use the same values or another --output_dir"
+            )
+
+    def write_config(self) -> None:
+        """The resolved configuration, once."""
+        if not (self.path / CONFIG).is_file():
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            write_file(self.path / CONFIG, yaml.safe_dump(as_tree(self.config), sort_keys=False))
+
+    def append_log(self, row: dict[str, Any]) -> None:
+        path = self.path / LOG
+        with writing(path), open(path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def cut_log(self, step: int) -> None:
+        """Drop the lines after `step`, and one that was cut short: the run writes them again."""
+        path = self.path / LOG
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            write_file(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+
+    def record_export(self, step: int, folders: list[str]) -> None:
+        write_file(self.path / EXPORTED, json.dumps({"step": step, "folders": folders}) + "\n")
+
+    def finished(self) -> bool:
+        """Whether the folder holds what this configuration's last step exports."""
+        self.compare_config()
+        record = self.path / EXPORTED
+        if not record.is_file():
+            return False
+        exported = json.loads(record.read_text())
+        whole = all((self.path / name).is_dir() for name in exported["folders"])
+        wanted = "pipeline" in exported["folders"] or not self.config.student.export_fused
+        return exported["step"] >= self.config.max_train_steps and whole and wanted
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists become text."""
+    out: dict[str, Any] = {}
+    for k, v in tree.items():
+        if isinstance(v, dict):
+            out |= flat(v, f"{prefix}{k}.")
+        else:
+            out[prefix + k] = v if isinstance(v, int | float | str | bool) else str(v)
+    return out
+
+
+def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ, in order."""
+    a, b = flat(before), flat(after)
+    return [k for k in {**a, **b} if a.get(k) != b.get(k)]
