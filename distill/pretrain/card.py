@@ -11,7 +11,7 @@ from ..metrics.protocol import Score
 from ..metrics.report import write_report
 from ..model_card import markdown
 
-STEPS, NUM_IMAGES = 50, 998
+STEPS, NUM_IMAGES = 50, 500
 
 HEAD = """---
 library_name: diffusers
