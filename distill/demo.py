@@ -1,12 +1,13 @@
 """`fewstep demo`: distil the embedded teacher, score teacher and student alike, show both."""
 
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from ..pipelines.export import sampling_of
 from .checkpoint import write_file
@@ -40,7 +41,9 @@ def run_demo(
     many values; None for 3, and 1 where the teacher takes 50 and 8 steps.
     """
     begun = time.perf_counter()
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    for library in (diffusers_logging, transformers_logging):  # bars over a handful of files say nothing
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     tree = with_overrides(read_yaml(config), overrides)
     run = output_dir / "student"
     runner = Runner(load_config({**tree, "output_dir": str(run)}))
