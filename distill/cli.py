@@ -65,6 +65,9 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--guidance_scale", type=float)
     parser.add_argument("--extractor", default="efflite0-128")
     parser.add_argument("--device")
+    parser.add_argument(
+        "--fresh", action="store_true", help="make and time every picture anew, cached or not"
+    )
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
 
@@ -81,8 +84,10 @@ def evaluate(arguments: list[str]) -> int:
         args.pipeline, data=args.data, num_images=args.num_images, steps=args.steps, seeds=args.seeds,
         batch_size=args.batch_size, device=args.device, extractor=args.extractor, split=args.split,
         holdout=None if args.holdout == "none" else args.holdout, output=args.output,
-        guidance_scale=args.guidance_scale,
+        guidance_scale=args.guidance_scale, fresh=args.fresh,
     )  # fmt: skip
+    if not report:  # another process of the launch has it
+        return 0
     table = markdown_table(rows_of(name, report))
     if (Path(args.pipeline) / "sampling.json").is_file() and name not in EMBEDDED:  # an export of ours
         with_scores(Path(args.pipeline), table)

@@ -169,6 +169,11 @@ class Records:
             width = _width(self.fields)
             self.bytes = np.memmap(self.data_path, dtype=np.uint8, mode="r", shape=(done, width))
 
+    def forget(self) -> None:
+        """Drop what is there, so that a build makes everything anew."""
+        for path in (self.index_path, self.data_path):
+            path.unlink(missing_ok=True)
+
     def read(self, rows: Sequence[int]) -> dict[str, Tensor]:
         assert self.bytes is not None, "an empty cache has no rows"
         block = self.bytes[np.asarray(rows, dtype=np.int64)]

@@ -1,23 +1,25 @@
 """Score a pipeline or a folder of pictures against real pictures; every number carries its protocol."""
 
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from .features import Extractor, extract, make_extractor
+from .features import Extractor, make_extractor
 from .folder_source import FolderSource
+from .generation import Generation, Made
 from .neighbours import match_share
 from .pipeline_source import SEED_STRIDE, PipelineSource
 from .protocol import Score
-from .reference import load_reference, reference
+from .reference import captions_of, load_reference, reference
 from .report import check_writable, machine, peak_memory, write_report
 from .scoring import Setting, score_all
 from .source import Source, first_line
@@ -41,6 +43,7 @@ def evaluate(
     guidance_scale: float | None = None,
     data_options: Mapping[str, Any] | None = None,
     progress: bool = True,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Scores and seconds per image for each number of steps: the report, which is also written to `output`.
 
@@ -50,6 +53,11 @@ def evaluate(
     device              None: cuda if there is one, else cpu
     guidance_scale      None: what sampling.json or the pipeline says
     data_options        further arguments of load_data
+    fresh               make and time all pictures again, whatever the cache holds
+
+    Features and timings are kept below $FEWSTEP_CACHE/features under the content of the pipeline, so that an
+    interrupted call goes on and an equal one is quick. Under torchrun or `accelerate launch` the processes share
+    the pictures; the first scores them and writes the report, the others return {}.
 
     Picture i uses the caption of reference row i (fixed random order, repeated if it is short) and the noise
     seed seed_block * 1_000_000 + i. Seconds are the median over full batches of the pipeline call alone,
@@ -58,41 +66,51 @@ def evaluate(
     _check_counts(num_images, seeds, batch_size)
     if output is not None:
         check_writable(output)
-    where = _device(device)
+    where, rank, processes = _place(device)
     source = open_source(pipeline, where)
-    calls = source.calls(steps, seeds, guidance_scale)
+    calls = source.calls(steps, seeds, guidance_scale, num_images)
     network = make_extractor(extractor).to(where)
-    fewest = min(calls.items(), key=lambda call: call[0] or 0)[1]
-    size = source.warm_up(fewest, min(batch_size, num_images))
+    captions = captions_of(data, split, data_options) if source.conditioning == "caption" else []
+    prompts = [captions[i % len(captions)] for i in range(num_images)] if captions else []
+    generation = Generation(
+        source,
+        [network],
+        batch_size=batch_size,
+        device=where,
+        warm_up=min(calls.items(), key=lambda call: call[0] or 0)[1],
+        rank=rank,
+        num_processes=processes,
+    )
+    made: dict[int | None, list[Made]] = {nfe: [] for nfe in calls}
+    with tqdm(total=len(calls) * seeds * num_images, unit="image", disable=not progress or rank > 0) as bar:
+        for nfe, arguments in calls.items():
+            bar.set_description("files" if nfe is None else f"{nfe} steps")
+            for seed in range(seeds):
+                made[nfe].append(generation.make(prompts, num_images, seed, arguments, bar, fresh=fresh))
+    if rank > 0:
+        return {}
+    size = next(iter(made.values()))[0].side
     train = load_reference(network, data, split, size, batch_size=batch_size, data_options=data_options)
     unseen = None
     if holdout is not None:
         unseen = load_reference(
             network, data, holdout, size, batch_size=batch_size, data_options=data_options
         )
-    captioned = source.conditioning == "caption"
-    prompts = [train.captions[i % len(train.captions)] for i in range(num_images)] if captioned else []
     setting = _setting(source, network, num_images, prompts, size)
-    rows = []
-    with tqdm(total=len(calls) * seeds * num_images, unit="image", disable=not progress) as bar:
-        for nfe, arguments in calls.items():
-            bar.set_description("files" if nfe is None else f"{nfe} steps")
-            runs, seconds = [], []
-            for seed in range(seeds):
-                batches = source.batches(prompts, num_images, seed, arguments, batch_size)
-                features, taken = _features(network, batches, batch_size, bar)
-                runs.append(features)
-                seconds += taken
-            rows.append(
-                {
-                    "nfe": nfe,
-                    "num_images": num_images,
-                    "seeds": seeds,
-                    "seconds_per_image": None if nfe is None else median(seconds),
-                    "arguments": arguments,
-                    "scores": [s.to_json() for s in score_all(runs, train, unseen, setting)],
-                }
-            )
+    rows = [
+        {
+            "nfe": nfe,
+            "num_images": num_images,
+            "seeds": seeds,
+            "seconds_per_image": None if nfe is None else median(m.seconds for m in made[nfe]),
+            "arguments": arguments,
+            "scores": [
+                s.to_json()
+                for s in score_all([m.features[network.name] for m in made[nfe]], train, unseen, setting)
+            ],
+        }
+        for nfe, arguments in calls.items()
+    ]
     report = {**source.describe(), "data": Path(data).name, **machine(where), "batch_size": batch_size}
     report |= {"peak_memory": peak_memory(where), "rows": rows}
     if output is not None:
@@ -122,18 +140,18 @@ def caption_match(
     _check_counts(2, 1, batch_size)
     where = _device(device)
     source = open_source(pipeline, where)
-    ((_, arguments),) = source.calls([steps], 1, guidance_scale).items()
+    ((_, arguments),) = source.calls([steps], 1, guidance_scale, 2).items()
     if source.conditioning != "caption":
         raise UserError(f"{pipeline}: takes no prompts, so its pictures have no captions to match")
     network = make_extractor(extractor).to(where)
-    size = source.warm_up(arguments, 1)
-    real = load_reference(network, data, split, size, batch_size=batch_size, data_options=data_options)
-    if not real.captioned:
+    prompts = list(dict.fromkeys(captions_of(data, split, data_options)))
+    if len(prompts) < 2:
         raise UserError(f"data {data}: split {split!r} has no captions to tell apart; set its caption_column")
-    prompts = list(dict.fromkeys(real.captions))
+    generation = Generation(source, [network], batch_size=batch_size, device=where, warm_up=arguments)
     with tqdm(total=len(prompts), unit="image", disable=not progress) as bar:
-        batches = source.batches(prompts, len(prompts), 0, arguments, batch_size)
-        features, _ = _features(network, batches, batch_size, bar)
+        made = generation.make(prompts, len(prompts), 0, arguments, bar)
+    features, size = made.features[network.name], made.side
+    real = load_reference(network, data, split, size, batch_size=batch_size, data_options=data_options)
     share = match_share(features, prompts, real.features, real.captions)
     setting = _setting(source, network, len(prompts), prompts, size)
     return setting.score("caption match", real, [share.value], share.interval)
@@ -191,20 +209,6 @@ def open_source(pipeline: str, device: torch.device) -> Source:
     return PipelineSource(pipeline, device)
 
 
-def _features(
-    network: Extractor, batches: Iterable[tuple[Tensor, float]], batch_size: int, bar: tqdm
-) -> tuple[Tensor, list[float]]:
-    """Features (N, D), and the seconds per image of each batch as large as the first."""
-    parts: list[Tensor] = []
-    seconds = []
-    for images, taken in batches:
-        parts.append(extract(network, images, batch_size))
-        if len(images) == len(parts[0]):
-            seconds.append(taken / len(images))
-        bar.update(len(images))
-    return torch.cat(parts), seconds
-
-
 def _setting(
     source: Source, network: Extractor, n_gen: int, prompts: Sequence[str], image_size: int
 ) -> Setting:
@@ -219,6 +223,14 @@ def _check_counts(num_images: int, seeds: int, batch_size: int) -> None:
     for name, value in (("seeds", seeds), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name}: {value}; give 1 or more")
+
+
+def _place(device: torch.device | str | None) -> tuple[torch.device, int, int]:
+    """The device, rank and number of processes; one process for each device under a launcher."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return _device(device), 0, 1
+    state = PartialState(cpu=device is not None and torch.device(device).type == "cpu")
+    return state.device, state.process_index, state.num_processes
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -1,7 +1,7 @@
 """Pictures from a folder of image files."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class FolderSource(Source):
             )
 
     def calls(
-        self, steps: Sequence[int], seeds: int, guidance_scale: float | None
+        self, steps: Sequence[int], seeds: int, guidance_scale: float | None, num_images: int
     ) -> dict[int | None, dict[str, Any]]:
         for name, idle in (
             ("steps", not steps),
@@ -41,32 +41,33 @@ class FolderSource(Source):
         ):
             if not idle:
                 raise UserError(f"{name}: has no effect on a folder of images ({self.folder}); leave it out")
+        if num_images > len(self.files):
+            raise UserError(
+                f"num_images: {num_images} wanted, {self.folder} holds {len(self.files)} images; lower it"
+            )
         return {None: {}}
 
-    def warm_up(self, arguments: dict[str, Any], count: int) -> int:
-        return side(str(self.files[0]), read_image(self.files[0])[None])
+    def pictures(
+        self, rows: range, prompts: Sequence[str], seed_block: int, arguments: dict[str, Any]
+    ) -> tuple[Tensor, float]:
+        """The files at `rows`; UserError if one is unreadable or not as large as the first."""
+        start = time.perf_counter()
+        first = read_image(self.files[0])
+        side(str(self.files[0]), first[None])
+        pictures = [read_image(self.files[i]) for i in rows]
+        for i, picture in zip(rows, pictures, strict=True):
+            if picture.shape != first.shape:
+                is_, others = (f"{s[2]}x{s[1]}" for s in (picture.shape, first.shape))
+                raise UserError(
+                    f"{self.files[i]}: {is_} pixels, the first has {others}; make all of one size"
+                )
+        return torch.stack(pictures), time.perf_counter() - start
 
-    def batches(
-        self, prompts: Sequence[str], count: int, seed_block: int, arguments: dict[str, Any], batch_size: int
-    ) -> Iterator[tuple[Tensor, float]]:
-        """The first `count` files; UserError if there are fewer, one is unreadable or of another size."""
-        if count > len(self.files):
-            raise UserError(
-                f"num_images: {count} wanted, {self.folder} holds {len(self.files)} images; lower it"
-            )
-        size = read_image(self.files[0]).shape
-        for first in range(0, count, batch_size):
-            start = time.perf_counter()
-            files = self.files[first : min(first + batch_size, count)]
-            pictures = [read_image(path) for path in files]
-            for path, picture in zip(files, pictures, strict=True):
-                if picture.shape != size:
-                    is_, others = (f"{s[2]}x{s[1]}" for s in (picture.shape, size))
-                    raise UserError(f"{path}: {is_} pixels, the first has {others}; make all of one size")
-            yield torch.stack(pictures), time.perf_counter() - start
+    def identity(self) -> str:
+        return hash_files(self.folder, self.files)
 
     def describe(self) -> dict[str, Any]:
-        return {"pipeline": short(self.folder), "pipeline_sha256": hash_files(self.folder, self.files)}
+        return {"pipeline": short(self.folder), "pipeline_sha256": self.identity()}
 
 
 def read_image(path: Path) -> Tensor:

@@ -1,9 +1,11 @@
 """Pictures from a diffusers pipeline."""
 
+import hashlib
 import inspect
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ class PipelineSource(Source):
         self.name = pipeline
         self.device = device
         self.pipe, self.sampling = _load(pipeline)
-        self.pipe.to(device, torch.float32)
+        self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         if getattr(self.pipe, "safety_checker", None) is not None:
             self.pipe.safety_checker = None  # it would have black squares scored in place of pictures
@@ -44,7 +46,7 @@ class PipelineSource(Source):
                 raise UserError(f"{pipeline}: {kind} needs {p.name!r}; only prompts and noise can be given")
 
     def calls(
-        self, steps: Sequence[int], seeds: int, guidance_scale: float | None
+        self, steps: Sequence[int], seeds: int, guidance_scale: float | None, num_images: int
     ) -> dict[int | None, dict[str, Any]]:
         if not steps or min(steps) < 1:
             raise UserError(f"steps: {list(steps)}; name at least one number of steps, each 1 or more")
@@ -68,27 +70,33 @@ class PipelineSource(Source):
                 raise UserError(f"{self.name}: {type(self.pipe).__name__} takes no {key!r}; leave it out")
         return out
 
-    def warm_up(self, arguments: dict[str, Any], count: int) -> int:
-        ((images, _),) = self.batches([""], count, 0, arguments, count)
-        return side(self.name, images)
-
-    def batches(
-        self, prompts: Sequence[str], count: int, seed_block: int, arguments: dict[str, Any], batch_size: int
-    ) -> Iterator[tuple[Tensor, float]]:
+    def pictures(
+        self, rows: range, prompts: Sequence[str], seed_block: int, arguments: dict[str, Any]
+    ) -> tuple[Tensor, float]:
         """Picture i has the noise seed seed_block * 1_000_000 + i and prompts[i % len(prompts)]."""
-        for first in range(0, count, batch_size):
-            rows = range(first, min(first + batch_size, count))
-            generators = [torch.Generator().manual_seed(seed_block * SEED_STRIDE + i) for i in rows]
-            inputs: dict[str, Any] = {"generator": generators, "output_type": "pt", **arguments}
-            if self.conditioning == "caption":
-                inputs["prompt"] = [prompts[i % len(prompts)] for i in rows]
-            else:
-                inputs["batch_size"] = len(rows)
-            start = time.perf_counter()
-            images = getattr(self.pipe(**inputs), "images", None)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            yield self._quantise(images), time.perf_counter() - start
+        generators = [torch.Generator().manual_seed(seed_block * SEED_STRIDE + i) for i in rows]
+        inputs: dict[str, Any] = {"generator": generators, "output_type": "pt", **arguments}
+        if self.conditioning == "caption":
+            inputs["prompt"] = [prompts[i % len(prompts)] for i in rows]
+        else:
+            inputs["batch_size"] = len(rows)
+        start = time.perf_counter()
+        images = getattr(self.pipe(**inputs), "images", None)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        pictures = self._quantise(images)
+        side(self.name, pictures)
+        return pictures, seconds
+
+    def identity(self) -> str:
+        """Hash of a folder's files; of a hub id, of its weights and configurations in memory."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
+        folder = Path(self.name)
+        return hash_files(folder, _files(folder)) if folder.is_dir() else hash_parts(self.pipe)
 
     def _quantise(self, images: Any) -> Tensor:
         if isinstance(images, np.ndarray):  # DDPMPipeline and its kin know no "pt": (B, H, W, 3) in [0, 1]
@@ -104,15 +112,29 @@ class PipelineSource(Source):
         return quantise(images).cpu()
 
     def describe(self) -> dict[str, Any]:
-        scheduler = type(self.pipe.scheduler).__name__
         folder = Path(self.name)
-        sha256 = hash_files(folder, _files(folder)) if folder.is_dir() else None
         return {
             "pipeline": short(folder) if folder.is_dir() else self.name,
-            "pipeline_sha256": sha256,
+            "pipeline_sha256": self.identity(),
             "pipeline_class": type(self.pipe).__name__,
-            "scheduler": scheduler,
+            "scheduler": type(self.pipe.scheduler).__name__,
         }
+
+
+def hash_parts(pipe: Any) -> str:
+    """sha256 of a loaded pipeline: its class, each component's class and configuration, every weight."""
+    digest = hashlib.sha256(type(pipe).__name__.encode())
+    for name, part in sorted(pipe.components.items()):
+        digest.update(f"{name} {type(part).__name__}".encode())
+        config = getattr(part, "config", None)
+        settings = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+        settings = {k: v for k, v in settings.items() if k not in ("_name_or_path", "_diffusers_version")}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        if isinstance(part, torch.nn.Module):
+            for key, value in part.state_dict().items():
+                digest.update(key.encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def quantise(images: Tensor) -> Tensor:
@@ -123,7 +145,7 @@ def quantise(images: Tensor) -> Tensor:
 def _load(pipeline: str) -> tuple[Any, dict[str, dict[str, Any]]]:
     local = Path(pipeline).is_dir()
     try:
-        pipe = DiffusionPipeline.from_pretrained(pipeline, local_files_only=local)
+        pipe = DiffusionPipeline.from_pretrained(pipeline, local_files_only=local, dtype=torch.float32)
     except Exception as error:  # whatever diffusers, transformers or safetensors say about these files
         remedy = "complete the folder" if local else "no such folder here; check the spelling and the network"
         raise UserError(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -97,11 +97,12 @@ def same_protocol(scores: Sequence[Score]) -> Protocol:
     return first
 
 
-def hash_pictures(images: Tensor, captions: Sequence[str]) -> str:
-    """sha256 of uint8 pictures (N, 3, H, W) and their captions."""
-    assert images.dtype == torch.uint8
-    digest = hashlib.sha256(str(tuple(images.shape)).encode())
-    digest.update(images.cpu().contiguous().numpy())
+def hash_pictures(chunks: Iterable[Tensor], shape: tuple[int, ...], captions: Sequence[str]) -> str:
+    """sha256 of uint8 pictures (N, 3, H, W) = `shape`, given in chunks, and their captions."""
+    digest = hashlib.sha256(str(shape).encode())
+    for images in chunks:
+        assert images.dtype == torch.uint8 and images.shape[1:] == shape[1:]
+        digest.update(images.cpu().contiguous().numpy())
     digest.update(json.dumps(list(captions)).encode())
     return digest.hexdigest()
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import load_data
+from ..data import ImageData, load_data
+from ..data.cache import Records, cache_directory
 from ..errors import UserError
 from .features import Extractor, extract
 from .frechet import Moments, frechet_distance
@@ -17,6 +18,7 @@ from .kid import between, within
 from .protocol import hash_pictures
 
 ORDER_SEED = 0
+CHUNK = 1024
 
 
 def reference(
@@ -26,9 +28,21 @@ def reference(
 
     So the first rows are a fair sample of any size. `data_options` go to `load_data` (caption_column, ...).
     """
-    rows = load_data(data, split=split, resolution=resolution, **(data_options or {}))
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
+    rows, order = _ordered(data, split, resolution, data_options)
     return rows.images(order), [rows.captions[i] for i in order]
+
+
+def captions_of(data: str, split: str, data_options: Mapping[str, Any] | None = None) -> list[str]:
+    """The captions of `reference`, without a look at the pictures."""
+    rows, order = _ordered(data, split, 1, data_options)
+    return [rows.captions[i] for i in order]
+
+
+def _ordered(
+    data: str, split: str, resolution: int, data_options: Mapping[str, Any] | None
+) -> tuple[ImageData, list[int]]:
+    rows = load_data(data, split=split, resolution=resolution, **(data_options or {}))
+    return rows, torch.randperm(len(rows), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +76,6 @@ class Reference:
         return frechet_distance(self.moments, Moments.of(generated))
 
 
-_CACHE: dict[tuple[str, str, str, str], Reference] = {}
-
-
 def load_reference(
     network: Extractor,
     data: str,
@@ -74,15 +85,22 @@ def load_reference(
     batch_size: int = 64,
     data_options: Mapping[str, Any] | None = None,
 ) -> Reference:
-    """The split's Reference. Features are computed once a process, under the hash of pixels and captions.
+    """The split's Reference. Features are computed once and kept under the hash of pixels and captions.
 
     Raises UserError on data that cannot be read or fewer than 2 pictures.
     """
-    images, captions = reference(data, split, resolution, data_options)
-    if len(images) < 2:
-        raise UserError(f"data {data}: split {split!r} has {len(images)} pictures; scores need at least 2")
-    name, sha256 = f"{Path(data).name}/{split}", hash_pictures(images, captions)
-    key = (network.name, network.weights_sha256, name, sha256)
-    if key not in _CACHE:
-        _CACHE[key] = Reference(name, sha256, captions, extract(network, images, batch_size))
-    return _CACHE[key]
+    rows, order = _ordered(data, split, resolution, data_options)
+    if len(rows) < 2:
+        raise UserError(f"data {data}: split {split!r} has {len(rows)} pictures; scores need at least 2")
+    captions = [rows.captions[i] for i in order]
+    chunks = (rows.images(order[i : i + CHUNK]) for i in range(0, len(order), CHUNK))
+    sha256 = hash_pictures(chunks, (len(rows), 3, resolution, resolution), captions)
+    key = f"real {sha256} {network.name} {network.weights_sha256} {network.resize} {network.layer}"
+    records = Records(cache_directory() / "features", key, len(rows))
+
+    def features(start: int, stop: int) -> dict[str, Tensor]:
+        return {"features": extract(network, rows.images(order[start:stop]), batch_size)}
+
+    records.build(features, batch_size, None, True, lambda: None)
+    name = f"{Path(data).name}/{split}"
+    return Reference(name, sha256, captions, records.read(range(len(rows)))["features"])

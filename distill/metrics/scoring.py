@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from .features import Extractor
+from .frechet import frechet_infinity
 from .kid import DEFINITION as KID_DEFINITION
 from .kid import mean_sd
+from .manifold import COVERAGE_NEIGHBOURS, PRECISION_NEIGHBOURS, density_coverage, precision_recall
 from .neighbours import Share, match_share, neighbour_ratio
 from .protocol import Protocol, Score, hash_prompts
 from .reference import Reference
@@ -15,6 +17,11 @@ from .reference import Reference
 DEFINITIONS = {
     "KID": KID_DEFINITION,
     "FD": "squared Frechet distance of Gaussians, ddof 1, float64; falls as n_gen grows",
+    "FD-infinity": "FD of 15 random subsets of N/5 to N pictures, fitted by a line in 1/N, at 1/N = 0",
+    "precision": "share of generated pictures within the ball to the 3rd neighbour of a real one, equal numbers",
+    "recall": "share of real pictures within the ball to the 3rd neighbour of a generated one, equal numbers",
+    "density": "mean number of real balls (5th neighbour) around a generated picture, over 5, equal numbers",
+    "coverage": "share of real balls (5th neighbour) that hold a generated picture, equal numbers",
     "NN ratio": "median Euclidean distance of generated to train over that of hold-out to train",
     "caption match": "share of captions with a picture nearer (cosine) to own than to a random other, seed 0",
 }
@@ -37,10 +44,13 @@ class Setting:
 
     def label(self, metric: str) -> str:
         """What a number is printed as: FD-<extractor>, never FID, which means one other extractor."""
-        return f"{metric}-{self.network.name}" if metric in ("KID", "FD") else metric
+        if not metric.startswith(("KID", "FD")):
+            return metric
+        kind, dash, rest = metric.partition("-")
+        return f"{kind}-{self.network.name}{dash}{rest}"
 
-    def protocol(self, metric: str, real: Reference) -> Protocol:
-        """The record of `metric` measured against `real`."""
+    def protocol(self, metric: str, real: Reference, n_gen: int | None = None) -> Protocol:
+        """The record of `metric` measured against `real`, with `n_gen` pictures where not all are used."""
         return Protocol(
             metric=metric,
             definition=DEFINITIONS[metric],
@@ -53,7 +63,7 @@ class Setting:
             reference=real.name,
             reference_sha256=real.sha256,
             n_ref=len(real.features),
-            n_gen=self.n_gen,
+            n_gen=n_gen or self.n_gen,
             prompts_sha256=hash_prompts(self.prompts),
             conditioning=self.conditioning,
             seed_rule=self.seed_rule,
@@ -66,9 +76,10 @@ class Setting:
         real: Reference,
         values: Sequence[float],
         interval: tuple[float, float] | None = None,
+        n_gen: int | None = None,
     ) -> Score:
         """Mean and sd of the values of each seed."""
-        return Score(self.label(metric), *mean_sd(values), self.protocol(metric, real), interval)
+        return Score(self.label(metric), *mean_sd(values), self.protocol(metric, real, n_gen), interval)
 
 
 def score_all(
@@ -76,13 +87,18 @@ def score_all(
 ) -> list[Score]:
     """Scores of the features (N, D) of each seed's pictures, mean and sd over seeds.
 
-    KID and FD to `train`; KID to `holdout` and NN ratio where there is one; caption match where the pictures
+    KID and FD to `train`, FD-infinity from 2 D pictures on; precision, recall, density, coverage with as many real
+    pictures as generated ones; KID to `holdout` and NN ratio where there is one; caption match where the pictures
     were made from captions that can be told apart, with the interval for one seed's number of captions.
     """
     out = [setting.score("KID", train, [train.kid(x) for x in runs])]
     if holdout is not None:
         out.append(setting.score("KID", holdout, [holdout.kid(x) for x in runs]))
     out.append(setting.score("FD", train, [train.frechet(x) for x in runs]))
+    if setting.n_gen >= 2 * setting.network.num_features:
+        limits = [frechet_infinity(x, train.moments) for x in runs]
+        out.append(setting.score("FD-infinity", train, limits))
+    out += manifold_scores(runs, train, setting)
     if holdout is not None:
         ratios = [neighbour_ratio(x, train.features, holdout.features) for x in runs]
         out.append(setting.score("NN ratio", join(train, holdout), ratios))
@@ -91,6 +107,20 @@ def score_all(
         typical = Share(round(sum(s.hits for s in shares) / len(shares)), shares[0].trials)
         out.append(setting.score("caption match", train, [s.value for s in shares], typical.interval))
     return out
+
+
+def manifold_scores(runs: Sequence[Tensor], train: Reference, setting: Setting) -> list[Score]:
+    """Precision, recall, density and coverage with the first n pictures of both sides; none below 6."""
+    n = min(setting.n_gen, len(train.features))
+    if n <= max(PRECISION_NEIGHBOURS, COVERAGE_NEIGHBOURS):
+        return []
+    real = replace(train, name=f"{train.name}, first {n}", features=train.features[:n])
+    found = [(*precision_recall(real.features, x[:n]), *density_coverage(real.features, x[:n])) for x in runs]
+    names = ("precision", "recall", "density", "coverage")
+    return [
+        setting.score(k, real, values, n_gen=n)
+        for k, values in zip(names, zip(*found, strict=True), strict=True)
+    ]
 
 
 def join(a: Reference, b: Reference) -> Reference:

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,19 +25,22 @@ class Source(ABC):
 
     @abstractmethod
     def calls(
-        self, steps: Sequence[int], seeds: int, guidance_scale: float | None
+        self, steps: Sequence[int], seeds: int, guidance_scale: float | None, num_images: int
     ) -> dict[int | None, dict[str, Any]]:
         """What to score: {number of steps, or None for files: the call's keyword arguments}."""
 
     @abstractmethod
-    def warm_up(self, arguments: dict[str, Any], count: int) -> int:
-        """Make `count` pictures to throw away; their side in pixels. UserError if they are not square."""
+    def pictures(
+        self, rows: range, prompts: Sequence[str], seed_block: int, arguments: dict[str, Any]
+    ) -> tuple[Tensor, float]:
+        """Pictures `rows` as uint8 (B, 3, H, H) on the CPU and the seconds that they took.
+
+        Raises UserError if they are not square.
+        """
 
     @abstractmethod
-    def batches(
-        self, prompts: Sequence[str], count: int, seed_block: int, arguments: dict[str, Any], batch_size: int
-    ) -> Iterator[tuple[Tensor, float]]:
-        """uint8 pictures (B, 3, H, W) on the CPU and the seconds that they took, `count` in all."""
+    def identity(self) -> str:
+        """Hash of all that makes the pictures, beside the call: equal content, equal pictures."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

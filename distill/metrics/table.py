@@ -5,8 +5,17 @@ from typing import Any
 
 from .protocol import Score, same_protocol
 
-COLUMNS = ("KID", "KID hold-out", "FD", "NN ratio", "caption match")
-DIGITS = {"KID": 4, "KID hold-out": 4, "FD": 1, "NN ratio": 3, "caption match": 3}
+COLUMNS = {  # metric: digits
+    "KID": 4,
+    "KID hold-out": 4,
+    "FD": 1,
+    "FD-infinity": 1,
+    "precision": 3,
+    "recall": 3,
+    "coverage": 3,
+    "NN ratio": 3,
+    "caption match": 3,
+}
 
 
 def rows_of(model: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -33,7 +42,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for row, own in zip(rows, scores, strict=True):
         cells = [row["model"].replace("|", r"\|"), "-" if row["nfe"] is None else str(row["nfe"])]
-        cells += [_number(own[c], DIGITS[c]) if c in own else "-" for c in shown]
+        cells += [_number(own[c], COLUMNS[c]) if c in own else "-" for c in shown]
         lines.append([*cells, _seconds(row, len(machines) > 1)])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     seeds = sorted({row["seeds"] for row in rows})

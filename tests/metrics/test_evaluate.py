@@ -1,7 +1,10 @@
 """From a real tiny pipeline or a folder of files to a report."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,25 +13,46 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics.evaluate import caption_match, evaluate, open_source, real_floor, reference
 from fewstep.distill.metrics.features import EfficientNetLite0, extract
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
 from fewstep.distill.metrics.kid import kid
-from fewstep.distill.metrics.pipeline_source import PipelineSource, quantise
+from fewstep.distill.metrics.manifold import density_coverage, precision_recall
+from fewstep.distill.metrics.pipeline_source import PipelineSource, hash_parts, quantise
 from fewstep.distill.metrics.protocol import Score
 from fewstep.distill.metrics.report import read_report
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 CPU = torch.device("cpu")
 
 
 def pictures(
-    source: object, arguments: dict, batch_size: int, count: int = 5, seed_block: int = 0
+    source: PipelineSource, arguments: dict, batch_size: int, count: int = 5, seed_block: int = 0
 ) -> torch.Tensor:
-    prompts = ["red cat", "dog", "cat"]
-    return torch.cat([x for x, _ in source.batches(prompts, count, seed_block, arguments, batch_size)])
+    prompts, rows = ["red cat", "dog", "cat"], range(count)
+    batches = [rows[i : i + batch_size] for i in range(0, count, batch_size)]
+    return torch.cat([source.pictures(b, prompts, seed_block, arguments)[0] for b in batches])
+
+
+def counted(patch: pytest.MonkeyPatch) -> list[range]:
+    """The rows of every call of a pipeline from here on."""
+    calls, plain = [], PipelineSource.pictures
+
+    def pictures(self: PipelineSource, rows: range, *arguments: object) -> object:
+        calls.append(rows)
+        return plain(self, rows, *arguments)
+
+    patch.setattr(PipelineSource, "pictures", pictures)
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -87,12 +111,26 @@ def test_evaluate_reports_what_its_parts_give(
     prompts = [captions[i % 12] for i in range(14)]
     runs = []
     for seed in (0, 1):
-        batches = source.batches(prompts, 14, seed, {"num_inference_steps": 1, "guidance_scale": 2.0}, 5)
-        runs.append(extract(extractor, torch.cat([x for x, _ in batches])))
+        call = {"num_inference_steps": 1, "guidance_scale": 2.0}
+        made = [source.pictures(range(14)[i : i + 5], prompts, seed, call)[0] for i in (0, 5, 10)]
+        runs.append(extract(extractor, torch.cat(made)))
     real, held = extract(extractor, train), extract(extractor, unseen)
     scores = [Score.from_json(s) for s in report["rows"][1]["scores"]]
-    names = ["KID-efflite0-128", "KID-efflite0-128", "FD-efflite0-128", "NN ratio", "caption match"]
-    assert [s.name for s in scores] == names
+    names = [
+        "KID-efflite0-128",
+        "KID-efflite0-128",
+        "FD-efflite0-128",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+    ]
+    assert [s.name for s in scores] == [*names, "NN ratio", "caption match"]
+    equal = [precision_recall(real, x[:12]) + density_coverage(real, x[:12]) for x in runs]
+    assert [s.value for s in scores[3:7]] == pytest.approx(np.mean(equal, 0).tolist())
+    assert [(s.protocol.n_ref, s.protocol.n_gen) for s in scores[3:7]] == [(12, 12)] * 4
+    assert scores[3].protocol.reference.endswith("first 12")
+    del scores[3:7]
     kids = torch.tensor([kid(real, x) for x in runs], dtype=torch.float64)
     assert scores[0].value == pytest.approx(kids.mean().item(), rel=1e-5)
     assert scores[0].sd == pytest.approx(kids.std().item(), rel=1e-3)
@@ -121,7 +159,7 @@ def test_batch_size_does_not_change_scores(tiny_pipeline: Path, data_folder: Pat
             progress=False,
         )
         values.append([s["value"] for s in report["rows"][0]["scores"]])
-        assert [s["sd"] for s in report["rows"][0]["scores"]] == [None] * 5
+        assert [s["sd"] for s in report["rows"][0]["scores"]] == [None] * 9
     assert values[0] == pytest.approx(values[1], rel=1e-2)
 
 
@@ -131,10 +169,10 @@ def test_sampling_json_decides_the_call(folder: Path) -> None:
         return PipelineSource(str(folder), CPU)
 
     fixed = source({"2": {"timesteps": [999, 499], "guidance_scale": 1.0}, "4": {}})
-    assert fixed.calls([2], 1, None) == {2: {"timesteps": [999, 499], "guidance_scale": 1.0}}
+    assert fixed.calls([2], 1, None, 2) == {2: {"timesteps": [999, 499], "guidance_scale": 1.0}}
     assert fixed.arguments(2, 5.0)["guidance_scale"] == 5.0
     with pytest.raises(UserError, match=r"sampling\.json has no 3; choose among 2, 4"):
-        fixed.calls([2, 3], 1, None)
+        fixed.calls([2, 3], 1, None, 2)
     teacher = source({"default": {"guidance_scale": 4.0}, "1": {"num_inference_steps": 2}})
     assert teacher.arguments(7, None) == {"guidance_scale": 4.0, "num_inference_steps": 7}
     assert teacher.arguments(1, 3.0) == {"guidance_scale": 3.0, "num_inference_steps": 2}
@@ -167,8 +205,10 @@ def test_folder_of_real_pictures_scores_as_the_real_pictures(data_folder: Path, 
         "batch_size": 5,
     }
     report = evaluate(str(tmp_path), steps=[], **arguments)
-    ((kid_, holdout, distance, ratio),) = ([s["value"] for s in r["scores"]] for r in report["rows"])
+    (row,) = report["rows"]
+    kid_, holdout, distance, precision, recall, _, coverage, ratio = (s["value"] for s in row["scores"])
     assert distance < 1e-6 and ratio < 1e-6 and kid_ < holdout
+    assert (precision, recall, coverage) == (1, 1, 1)
     assert report["rows"][0]["nfe"] is None and report["rows"][0]["seconds_per_image"] is None
     assert report["rows"][0]["scores"][0]["protocol"]["conditioning"] == "none"
     for name, value in (("steps", [1]), ("seeds", 2), ("guidance_scale", 2.0)):
@@ -188,7 +228,8 @@ def test_a_split_may_be_left_out_but_not_missed(data_folder: Path, tmp_path: Pat
     shutil.copytree(data_folder / "train", tmp_path / "flat")
     arguments = {"data": str(tmp_path / "flat"), "num_images": 12, "device": "cpu", "progress": False}
     report = evaluate(str(data_folder / "train"), steps=[], holdout=None, **arguments)
-    assert [s["protocol"]["metric"] for s in report["rows"][0]["scores"]] == ["KID", "FD"]
+    metrics = [s["protocol"]["metric"] for s in report["rows"][0]["scores"]]
+    assert metrics == ["KID", "FD", "precision", "recall", "density", "coverage"]
     with pytest.raises(UserError, match="holdout"):
         evaluate(str(data_folder / "train"), steps=[], **arguments)
 
@@ -246,9 +287,9 @@ def test_pipelines_that_cannot_be_scored(
     source = PipelineSource(str(folder), CPU)
     source.pipe.vae.decoder.conv_out.bias.data.fill_(torch.nan)
     with pytest.raises(UserError, match="NaN or infinity"):
-        source.warm_up({"num_inference_steps": 1}, 2)
+        source.pictures(range(2), ["cat"], 0, {"num_inference_steps": 1})
     with pytest.raises(UserError, match="at least one number of steps"):
-        source.calls([], 1, None)
+        source.calls([], 1, None, 2)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     for name, message in (
@@ -293,3 +334,97 @@ def test_wrong_numbers_stop_before_any_work(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             evaluate("./nowhere", steps=[1], **arguments)
+
+
+def test_what_was_made_is_not_made_again(
+    folder: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"data": str(data_folder), "num_images": 7, "steps": [1], "device": "cpu", "progress": False}
+    calls = counted(monkeypatch)
+    first = evaluate(str(folder), batch_size=3, **arguments)
+    assert [len(rows) for rows in calls] == [3, 3, 3, 1]  # one batch of warm-up
+    calls.clear()
+    assert evaluate(str(folder), batch_size=3, **arguments)["rows"] == first["rows"]
+    assert calls == []
+    again = evaluate(str(folder), batch_size=3, fresh=True, **arguments)
+    assert len(calls) == 4 and again["rows"][0]["scores"] == first["rows"][0]["scores"]
+    calls.clear()
+    evaluate(str(folder), batch_size=4, **arguments)
+    assert len(calls) == 3
+    for change in (
+        lambda: (folder / "sampling.json").write_text(
+            '{"1": {"num_inference_steps": 1, "guidance_scale": 1.0}}'
+        ),
+        lambda: shrink(folder / "unet" / "diffusion_pytorch_model.safetensors"),
+    ):
+        change()
+        calls.clear()
+        other = evaluate(str(folder), batch_size=3, **arguments)
+        assert len(calls) == 4 and other["rows"][0]["scores"] != first["rows"][0]["scores"]
+
+
+def shrink(path: Path) -> None:
+    save_file({k: v * 0.9 for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def test_an_interrupted_evaluation_goes_on(
+    folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"data": str(data_folder), "num_images": 8, "steps": [1], "device": "cpu", "progress": False}
+    calls, plain = counted(monkeypatch), PipelineSource.pictures
+
+    def breaking(self: PipelineSource, rows: range, *rest: object) -> object:
+        if rows.start == 6:
+            raise KeyboardInterrupt
+        return plain(self, rows, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PipelineSource, "pictures", breaking)
+        evaluate(str(folder), batch_size=2, output=tmp_path / "report.json", **arguments)
+    assert not (tmp_path / "report.json").exists()
+    calls.clear()
+    resumed = evaluate(str(folder), batch_size=2, output=tmp_path / "report.json", **arguments)
+    assert [rows.start for rows in calls] == [0, 6]  # warm-up, and the batch that was missing
+    whole = evaluate(str(folder), batch_size=2, fresh=True, **arguments)
+    assert resumed["rows"][0]["scores"] == whole["rows"][0]["scores"]
+
+
+def test_two_processes_score_as_one(tiny_pipeline: Path, data_folder: Path, tmp_path: Path) -> None:
+    command = [
+        "evaluate",
+        str(tiny_pipeline),
+        "--data",
+        str(data_folder),
+        "--num_images",
+        "9",
+        "--steps",
+        "1",
+    ]
+    command += ["--batch_size", "2", "--device", "cpu", "--fresh", "--output"]
+    assert main([*command, str(tmp_path / "one.json")]) == 0
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "fewstep.distill.cli",
+    ]
+    child = subprocess.run(
+        [sys.executable, *launch, *command, str(tmp_path / "two.json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr[-2000:]
+    assert child.stdout.count("\n| pipeline |") == 1
+    one, two = (read_report(tmp_path / f"{n}.json")["rows"][0]["scores"] for n in ("one", "two"))
+    assert [s["value"] for s in two] == pytest.approx([s["value"] for s in one], rel=1e-4)
+    assert [s["protocol_id"] for s in two] == [s["protocol_id"] for s in one]
+
+
+def test_a_loaded_pipeline_is_known_by_its_weights(folder: Path) -> None:
+    pipes = [DiffusionPipeline.from_pretrained(folder) for _ in range(3)]
+    assert hash_parts(pipes[0]) == hash_parts(pipes[1])
+    next(iter(pipes[1].unet.parameters())).data.flatten()[0] += 1
+    pipes[2].scheduler.register_to_config(beta_end=0.5)
+    assert len({hash_parts(pipe) for pipe in pipes}) == 3

@@ -77,10 +77,10 @@ def test_an_edited_or_broken_score_is_refused() -> None:
 def test_hashes_see_pixels_shape_captions_and_order() -> None:
     images = torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2)
     hashes = {
-        hash_pictures(images, ["a", "b"]),
-        hash_pictures(images.flip(0), ["a", "b"]),
-        hash_pictures(images, ["b", "a"]),
-        hash_pictures(images.view(2, 3, 1, 4), ["a", "b"]),
+        hash_pictures([images], tuple(images.shape), ["a", "b"]),
+        hash_pictures([images.flip(0)], tuple(images.shape), ["a", "b"]),
+        hash_pictures([images], tuple(images.shape), ["b", "a"]),
+        hash_pictures([images.view(2, 3, 1, 4)], (2, 3, 1, 4), ["a", "b"]),
     }
     assert len(hashes) == 4
     assert hash_prompts(["a", "b"]) != hash_prompts(["b", "a"]) != hash_prompts([]) == ""
