@@ -72,6 +72,7 @@ def evaluate(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
 
     from .metrics.evaluate import evaluate as score
+    from .metrics.pipeline_source import quiet
     from .metrics.table import markdown_table, rows_of
     from .model_card import with_scores
     from .teacher import EMBEDDED
@@ -80,6 +81,7 @@ def evaluate(arguments: list[str]) -> int:
         name, args.pipeline = args.pipeline, str(EMBEDDED[args.pipeline])
     else:
         name = Path(args.pipeline).name
+    quiet()
     report = score(
         args.pipeline, data=args.data, num_images=args.num_images, steps=args.steps, seeds=args.seeds,
         batch_size=args.batch_size, device=args.device, extractor=args.extractor, split=args.split,
@@ -92,6 +94,40 @@ def evaluate(arguments: list[str]) -> int:
     if (Path(args.pipeline) / "sampling.json").is_file() and name not in EMBEDDED:  # an export of ours
         with_scores(Path(args.pipeline), table)
     print(table)
+    return 0
+
+
+def compare(arguments: list[str]) -> int:
+    """compare RUN [NAME=RUN ...] --output DIR [--num_images N] [--seeds 3] [--steps 1 2 4] [--teacher NAME]"""
+    parser = argparse.ArgumentParser(
+        prog="fewstep compare",
+        description="Score students of one teacher alike: compare.json, compare.md and compare.html.",
+        epilog="Further flags go to `fewstep evaluate` (--batch_size, --device, --extractor, ...).",
+    )
+    parser.error = _usage_error  # type: ignore[method-assign]
+    parser.add_argument(
+        "entries",
+        nargs="+",
+        help="[NAME=] run folder, pipeline folder, embedded teacher, hub id or report.json",
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="of students")
+    parser.add_argument("--teacher", help="scored too; default: the one that the runs name; none: no row")
+    parser.add_argument("--teacher_steps", type=int, nargs="+", default=[1, 2, 4, 8, 50])
+    parser.add_argument("--data", default="emoji")
+    parser.add_argument("--num_images", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=3, help="disjoint blocks of num_images pictures")
+    parser.add_argument("--title")
+    args, options = parser.parse_known_args(arguments)
+
+    from .metrics.compare import compare as score
+
+    score(
+        args.entries, args.output, steps=args.steps, teacher=args.teacher, teacher_steps=args.teacher_steps,
+        data=args.data, num_images=args.num_images, seeds=args.seeds, options=options, title=args.title,
+    )  # fmt: skip
+    print((args.output / "compare.md").read_text())
+    print(f"page: {args.output / 'compare.html'}")
     return 0
 
 
@@ -126,6 +162,7 @@ def _with_config(arguments: list[str], verb: Callable[[list[str]], int]) -> list
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
     "evaluate": evaluate,
+    "compare": compare,
     "train-teacher": train_teacher,
     "demo": demo,
 }

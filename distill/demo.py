@@ -6,15 +6,13 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
 from ..pipelines.export import sampling_of
 from .checkpoint import write_file
 from .config import load_config, read_yaml, with_overrides
 from .grid import rows_image
 from .metrics.evaluate import evaluate
-from .metrics.pipeline_source import quantise
+from .metrics.pipeline_source import quantise, quiet
 from .metrics.table import markdown_table, rows_of
 from .model_card import with_scores
 from .runner import Runner
@@ -41,9 +39,7 @@ def run_demo(
     many values; None for 3, and 1 where the teacher takes 50 and 8 steps.
     """
     begun = time.perf_counter()
-    for library in (diffusers_logging, transformers_logging):  # bars over a handful of files say nothing
-        library.disable_progress_bar()
-        library.set_verbosity_error()
+    quiet()
     tree = with_overrides(read_yaml(config), overrides)
     run = output_dir / "student"
     runner = Runner(load_config({**tree, "output_dir": str(run)}))

@@ -31,3 +31,12 @@ def save_rows(rows: Mapping[str, Tensor], path: Path) -> None:
     """Rows of pictures in [-1, 1] as one PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows_image({k: to_uint8(v) for k, v in rows.items()}).save(path)
+
+
+def strip(images: Tensor, largest: int = 128) -> Image.Image:
+    """uint8 pictures (N, 3, H, W) side by side, shrunk to `largest` pixels where they are larger."""
+    row = Image.fromarray(torch.cat(list(images), dim=2).permute(1, 2, 0).cpu().numpy())
+    side = images.shape[-1]
+    if side <= largest:
+        return row
+    return row.resize((len(images) * largest, round(row.height * largest / side)), Image.Resampling.LANCZOS)

@@ -15,7 +15,7 @@ def test_evaluate_prints_a_table_and_writes_the_report(tiny_pipeline, tmp_path, 
     assert main(["evaluate", str(folder), *flags]) == 0
     printed = capsys.readouterr().out
     report = json.loads(output.read_text())
-    assert [row["nfe"] for row in report["rows"]] == [1, 2]
+    assert [row["steps"] for row in report["rows"]] == [1, 2]
     value = next(s["value"] for s in report["rows"][0]["scores"] if s["protocol"]["metric"] == "KID")
     assert f"{value:.4f}" in printed
 

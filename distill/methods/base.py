@@ -43,6 +43,21 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Published:
+    """A number that a paper gives for a method, shown beside ours and never mixed with it.
+
+    benchmark  data and resolution, in the paper's terms
+    source     where it stands, and how surely it was read
+    """
+
+    benchmark: str
+    metric: str
+    steps: int
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
 class Parts:
     """What a method is built from. captions: those of the training data, in its order."""
 
@@ -59,13 +74,14 @@ class Parts:
 class Method(nn.Module, ABC):
     """A loss and the state it owns. Knows tensors, a student and perhaps a teacher; never devices or files.
 
-    Subclasses set `Settings` and `needs` (the batch fields they read: images, latents, prompts), take
-    (settings, parts), and implement `players`, `forward`, `pictures` and `export`.
+    Subclasses set `Settings`, `needs` (the batch fields they read: images, latents, prompts) and, for comparisons,
+    `published`; they take (settings, parts), and implement `players`, `forward`, `pictures` and `export`.
     What a checkpoint holds: parameters that require a gradient, and every persistent buffer.
     """
 
     Settings: ClassVar[type]
     needs: ClassVar[frozenset[str]] = frozenset()
+    published: ClassVar[tuple[Published, ...]] = ()
 
     def __init__(self, settings: Any, parts: Parts):
         super().__init__()

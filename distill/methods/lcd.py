@@ -18,9 +18,18 @@ from ..guidance import guidance_embedding, guided_x0_eps
 from ..losses import Distance, distance
 from ..solvers import ddim_step
 from ..student import Student
-from .base import Batch, Method, Parts, Progress
+from .base import Batch, Method, Parts, Progress, Published
 
 EXPORTED_STEPS = (1, 2, 3, 4, 6, 8)
+TABLE = "LCM paper, guidance scale 8, SD 2.1; {}"
+PUBLISHED = tuple(
+    Published(f"LAION-Aesthetics {side} px", "FID", steps, value, TABLE.format(certainty))
+    for side, values, certainty in (
+        (768, (34.2, 16.3, 13.5), "values recalled, in agreement with the repository's speed_fid.png"),
+        (512, (35.4, 13.3, 11.1), "values recalled, not checked"),
+    )
+    for steps, value in zip((1, 2, 4), values, strict=True)
+)
 
 
 @settings
@@ -55,6 +64,7 @@ class LCD(Method):
 
     Settings = LCDSettings
     needs = frozenset({"latents", "prompts"})
+    published = PUBLISHED
 
     def __init__(self, settings: LCDSettings, parts: Parts):
         super().__init__(settings, parts)

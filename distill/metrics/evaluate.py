@@ -55,6 +55,8 @@ def evaluate(
     data_options        further arguments of load_data
     fresh               make and time all pictures again, whatever the cache holds
 
+    A row's `steps` is what was asked for; its `nfe` the evaluations of the network per image, counted.
+
     Features and timings are kept below $FEWSTEP_CACHE/features under the content of the pipeline, so that an
     interrupted call goes on and an equal one is quick. Under torchrun or `accelerate launch` the processes share
     the pictures; the first scores them and writes the report, the others return {}.
@@ -81,12 +83,12 @@ def evaluate(
         rank=rank,
         num_processes=processes,
     )
-    made: dict[int | None, list[Made]] = {nfe: [] for nfe in calls}
+    made: dict[int | None, list[Made]] = {n: [] for n in calls}
     with tqdm(total=len(calls) * seeds * num_images, unit="image", disable=not progress or rank > 0) as bar:
-        for nfe, arguments in calls.items():
-            bar.set_description("files" if nfe is None else f"{nfe} steps")
+        for n, arguments in calls.items():
+            bar.set_description("files" if n is None else f"{n} steps")
             for seed in range(seeds):
-                made[nfe].append(generation.make(prompts, num_images, seed, arguments, bar, fresh=fresh))
+                made[n].append(generation.make(prompts, num_images, seed, arguments, bar, fresh=fresh))
     if rank > 0:
         return {}
     size = next(iter(made.values()))[0].side
@@ -99,17 +101,18 @@ def evaluate(
     setting = _setting(source, network, num_images, prompts, size)
     rows = [
         {
-            "nfe": nfe,
+            "steps": n,
+            "nfe": made[n][0].nfe or None,
             "num_images": num_images,
             "seeds": seeds,
-            "seconds_per_image": None if nfe is None else median(m.seconds for m in made[nfe]),
+            "seconds_per_image": None if n is None else median(m.seconds for m in made[n]),
             "arguments": arguments,
             "scores": [
                 s.to_json()
-                for s in score_all([m.features[network.name] for m in made[nfe]], train, unseen, setting)
+                for s in score_all([m.features[network.name] for m in made[n]], train, unseen, setting)
             ],
         }
-        for nfe, arguments in calls.items()
+        for n, arguments in calls.items()
     ]
     report = {**source.describe(), "data": Path(data).name, **machine(where), "batch_size": batch_size}
     report |= {"peak_memory": peak_memory(where), "rows": rows}

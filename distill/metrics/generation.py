@@ -26,11 +26,13 @@ class Made:
 
     features  {name of the network: (N, D) float32}
     seconds   seconds per image (median over full batches of the call alone)
+    nfe       evaluations of the denoising network per image, counted; guidance takes two a step
     side      pixels
     """
 
     features: dict[str, Tensor]
     seconds: float
+    nfe: int
     side: int
 
 
@@ -90,7 +92,12 @@ class Generation:
         whole = {k: torch.cat([p[k] for p in parts if p]) for k in own or parts[0]}
         full = [i for i in range(len(rows)) if i // self.batch_size < len(rows) // self.batch_size]
         seconds = own["seconds"].flatten()[full or slice(None)].tolist() if rows else [0.0]
-        return Made({n.name: whole[n.name] for n in self.networks}, median(seconds), int(whole["side"][0]))
+        return Made(
+            features={n.name: whole[n.name] for n in self.networks},
+            seconds=median(seconds),
+            nfe=int(whole["nfe"][0]),
+            side=int(whole["side"][0]),
+        )
 
     def _batch(
         self, rows: range, prompts: Sequence[str], seed_block: int, arguments: dict[str, Any]
@@ -98,9 +105,12 @@ class Generation:
         if not self.warm:
             self.source.pictures(range(len(rows)), prompts or [""], 0, self.warm_up)
             self.warm = True
+        before = self.source.evaluations()
         images, taken = self.source.pictures(rows, prompts, seed_block, arguments)
+        nfe = (self.source.evaluations() - before) // len(rows)
         out = {n.name: extract(n, images, self.batch_size) for n in self.networks}
         out["seconds"] = torch.full((len(rows), 1), taken / len(rows))
+        out["nfe"] = torch.full((len(rows), 1), nfe, dtype=torch.int32)
         out["side"] = torch.full((len(rows), 1), images.shape[-1], dtype=torch.int32)
         return out
 

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
 from .source import Source, first_line, hash_files, short, side
@@ -37,6 +39,10 @@ class PipelineSource(Source):
         self.pipe.set_progress_bar_config(disable=True)
         if getattr(self.pipe, "safety_checker", None) is not None:
             self.pipe.safety_checker = None  # it would have black squares scored in place of pictures
+        self.evaluated = 0
+        denoiser = getattr(self.pipe, "unet", None) or getattr(self.pipe, "transformer", None)
+        if denoiser is not None:
+            denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
         self.parameters = inspect.signature(type(self.pipe).__call__).parameters
         self.conditioning = "caption" if "prompt" in self.parameters else "none"
         for p in self.parameters.values():
@@ -70,6 +76,9 @@ class PipelineSource(Source):
                 raise UserError(f"{self.name}: {type(self.pipe).__name__} takes no {key!r}; leave it out")
         return out
 
+    def evaluations(self) -> int:
+        return self.evaluated
+
     def pictures(
         self, rows: range, prompts: Sequence[str], seed_block: int, arguments: dict[str, Any]
     ) -> tuple[Tensor, float]:
@@ -97,6 +106,10 @@ class PipelineSource(Source):
     def _identity(self) -> str:
         folder = Path(self.name)
         return hash_files(folder, _files(folder)) if folder.is_dir() else hash_parts(self.pipe)
+
+    def _count(self, module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        inputs = (*args, kwargs.get("sample"), kwargs.get("hidden_states"))
+        self.evaluated += next(x for x in inputs if x is not None).shape[0]
 
     def _quantise(self, images: Any) -> Tensor:
         if isinstance(images, np.ndarray):  # DDPMPipeline and its kin know no "pt": (B, H, W, 3) in [0, 1]
@@ -135,6 +148,13 @@ def hash_parts(pipe: Any) -> str:
                 digest.update(key.encode())
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def quiet() -> None:
+    """No progress bars of diffusers and transformers over a handful of files, and their errors only."""
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
 
 
 def quantise(images: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ class Source(ABC):
         Raises UserError if they are not square.
         """
 
+    def evaluations(self) -> int:
+        """Samples that have passed through the denoising network so far; guidance passes each twice. 0 for files."""
+        return 0
+
     @abstractmethod
     def identity(self) -> str:
         """Hash of all that makes the pictures, beside the call: equal content, equal pictures."""

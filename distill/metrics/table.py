@@ -1,27 +1,85 @@
-"""Reports side by side: one table, each of its columns of one protocol."""
+"""Reports side by side: tables, each of whose columns is of one protocol."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .protocol import Score, same_protocol
 
-COLUMNS = {  # metric: digits
+SCORES = {  # metric: digits
     "KID": 4,
     "KID hold-out": 4,
     "FD": 1,
     "FD-infinity": 1,
+    "image-text": 4,
     "precision": 3,
     "recall": 3,
     "coverage": 3,
     "NN ratio": 3,
     "caption match": 3,
 }
+LOWER_IS_BETTER = ("KID", "KID hold-out", "FD", "FD-infinity")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a comparison. value: what is sorted and plotted, None for a gap; text: what is shown."""
+
+    key: str
+    title: str
+    value: Callable[[Mapping[str, Any]], Any]
+    text: Callable[[Any], str]
 
 
 def rows_of(model: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of a report (from `evaluate` or `read_report`) under a model's name, for markdown_table."""
     shared = {"model": model, "device": report["device"], "batch_size": report["batch_size"]}
     return [{**row, **shared} for row in report["rows"]]
+
+
+def score_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The columns of the scores that some row has; values are Scores.
+
+    Raises UserError, naming the field, if the numbers of a column were not measured in the same way.
+    """
+    scores = [by_column(row) for row in rows]
+    out = []
+    for key, digits in SCORES.items():
+        found = [s[key] for s in scores if key in s]
+        if found:
+            same_protocol(found)
+            title = f"{found[0].name} hold-out" if key == "KID hold-out" else found[0].name
+            out.append(Column(key, title, _score_of(key), _digits(digits)))
+    return out
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """All columns of a comparison's rows; errors as in `score_columns`."""
+    several = len({(row["device"], row["batch_size"]) for row in rows}) > 1
+
+    def training(key: str) -> Callable[[Mapping[str, Any]], Any]:
+        return lambda row: row["training"].get(key)
+
+    def memory(row: Mapping[str, Any]) -> int:
+        return row["peak_memory"]["bytes"]
+
+    out = [
+        Column("model", "model", lambda r: r["model"], str),
+        Column("method", "method", lambda r: r["method"], str),
+        Column("export", "export", lambda r: r["export"], str),
+        Column("steps", "steps", lambda r: r["steps"], str),
+        Column("nfe", "NFE", lambda r: r["nfe"], str),
+        *score_columns(rows),
+        Column("seconds", "s/image", lambda r: r["seconds_per_image"], lambda v: f"{v:.3g}"),
+        Column("memory", "peak memory", memory, _size),
+        Column("training_steps", "training steps", training("steps"), lambda v: f"{v:,}"),
+        Column("training_seconds", "training time", training("seconds"), _duration),
+        Column("trained", "trained parameters", training("trained_parameters"), _count),
+        Column("bytes", "download", lambda r: r["bytes"], _size),
+    ]
+    if several:
+        out.append(Column("device", "device, batch", lambda r: f"{r['device']}, {r['batch_size']}", str))
+    return [c for c in out if any(c.value(row) is not None for row in rows)]
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -32,31 +90,43 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     if not rows:
         raise ValueError("no rows to tabulate")
-    scores = [_by_column(row) for row in rows]
-    shown = [c for c in COLUMNS if any(c in s for s in scores)]
-    protocols = {c: same_protocol([s[c] for s in scores if c in s]) for c in shown}
-    labels = {c: next(s[c].name for s in scores if c in s) for c in shown}
-    labels |= {"KID hold-out": f"{labels.get('KID', 'KID')} hold-out"} if "KID hold-out" in labels else {}
     machines = {(row["device"], row["batch_size"]) for row in rows}
-    header = ["model", "steps", *(labels[c] for c in shown), "s/image"]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for row, own in zip(rows, scores, strict=True):
-        cells = [row["model"].replace("|", r"\|"), "-" if row["nfe"] is None else str(row["nfe"])]
-        cells += [_number(own[c], COLUMNS[c]) if c in own else "-" for c in shown]
-        lines.append([*cells, _seconds(row, len(machines) > 1)])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    def seconds(row: Mapping[str, Any]) -> Any:
+        value = row["seconds_per_image"]
+        where = f" ({row['device']}, batch {row['batch_size']})" if len(machines) > 1 else ""
+        return None if value is None else f"{value:.3g}{where}"
+
+    columns = [
+        Column("model", "model", lambda r: r["model"], str),
+        Column("steps", "steps", lambda r: r["steps"], str),
+        *score_columns(rows),
+        Column("seconds", "s/image", seconds, str),
+    ]
+    return f"{_table(columns, rows)}\n{protocol_notes(rows)}"
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of a comparison."""
+    return _table(columns_of(rows), rows)
+
+
+def protocol_notes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The line below a table: how many pictures and seeds, which reference, whose protocol each column follows."""
+    columns = score_columns(rows)
     seeds = sorted({row["seeds"] for row in rows})
     repeats = " to ".join(str(s) for s in dict.fromkeys((seeds[0], seeds[-1])))
-    first = protocols[shown[0]]
-    ids = ", ".join(f"{labels[c]} {protocols[c].id}" for c in shown)
+    protocols = {c.title: next(s for r in rows if (s := c.value(r))).protocol for c in columns}
+    ids = ", ".join(f"{title} {protocol.id}" for title, protocol in protocols.items())
+    first = next(iter(protocols.values()))
     plural = "" if seeds == [1] else "s"
     return (
-        f"{table}\n\n{first.n_gen} pictures a value, {repeats} seed{plural} (mean ± sd); "
+        f"{first.n_gen} pictures a value, {repeats} seed{plural} (mean ± sd); "
         f"reference {first.reference} ({first.n_ref}); KID not x1000. Protocols: {ids}.\n"
     )
 
 
-def _by_column(row: Mapping[str, Any]) -> dict[str, Score]:
+def by_column(row: Mapping[str, Any]) -> dict[str, Score]:
     """A row's scores by column; the split that FD is measured against is the one called training."""
     scores = [Score.from_json(s) for s in row["scores"]]
     train = next(s.protocol.reference for s in scores if s.protocol.metric == "FD")
@@ -67,13 +137,40 @@ def _by_column(row: Mapping[str, Any]) -> dict[str, Score]:
     return out
 
 
-def _number(score: Score, digits: int) -> str:
-    value = f"{score.value:.{digits}f}"
-    return value if score.sd is None else f"{value} ± {score.sd:.{digits}f}"
+def shown(column: Column, row: Mapping[str, Any]) -> str:
+    """A cell's text."""
+    value = column.value(row)
+    return "-" if value is None else column.text(value)
 
 
-def _seconds(row: Mapping[str, Any], name_machine: bool) -> str:
-    if row["seconds_per_image"] is None:
-        return "-"
-    seconds = f"{row['seconds_per_image']:.3g}"
-    return f"{seconds} ({row['device']}, batch {row['batch_size']})" if name_machine else seconds
+def _table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
+    texts = {"model", "method", "export", "device"}
+    lines = [[c.title for c in columns], ["---" if c.key in texts else "---:" for c in columns]]
+    lines += [[shown(c, row).replace("|", r"\|") for c in columns] for row in rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _score_of(key: str) -> Callable[[Mapping[str, Any]], Score | None]:
+    return lambda row: by_column(row).get(key)
+
+
+def _digits(digits: int) -> Callable[[Score], str]:
+    def text(score: Score) -> str:
+        value = f"{score.value:.{digits}f}"
+        return value if score.sd is None else f"{value} ± {score.sd:.{digits}f}"
+
+    return text
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _count(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 10**5 else f"{count:,}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

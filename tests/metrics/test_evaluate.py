@@ -100,7 +100,7 @@ def test_evaluate_reports_what_its_parts_give(
     )
     assert read_report(output) == json.loads(json.dumps(report))
     assert str(tmp_path) not in output.read_text() and str(data_folder) not in output.read_text()
-    assert [r["nfe"] for r in report["rows"]] == [2, 1]
+    assert [(r["steps"], r["nfe"]) for r in report["rows"]] == [(2, 4), (1, 2)]  # guidance takes two a step
     assert report["rows"][0]["arguments"] == {"num_inference_steps": 2, "guidance_scale": 2.0}
     assert all(r["seconds_per_image"] > 0 for r in report["rows"])
     assert report["peak_memory"]["bytes"] > 1e8 and report["peak_memory"]["measure"].startswith("ru_maxrss")
@@ -209,7 +209,10 @@ def test_folder_of_real_pictures_scores_as_the_real_pictures(data_folder: Path, 
     kid_, holdout, distance, precision, recall, _, coverage, ratio = (s["value"] for s in row["scores"])
     assert distance < 1e-6 and ratio < 1e-6 and kid_ < holdout
     assert (precision, recall, coverage) == (1, 1, 1)
-    assert report["rows"][0]["nfe"] is None and report["rows"][0]["seconds_per_image"] is None
+    assert (
+        report["rows"][0]["steps"] is report["rows"][0]["nfe"] is None
+        and report["rows"][0]["seconds_per_image"] is None
+    )
     assert report["rows"][0]["scores"][0]["protocol"]["conditioning"] == "none"
     for name, value in (("steps", [1]), ("seeds", 2), ("guidance_scale", 2.0)):
         with pytest.raises(UserError, match=f"{name}: has no effect"):

@@ -36,11 +36,11 @@ def score(value: float = 0.5, sd: float | None = None, **changes: object) -> Sco
     return Score(f"{protocol.metric}-{protocol.extractor}", value, sd, protocol)
 
 
-def row(model: str, nfe: int | None, scores: list[Score], **changes: object) -> dict:
+def row(model: str, steps: int | None, scores: list[Score], **changes: object) -> dict:
     report = {
         "device": "cpu: x",
         "batch_size": 64,
-        "rows": [{"nfe": nfe, "seeds": 1, "seconds_per_image": 0.25}],
+        "rows": [{"steps": steps, "seeds": 1, "seconds_per_image": 0.25}],
     }
     report["rows"][0] |= {"scores": [s.to_json() for s in scores]} | changes
     return rows_of(model, report)[0]

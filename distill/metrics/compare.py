@@ -1,0 +1,271 @@
+"""All students of one teacher, scored alike: compare.json, compare.md and one self-contained compare.html."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..catalog import METHODS
+from ..checkpoint import write_file, writing
+from ..errors import UserError
+from ..grid import strip
+from ..measure import commit
+from ..run_folder import CONFIG, EXPORTED
+from ..teacher import EMBEDDED
+from .page import page
+from .pipeline_source import PipelineSource
+from .reference import captions_of
+from .report import check_writable, read_report
+from .table import by_column, columns_of, markdown, protocol_notes
+
+SEEN, UNSEEN = 8, 4
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of a comparison.
+
+    name      what it is called in the table
+    pipeline  what `evaluate` scores: a pipeline folder or a hub id; None for a report made before
+    report    that report
+    method, export, training   what the run folder says of how it was made; export is stock, LoRA or remote code
+    bytes     of the files that a user needs to fetch beside the teacher's, None where they are not at hand
+    """
+
+    name: str
+    pipeline: str | None
+    report: Path | None = None
+    method: str | None = None
+    export: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    teacher: str | None = None
+    bytes: int | None = None
+
+
+def read_entry(text: str) -> Entry:
+    """`[NAME=]PATH`: a run folder, a pipeline folder, an embedded teacher, a hub id, or a report of `evaluate`.
+
+    Raises UserError where there is nothing of the kind.
+    """
+    name, _, place = text.rpartition("=")
+    path = Path(place)
+    if place in EMBEDDED:
+        folder = EMBEDDED[place]
+        return Entry(name or place, place, export=kind_of(folder), bytes=size_of(folder))
+    if path.suffix == ".json":
+        return Entry(name or path.stem, None, report=path)
+    if (path / CONFIG).is_file():
+        return _read_run(name or path.name, path)
+    if path.is_dir():
+        own = path.parent.name if path.name == "pipeline" else path.name
+        return Entry(name or own, place, export=kind_of(path), bytes=size_of(path))
+    return Entry(name or place, place)
+
+
+def _read_run(name: str, run: Path) -> Entry:
+    config = yaml.safe_load((run / CONFIG).read_text())
+    pipeline = run / "pipeline"
+    if not (pipeline / "model_index.json").is_file():
+        raise UserError(f"{run}: holds no pipeline to score; finish the run, for a LoRA with export_fused on")
+    exported = json.loads((run / EXPORTED).read_text()) if (run / EXPORTED).is_file() else {}
+    lora = (run / "lora").is_dir()
+    student = config.get("student", {}).get("kind", "full")
+    return Entry(
+        name,
+        str(pipeline),
+        method=config["method"]["name"] + ("" if student == "full" else f", {student}"),
+        export="LoRA" if lora else kind_of(pipeline),
+        training=exported.get("training", {}),
+        teacher=(config.get("teacher") or {}).get("path"),
+        bytes=size_of(run / "lora" if lora else pipeline),
+    )
+
+
+def kind_of(folder: Path) -> str | None:
+    """ "stock" if only classes of diffusers and transformers are needed, else "remote code"; None for images."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return None
+    tree = json.loads(index.read_text())
+    classes = [tree.get("_class_name"), *(v for k, v in tree.items() if not k.startswith("_"))]
+    own = [c for c in classes if isinstance(c, list) and c[0] not in ("diffusers", "transformers", None)]
+    return "remote code" if own or isinstance(classes[0], list) else "stock"
+
+
+def size_of(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def compare(
+    entries: Sequence[str],
+    output: Path,
+    *,
+    steps: Sequence[int] = (1, 2, 4),
+    teacher: str | None = None,
+    teacher_steps: Sequence[int] = (1, 2, 4, 8, 50),
+    data: str = "emoji",
+    num_images: int = 500,
+    seeds: int = 3,
+    options: Sequence[str] = (),
+    title: str | None = None,
+) -> dict[str, Any]:
+    """Score every entry by the same protocol and write compare.json, compare.md and compare.html into `output`.
+
+    entries        as in `read_entry`; reports are taken as they are and must be of the same protocol
+    steps          of students; those that an export does not offer are left out
+    teacher        scored at teacher_steps; None: the one that the runs name, "none": no row
+    options        further flags of `evaluate` (--batch_size 32, --device cpu, ...)
+
+    Each model is scored in a process of its own, so that its peak memory is its own; what was scored before comes
+    from the cache. The record of compare.json is returned. Raises UserError for whatever the caller can mend, among
+    it numbers of different protocols.
+    """
+    models = [read_entry(e) for e in entries]
+    names = [m.name for m in models]
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise UserError(f"{twice}: two entries have this name; give one as NAME=PATH")
+    origin = _teacher_of(models, teacher)
+    check_writable(output / "compare.json")
+    jobs = [(m, _offered(m, steps)) for m in models]
+    if origin is not None:
+        jobs.insert(0, (origin, _offered(origin, teacher_steps)))
+    rows, pictures = [], []
+    shared = ["--data", data, "--num_images", str(num_images), "--seeds", str(seeds), *options]
+    for model, count in jobs:
+        report = _score(model, count, shared, output / "reports")
+        rows += _rows(model, report)
+    columns_of(rows)  # refuses mixed protocols before the pictures are made
+    captions, seen = _captions(data)
+    for model, count in jobs:
+        pictures += _pictures(model, count, captions, output / "pictures")
+    record = {
+        "title": title or "Few-step students" + (f" of {Path(origin.pipeline or '').name}" if origin else ""),
+        "commit": commit(ROOT),
+        "machines": sorted({row["device"] for row in rows}),
+        "versions": rows[0]["versions"],
+        "settings": {"data": data, "num_images": num_images, "seeds": seeds, "options": list(options)},
+        "captions": [{"text": c, "seen": i < seen} for i, c in enumerate(captions)],
+        "rows": rows,
+        "pictures": pictures,
+        "published": published(rows),
+    }
+    write_file(output / "compare.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_file(output / "compare.md", f"# {record['title']}\n\n{markdown(rows)}\n{protocol_notes(rows)}")
+    write_file(output / "compare.html", page(record, output))
+    return record
+
+
+def _teacher_of(models: Sequence[Entry], teacher: str | None) -> Entry | None:
+    named = sorted({m.teacher for m in models if m.teacher})
+    if teacher == "none" or (teacher is None and not named):
+        return None
+    if teacher is None and len(named) > 1:
+        raise UserError(f"the runs have different teachers ({', '.join(named)}); choose one with --teacher")
+    place = teacher or named[0]
+    entry = read_entry(place)
+    if any(m.pipeline == entry.pipeline for m in models):
+        return None
+    return Entry(f"teacher ({entry.name})", entry.pipeline, export=entry.export, bytes=entry.bytes)
+
+
+def _score(model: Entry, steps: Sequence[int], shared: Sequence[str], reports: Path) -> dict[str, Any]:
+    if model.report is not None:
+        return read_report(model.report)
+    assert model.pipeline is not None
+    path = reports / f"{_slug(model.name)}.json"
+    check_writable(path)
+    count = [str(n) for n in steps]
+    command = ["-m", "fewstep.distill.cli", "evaluate", model.pipeline, "--steps", *count, *shared]
+    print(f"scoring {model.name}", flush=True)
+    child = subprocess.run(
+        [sys.executable, *command, "--output", str(path)], stdout=subprocess.DEVNULL, check=False
+    )
+    if child.returncode == 130:
+        raise KeyboardInterrupt
+    if child.returncode:
+        raise UserError(f"{model.name}: {model.pipeline} could not be scored; its own error stands above")
+    return read_report(path)
+
+
+def _offered(model: Entry, steps: Sequence[int]) -> list[int]:
+    """Those of `steps` that the model can be called with; none for a report, which is taken as it is."""
+    if model.pipeline is None:
+        return []
+    sampling = EMBEDDED.get(model.pipeline, Path(model.pipeline)) / "sampling.json"
+    calls = json.loads(sampling.read_text()) if sampling.is_file() else {"default": {}}
+    found = [n for n in steps if str(n) in calls or "default" in calls]
+    if not found:
+        raise UserError(f"steps: {model.name} offers {', '.join(calls)}; add one of them to --steps")
+    return found
+
+
+def _rows(model: Entry, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    shared = {
+        "model": model.name,
+        "method": model.method,
+        "export": model.export,
+        "training": dict(model.training),
+        "bytes": model.bytes,
+        "pipeline_sha256": report.get("pipeline_sha256"),
+        "peak_memory": report["peak_memory"],
+        **{k: report[k] for k in ("device", "versions", "batch_size")},
+    }
+    return [{**row, **shared} for row in report["rows"]]
+
+
+def published(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the papers of the compared methods say, beside our number at as many steps, and whether they compare."""
+    out = []
+    for name in dict.fromkeys(row["method"].partition(",")[0] for row in rows if row["method"]):
+        ours = [row for row in rows if (row["method"] or "").partition(",")[0] == name]
+        for paper in METHODS[name].published if name in METHODS else ():
+            here = []
+            for row in ours:
+                if row["steps"] == paper.steps:
+                    score = next(iter(by_column(row).values()))
+                    here.append(
+                        f"{row['model']}: {score.name} {score.value:.4f} on {score.protocol.reference}"
+                    )
+            if here:
+                out.append({"method": name, **asdict(paper), "here": here, "same_protocol": False})
+    return out
+
+
+def _captions(data: str) -> tuple[list[str], int]:
+    """Captions for pictures and how many of them are of the training split."""
+    seen = list(dict.fromkeys(captions_of(data, "train")))[:SEEN]
+    try:
+        unseen = list(dict.fromkeys(captions_of(data, "holdout")))[:UNSEEN]
+    except UserError:  # data without a hold-out split
+        unseen = []
+    return seen + unseen, len(seen)
+
+
+def _pictures(
+    model: Entry, steps: Sequence[int], captions: Sequence[str], folder: Path
+) -> list[dict[str, Any]]:
+    """One strip of pictures for each number of steps: caption i from noise seed i, for every model alike."""
+    if model.pipeline is None:
+        return []
+    source = PipelineSource(str(EMBEDDED.get(model.pipeline, model.pipeline)), torch.device("cpu"))
+    out = []
+    for n in steps:
+        images, _ = source.pictures(range(len(captions)), captions, 0, source.arguments(n, None))
+        path = folder / f"{_slug(model.name)}-{n}.png"
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            strip(images).save(path)
+        out.append({"model": model.name, "steps": n, "file": f"{folder.name}/{path.name}"})
+    return out
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)

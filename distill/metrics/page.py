@@ -1,0 +1,126 @@
+"""The comparison as one HTML file that needs nothing beside it."""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .protocol import Score
+from .table import LOWER_IS_BETTER, SCORES, Column, by_column, columns_of, protocol_notes, shown
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def page(record: Mapping[str, Any], folder: Path) -> str:
+    """The page of a comparison's record (see `compare`); its pictures are read from `folder` and embedded."""
+    rows = record["rows"]
+    fields = {
+        "title": escape(record["title"]),
+        "summary": escape(protocol_notes(rows).strip()),
+        "table": table(columns_of(rows), rows),
+        "pictures": pictures(record, folder),
+        "published": published(record["published"]),
+        "protocols": protocols(rows),
+        "origin": origin(record),
+        "data": json.dumps(plot_data(rows)).replace("<", "\\u003c"),
+    }
+    text = TEMPLATE.read_text()
+    for key, value in fields.items():
+        text = text.replace("{{" + key + "}}", value)
+    return text
+
+
+def table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The sortable table; a cell that is sorted by number carries it in data-value."""
+    head = "".join(f'<th scope="col"><button type="button">{escape(c.title)}</button></th>' for c in columns)
+    body = []
+    for row in rows:
+        cells = []
+        for column in columns:
+            value = column.value(row)
+            key = value.value if isinstance(value, Score) else value
+            number = f' class="number" data-value="{key}"' if isinstance(key, int | float) else ""
+            cells.append(f"<td{number}>{escape(shown(column, row))}</td>")
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def pictures(record: Mapping[str, Any], folder: Path) -> str:
+    """Strips of the same captions and noise, one for each model and number of steps."""
+    captions = record["captions"]
+    names = "".join(
+        f"<span{'' if c['seen'] else ' class=unseen'}>{escape(c['text'])}</span>" for c in captions
+    )
+    lines = [f'<div class="strip"><span class="label"></span><div class="captions">{names}</div></div>']
+    for picture in record["pictures"]:
+        data = base64.b64encode((folder / picture["file"]).read_bytes()).decode()
+        label = f"{picture['model']}, {picture['steps']} step{'s' * (picture['steps'] > 1)}"
+        lines.append(
+            f'<div class="strip"><span class="label">{escape(label)}</span>'
+            f'<img alt="{escape(label)}" src="data:image/png;base64,{data}"></div>'
+        )
+    return f'<div class="strips" style="--pictures:{len(captions)}">{"".join(lines)}</div>'
+
+
+def published(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What papers say beside what was measured here."""
+    if not lines:
+        return "<p>No published number is known for these methods at these steps.</p>"
+    body = []
+    for line in lines:
+        paper = f"{line['metric']} {line['value']:g} on {line['benchmark']}"
+        cells = (
+            f"<td>{escape(line['method'])}</td>",
+            f"<td class=number>{line['steps']}</td>",
+            f"<td>{escape(paper)}<br><small>{escape(line['source'])}</small></td>",
+            f"<td>{'<br>'.join(escape(h) for h in line['here'])}</td>",
+            f"<td>{'yes' if line['same_protocol'] else 'no'}</td>",
+        )
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    titles = ("method", "steps", "expected in the paper", "here", "same protocol?")
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def protocols(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every field of each column's protocol."""
+    found: dict[str, Score] = {}
+    for row in rows:
+        found = by_column(row) | found
+    return "".join(_details(key, score.to_json()) for key, score in found.items())
+
+
+def _details(key: str, record: Mapping[str, Any]) -> str:
+    fields = record["protocol"].items()
+    body = "".join(f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in fields)
+    title = f"{escape(key)} <code>{record['protocol_id']}</code>"
+    return f"<details><summary>{title}</summary><table>{body}</table></details>"
+
+
+def origin(record: Mapping[str, Any]) -> str:
+    """Where the numbers come from."""
+    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+    machines = "; ".join(record["machines"])
+    return escape(f"Made by fewstep compare at commit {record['commit'][:12]}, on {machines}; {versions}.")
+
+
+def plot_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the plots draw: {metrics: [...], models: [{name, points: [{steps, nfe, seconds, trained, scores}]}]}."""
+    keys = [k for k in SCORES if any(k in by_column(row) for row in rows)]
+    models: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        scores = {k: {"value": s.value, "sd": s.sd} for k, s in by_column(row).items()}
+        point = {
+            "steps": row["steps"],
+            "nfe": row["nfe"],
+            "trained": row["training"].get("seconds"),
+            "scores": scores,
+        }
+        models.setdefault(row["model"], []).append(point)
+    titles = {c.key: c.title for c in columns_of(rows)}
+    return {
+        "metrics": [{"key": k, "title": titles.get(k, k), "lower": k in LOWER_IS_BETTER} for k in keys],
+        "models": [{"name": name, "points": points} for name, points in models.items()],
+    }

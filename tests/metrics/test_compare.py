@@ -1,0 +1,198 @@
+"""Several models in one record, table and page."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from fewstep.distill.cli import main
+from fewstep.distill.errors import UserError
+from fewstep.distill.metrics.compare import compare, kind_of, read_entry
+from fewstep.distill.metrics.page import page
+from fewstep.distill.metrics.table import by_column
+from PIL import Image
+
+BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWSTEP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two run folders of `tiny_pipeline` as their teacher, and a pipeline of nobody's."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, student in (("full", "full"), ("adapter", "lora")):
+        run = root / name
+        shutil.copytree(tiny_pipeline, run / "pipeline")
+        sampling = {str(n): {"num_inference_steps": n, "guidance_scale": 1.0} for n in (1, 2)}
+        (run / "pipeline" / "sampling.json").write_text(json.dumps(sampling))
+        config = {
+            "method": {"name": "lcd"},
+            "teacher": {"path": str(tiny_pipeline)},
+            "student": {"kind": student},
+        }
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        training = {
+            "steps": 20,
+            "images": 80,
+            "seconds": 61.0,
+            "trained_parameters": 123456,
+            "device": "1 x cpu",
+        }
+        (run / "exported.json").write_text(json.dumps({"step": 20, "folders": [], "training": training}))
+    (root / "adapter" / "lora").mkdir()
+    (root / "adapter" / "lora" / "weights").write_bytes(b"x" * 1000)
+    shutil.copytree(tiny_pipeline, root / "foreign")
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(runs: Path, data_folder: Path) -> tuple[Path, dict]:
+    output = runs / "out"
+    record = compare(
+        [str(runs / "full"), str(runs / "adapter"), f"other={runs / 'foreign'}"],
+        output,
+        teacher_steps=[3],
+        data=str(data_folder),
+        num_images=8,
+        seeds=2,
+        options=["--device", "cpu", "--batch_size", "4"],
+        title="A <tiny> comparison",
+    )
+    return output, record
+
+
+def test_every_model_stands_in_the_record(made: tuple[Path, dict], tiny_pipeline: Path) -> None:
+    output, record = made
+    assert json.loads((output / "compare.json").read_text()) == json.loads(json.dumps(record))
+    rows = [(r["model"], r["method"], r["export"], r["steps"], r["nfe"]) for r in record["rows"]]
+    assert rows == [
+        (f"teacher ({tiny_pipeline.parent.name})", None, "stock", 3, 6),
+        ("full", "lcd", "stock", 1, 1),
+        ("full", "lcd", "stock", 2, 2),
+        ("adapter", "lcd, lora", "LoRA", 1, 1),
+        ("adapter", "lcd, lora", "LoRA", 2, 2),
+        ("other", None, "stock", 1, 2),
+        ("other", None, "stock", 2, 4),
+        ("other", None, "stock", 4, 8),
+    ]
+    by_model = {r["model"]: r for r in record["rows"]}
+    assert by_model["adapter"]["bytes"] == 1000 < by_model["full"]["bytes"]
+    assert by_model["full"]["training"]["seconds"] == 61 and by_model["other"]["training"] == {}
+    full, adapter = (by_column(by_model[m])["KID"] for m in ("full", "adapter"))
+    assert full == adapter and full.sd is not None and full.protocol.n_gen == 8
+    assert all(r["peak_memory"]["bytes"] > 1e8 for r in record["rows"])
+
+
+def test_pictures_share_captions_and_noise(made: tuple[Path, dict]) -> None:
+    output, record = made
+    assert (
+        len(record["captions"]) == 10 and [c["seen"] for c in record["captions"]] == [True] * 6 + [False] * 4
+    )
+    files = {(p["model"], p["steps"]): output / p["file"] for p in record["pictures"]}
+    assert len(files) == 8
+    one, same, other = (files[k] for k in (("full", 1), ("adapter", 1), ("other", 1)))
+    assert Image.open(one).size == (160, 16)
+    assert one.read_bytes() == same.read_bytes() != other.read_bytes()
+
+
+def test_markdown_and_page_hold_the_numbers(made: tuple[Path, dict]) -> None:
+    output, record = made
+    text, html = (output / "compare.md").read_text(), (output / "compare.html").read_text()
+    kid = by_column(record["rows"][1])["KID"]
+    number = f"{kid.value:.4f} ± {kid.sd:.4f}"
+    assert number in text and number in html
+    assert text.startswith("# A <tiny> comparison\n") and "A &lt;tiny&gt; comparison" in html
+    assert html.count("data:image/png;base64,") == 8
+    assert "{{" not in html and not re.search(r"(src|href)=[\"']?http", html)
+    assert "1 min 01 s" in text and "0.12 M" in text
+    assert kid.protocol.id in html
+    published = record["published"]
+    assert {(p["steps"], p["value"]) for p in published} == {(1, 34.2), (2, 16.3), (1, 35.4), (2, 13.3)}
+    assert all(len(p["here"]) == 2 and not p["same_protocol"] for p in published)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a Chromium in the path")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_draws_and_sorts_in_a_browser(made: tuple[Path, dict], width: int, tmp_path: Path) -> None:
+    """The script clicks on the KID column, and reports what it sees in the title."""
+    output, _ = made
+    probe = """<script>addEventListener("load", () => {
+      const heads = [...document.querySelectorAll("#scores th button")];
+      heads.find(b => b.textContent === "KID-efflite0-128").click();
+      const values = [...document.querySelectorAll("#scores tbody tr")].map(r => Number(r.cells[5].dataset.value));
+      document.title = JSON.stringify({
+        sorted: values.every((v, i) => !i || values[i - 1] <= v), rows: values.length,
+        dots: document.querySelectorAll("#by-nfe circle").length,
+        cost: document.querySelectorAll("#by-training circle").length,
+        wide: document.documentElement.scrollWidth,
+      });
+    })</script>"""
+    path = tmp_path / "probe.html"
+    path.write_text((output / "compare.html").read_text().replace("</body>", probe + "</body>"))
+    assert BROWSER is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+    dom = subprocess.run([BROWSER, *flags, path.as_uri()], capture_output=True, text=True, timeout=120).stdout
+    seen = json.loads(re.search(r"<title>(.*?)</title>", dom).group(1))
+    assert seen.pop("wide") <= max(width, 500)  # headless Chromium has a least width
+    assert seen == {"sorted": True, "rows": 8, "dots": 8, "cost": 4}
+
+
+def test_a_report_of_another_protocol_is_refused(
+    made: tuple[Path, dict], data_folder: Path, tmp_path: Path
+) -> None:
+    output, _ = made
+    arguments = {"data": str(data_folder), "num_images": 8, "seeds": 2, "teacher": "none"}
+    same = output / "reports" / "full.json"
+    options = ["--device", "cpu", "--batch_size", "4"]
+    record = compare(
+        [f"before={same}", f"now={output.parent / 'full'}"], tmp_path / "a", options=options, **arguments
+    )
+    assert [r["model"] for r in record["rows"]] == ["before", "before", "now", "now"]
+    assert {p["model"] for p in record["pictures"]} == {"now"}
+    arguments["num_images"] = 7
+    with pytest.raises(UserError, match=r"not comparable, n_gen differs: 8 and 7"):
+        compare(
+            [f"before={same}", f"now={output.parent / 'full'}"], tmp_path / "b", options=options, **arguments
+        )
+    assert not (tmp_path / "b" / "compare.html").exists()
+
+
+def test_what_cannot_be_compared(runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    full = str(runs / "full")
+    for entries, flags, message in (
+        ([full, full], [], "full: two entries have this name; give one as NAME=PATH"),
+        ([full], ["--steps", "4"], "offers 1, 2; add one of them to --steps"),
+        ([str(tmp_path / "nowhere")], ["--teacher", "none", "--num_images", "4"], "could not be scored"),
+    ):
+        output = str(tmp_path / "out")
+        assert main(["compare", *entries, "--output", output, "--teacher_steps", "1", *flags]) == 2
+        last = capfd.readouterr().err.splitlines()[-1]
+        assert last.startswith("fewstep: error: ") and message in last
+    shutil.copytree(full, tmp_path / "unfinished")
+    shutil.rmtree(tmp_path / "unfinished" / "pipeline")
+    with pytest.raises(UserError, match="holds no pipeline to score"):
+        read_entry(str(tmp_path / "unfinished"))
+
+
+def test_kinds_of_export(runs: Path, tmp_path: Path) -> None:
+    assert kind_of(runs / "foreign") == "stock"
+    index = json.loads((runs / "foreign" / "model_index.json").read_text())
+    for change in ({"_class_name": ["pipeline_own", "Own"]}, {"scheduler": ["own_scheduler", "Own"]}):
+        (tmp_path / "model_index.json").write_text(json.dumps(index | change))
+        assert kind_of(tmp_path) == "remote code"
+
+
+def test_page_escapes_names(made: tuple[Path, dict]) -> None:
+    output, record = made
+    rows = [{**row, "model": "</script><b>"} for row in record["rows"]]
+    html = page({**record, "rows": rows}, output)
+    assert "</script><b>" not in html and "&lt;/script&gt;&lt;b&gt;" in html
