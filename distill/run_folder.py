@@ -54,8 +54,10 @@ class RunFolder:
             lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
             write_file(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
-    def record_export(self, step: int, folders: list[str]) -> None:
-        write_file(self.path / EXPORTED, json.dumps({"step": step, "folders": folders}) + "\n")
+    def record_export(self, step: int, folders: list[str], training: dict[str, Any]) -> None:
+        """What was exported after which step, and what the training took."""
+        record = {"step": step, "folders": folders, "training": training}
+        write_file(self.path / EXPORTED, json.dumps(record, indent=2) + "\n")
 
     def finished(self) -> bool:
         """Whether the folder holds what this configuration's last step exports."""

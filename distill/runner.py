@@ -25,6 +25,7 @@ from .draws import mix
 from .ema import EMA
 from .errors import UserError
 from .grid import save_rows
+from .measure import processor
 from .methods.base import Method, Parts, Progress
 from .model_card import adapter_card, run_card
 from .run_folder import RunFolder, flat
@@ -115,6 +116,7 @@ class Runner:
             for k, o in self.optimisers.items()
         }
         self.updates = dict.fromkeys(self.players, 0)
+        self.earlier_seconds = 0.0
         named = {k: p for k, p in method.named_parameters() if p.requires_grad}
         self.ema = EMA(named, c.ema_decay, warmup=True) if c.use_ema else None
         if self.accelerator.is_main_process:
@@ -153,7 +155,7 @@ class Runner:
         bar = tqdm(
             total=c.max_train_steps, initial=start, unit="step", disable=not self.accelerator.is_main_process
         )
-        begun, self.step = time.perf_counter(), start
+        self.begun, self.step = time.perf_counter(), start
         images = c.train_batch_size * c.gradient_accumulation_steps * self.accelerator.num_processes
         try:
             for iteration in range(start, c.max_train_steps):
@@ -161,7 +163,7 @@ class Runner:
                 self.step = iteration + 1
                 bar.update()
                 if self.step % c.logging_steps == 0 or self.step == c.max_train_steps:
-                    rate = images * (self.step - start) / (time.perf_counter() - begun)
+                    rate = images * (self.step - start) / (time.perf_counter() - self.begun)
                     self._log(values, rate, bar)
                 if c.validation_steps and self.step % c.validation_steps == 0:
                     self._pictures()
@@ -251,7 +253,27 @@ class Runner:
             "schedules": {k: s.state_dict() for k, s in self.schedules.items()},
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
         }
-        self.checkpoints.save(self.step, self._state(), optimisers, {"updates": self.updates})
+        progress = {"updates": self.updates, "seconds": self._seconds()}
+        self.checkpoints.save(self.step, self._state(), optimisers, progress)
+
+    def _seconds(self) -> float:
+        """Seconds in the loop, of every call that led to this step."""
+        return round(self.earlier_seconds + time.perf_counter() - self.begun, 1)
+
+    def _cost(self) -> dict[str, Any]:
+        """What the training took, for comparisons."""
+        c = self.config
+        images = c.train_batch_size * c.gradient_accumulation_steps * self.accelerator.num_processes
+        trained = sum(p.numel() for group in self.players.values() for p in group)
+        device = self.accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+        return {
+            "steps": self.step,
+            "images": self.step * images,
+            "seconds": self._seconds(),
+            "trained_parameters": trained,
+            "device": f"{self.accelerator.num_processes} x {name}",
+        }
 
     def _state(self) -> dict[str, Tensor]:
         state = {f"method.{k}": v for k, v in kept_state(self.method).items()}
@@ -273,7 +295,7 @@ class Runner:
             self.schedules[k].load_state_dict(optimisers["schedules"][k])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(optimisers["scaler"])
-        self.updates = dict(progress["updates"])
+        self.updates, self.earlier_seconds = dict(progress["updates"]), progress["seconds"]
 
     def _save_raw(self) -> None:
         if not self.accelerator.is_main_process:
@@ -297,7 +319,7 @@ class Runner:
                     names.append("pipeline")
                     card = run_card(self.config, export, self.step)
                     write_folder(self.run / "pipeline", lambda folder: write_export(export, folder, card))
-            self.folder.record_export(self.step, names)
+            self.folder.record_export(self.step, names, self._cost())
             self._say(f"exported {', '.join(str(self.run / name) for name in names)}")
         self.accelerator.wait_for_everyone()
 

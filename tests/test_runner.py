@@ -102,7 +102,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
         assert [k for k in one if not torch.equal(one[k], other[k])] == []
     assert log(run) == log(reference)
     progress = json.loads((run / f"checkpoint-{STEPS}" / "progress.json").read_text())
-    assert progress == {"updates": {"student": STEPS}}
+    assert progress["updates"] == {"student": STEPS}
     assert not list(run.glob(".*.partial"))
 
 
@@ -139,6 +139,10 @@ def test_the_run_folder(reference: Path) -> None:
     assert names == {
         "config.yaml", "log.jsonl", "checkpoint-6", "checkpoint-8", "raw_weights", "pipeline", "exported.json",
     }  # fmt: skip
+    training = json.loads((reference / "exported.json").read_text())["training"]
+    weights = sum(v.numel() for v in exported(reference).values())
+    assert (training["steps"], training["images"]) == (STEPS, 4 * STEPS)
+    assert training["trained_parameters"] == weights and training["seconds"] > 0
     losses = [line["loss"] for line in log(reference)]
     assert len(losses) == STEPS and len(set(losses)) == STEPS
     rates = [line["lr"] for line in log(reference)]
@@ -267,8 +271,12 @@ def test_an_older_checkpoint_can_be_chosen(reference: Path, tiny_pipeline: Path,
     tree = settings(tiny_pipeline, run, checkpoints_total_limit=None)
     train(tree)
     (run / "exported.json").unlink()
+    path = run / "checkpoint-4" / "progress.json"
+    progress = json.loads(path.read_text())
+    path.write_text(json.dumps({**progress, "seconds": 1000.0}))
     train({**tree, "resume_from_checkpoint": "checkpoint-4"})
     assert_same_run(run, reference)
+    assert 1000 < json.loads((run / "exported.json").read_text())["training"]["seconds"] < 1500
 
 
 def test_accumulated_half_batches_follow_the_full_batch(
