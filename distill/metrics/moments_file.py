@@ -1,15 +1,19 @@
 """Means and covariances of reference features on disk, with what they are of."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..errors import UserError
-from .features import Extractor
-from .frechet import Moments
-from .inception import SHA256, sha256_of
+from .features import Extractor, extract
+from .frechet import Accumulator, Moments
+from .inception import RESIZES, SHA256, InceptionFID, sha256_of
+from .pictures import batches
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,26 @@ def extractor_id(network: Extractor) -> str:
 
 def published_inception_id(resize: str) -> str:
     """extractor_id of pool3 of the published weights, without having them."""
-    from .inception import RESIZES, InceptionFID
-
     return f"{SHA256[:12]} | 2048 ({InceptionFID.LAYER_TEXT['2048']}) | {RESIZES[resize][1]}"
+
+
+def moments_of(
+    network: Extractor, pictures: Iterable[Tensor], *, batch_size: int = 64, progress: bool = True
+) -> Moments:
+    """Moments of the features of pictures uint8 (3, H, W), where the network lives; D features are kept at most.
+
+    Up to D pictures the rows are kept, so that the small-sample path of frechet_distance is exact.
+    """
+    held: list[Tensor] = []
+    sums = Accumulator()
+    with tqdm(unit="image", disable=not progress) as bar:
+        for images in batches(pictures, batch_size):
+            held.append(extract(network, images, batch_size))
+            bar.update(len(images))
+            if sums.n or sum(map(len, held)) > network.num_features:
+                sums.update(torch.cat(held))
+                held = []
+    return sums.moments() if sums.n else Moments.of(torch.cat(held) if held else torch.empty(0, 0))
 
 
 def save_statistics(path: Path, moments: Moments, statistics_id: str) -> Statistics:

@@ -78,7 +78,7 @@ def zip_pictures(path: Path, choose: Callable[[list[str]], list[str]], crop: Cro
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: neither a folder of pictures nor a zip archive ({error})") from None
     with archive:
-        names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in PICTURES)
+        names = sorted(n for n in archive.namelist() if _is_picture(n))
         for name in _chosen(path, choose, names):
             yield _read(path, name, archive.read(name), crop)
 
@@ -136,6 +136,11 @@ def batches(pictures: Iterable[Tensor], size: int) -> Iterator[Tensor]:
         held.append(picture)
     if held:
         yield torch.stack(held)
+
+
+def _is_picture(name: str) -> bool:
+    """By its ending; what macOS adds to archives is none."""
+    return Path(name).suffix.lower() in PICTURES and not Path(name).name.startswith("._")
 
 
 def _chosen(path: Path, choose: Callable[[list[str]], list[str]], names: list[str]) -> list[str]:
