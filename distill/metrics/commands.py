@@ -39,7 +39,7 @@ def prepare_data_command(arguments: list[str]) -> int:
 
 
 def verify_metrics_command(arguments: list[str]) -> int:
-    """verify-metrics [CHECK ...] [--device DEVICE]: reproduce published FIDs; later reports then say "verified" """
+    """verify-metrics [CHECK ...] [--device DEVICE]: reproduce published FIDs, so that reports say "verified here"."""
     parser = argparse.ArgumentParser(
         prog="fewstep verify-metrics",
         description="Compute constants that others published, from prepared files, and stamp this machine.",

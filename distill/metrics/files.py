@@ -105,6 +105,12 @@ class Store:
             self._unpin(file)
             return self._accept(file, part, PUBLISHED if file.sha256 else GIVEN)
 
+    def drop(self, file: RemoteFile) -> None:
+        """Removes the file and its pin, if it is here."""
+        with self._writable():
+            self._unpin(file)
+            (self.folder / file.name).unlink(missing_ok=True)
+
     def _accept(self, file: RemoteFile, part: Path, origin: str) -> LocalFile:
         """Checks the hash, pins it and moves the file into place."""
         pins = self._pins()

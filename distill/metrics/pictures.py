@@ -67,9 +67,7 @@ def zip_pictures(path: Path, choose: Callable[[list[str]], list[str]], crop: Cro
     Raises UserError if it is neither, holds nothing that `choose` picks, or a picture cannot be read.
     """
     if path.is_dir():
-        names = sorted(
-            p.relative_to(path).as_posix() for p in path.rglob("*") if p.suffix.lower() in PICTURES
-        )
+        names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if _is_picture(p.name))
         for name in _chosen(path, choose, names):
             yield _read(path, name, (path / name).read_bytes(), crop)
         return

@@ -69,18 +69,27 @@ def prepare_data(
     for option, path in given.items():
         if path is not None and option not in useful:
             raise UserError(f"{option} {path}: {name} has no use for it; leave it out")
-    done = [_prepare_weights(root, weights, progress)]
+    if statistics is not None and pictures is not None:
+        raise UserError(f"--statistics {statistics}: --pictures gives the reference too; leave one out")
+    here, missing = [], []
     for file in wanted:
         path = given[file.option]
-        if path is None and statistics is not None and standard and file == standard.reference.value:
-            file, path = GIVEN_STATISTICS, statistics
+        if standard and file == standard.reference.value:
+            if statistics is not None:
+                _import(statistics, standard)
+            if file.option == "--pictures":
+                if path is not None:
+                    store.drop(GIVEN_STATISTICS)
+                elif statistics is not None or store.find(GIVEN_STATISTICS) is not None:
+                    file, path = GIVEN_STATISTICS, statistics
         if path is None:
-            done.append(store.fetch(file, progress=progress))
+            missing.append(file)
         else:
-            if file.option == "--statistics" and standard:
-                _import(path, standard)
-            done.append(store.place(file, path))
-    return done
+            here.append(store.place(file, path))
+    if weights is not None:
+        here.append(Store(weights_folder(root)).place(WEIGHTS, weights))
+    fetched = [store.fetch(file, progress=progress) for file in missing]
+    return [*here, *fetched, *([] if weights else [_fetch_weights(root, progress)])]
 
 
 def open_standard(
@@ -173,17 +182,14 @@ def _from_pictures(
     return save_statistics(path, moments, wanted_id)
 
 
-def _prepare_weights(root: Path, given: Path | None, progress: bool) -> LocalFile:
-    store = Store(weights_folder(root))
-    if given is not None:
-        return store.place(WEIGHTS, given)
+def _fetch_weights(root: Path, progress: bool) -> LocalFile:
     try:
         found = find_weights(root)
+        if sha256_of(found) == WEIGHTS.sha256:
+            return LocalFile(FILE, found, sha256_of(found), PUBLISHED)
     except UserError:
-        return store.fetch(WEIGHTS, progress=progress)
-    if sha256_of(found) == SHA256:
-        return LocalFile(FILE, found, SHA256, PUBLISHED)
-    return store.fetch(WEIGHTS, progress=progress)
+        pass
+    return Store(weights_folder(root)).fetch(WEIGHTS, progress=progress)
 
 
 def _prepared(standard: Standard, file: RemoteFile, directory: Path | None) -> LocalFile:
