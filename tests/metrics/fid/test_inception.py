@@ -26,7 +26,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 @pytest.fixture(scope="module")
 def distance(inception: InceptionFID, picture_sets: tuple[Tensor, Tensor]) -> float:
-    a, b = (Moments.of(extract(inception, x, 32)) for x in picture_sets)
+    a, b = (Moments.of(extract(inception, x, 8)) for x in picture_sets)
     return frechet_distance(a, b)
 
 
@@ -46,7 +46,7 @@ def test_distance_equals_torch_fidelity_on_the_same_pictures(
 ) -> None:
     a, b = picture_sets
     theirs = torch_fidelity.calculate_metrics(
-        input1=Pictures(a), input2=Pictures(b), fid=True, cuda=False, verbose=False, batch_size=32,
+        input1=Pictures(a), input2=Pictures(b), fid=True, cuda=False, verbose=False, batch_size=8,
         feature_layer_fid="64", feature_extractor_weights_path=str(weights), cache=False, save_cpu_ram=True,
     )["frechet_inception_distance"]  # fmt: skip
     assert theirs > 0.01
@@ -74,7 +74,7 @@ def test_distance_equals_torchmetrics_without_antialias(
         feature=64, feature_extractor_weights_path=str(weights), antialias=False
     )
     for images, real in zip(picture_sets, (True, False), strict=True):
-        for batch in images.split(32):
+        for batch in images.split(8):
             metric.update(batch, real=real)
     assert distance == pytest.approx(float(metric.compute()), rel=1e-6)
 
