@@ -49,7 +49,7 @@ def picture_sets() -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(3)
     ramp = torch.linspace(0, 1, 40)[:, None] * torch.linspace(0.2, 1, 48)
     out = []
-    for count, strength, light in ((72, 60, 255), (66, 90, 100)):
+    for count, strength, light in ((72, 60, 255), (66, 15, 20)):
         colour = torch.rand(count, 3, 1, 1, generator=draw) * light
         noise = torch.randn(count, 3, 40, 48, generator=draw) * strength
         scale = torch.rand(count, 1, 1, 1, generator=draw)
