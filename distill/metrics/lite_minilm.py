@@ -31,8 +31,8 @@ class Shipped:
 
 
 SHIPPED = {
-    "lite0-minilm": Shipped(LITE0, ""),
-    "lite2-minilm": Shipped(LITE2, ""),
+    "lite0-minilm": Shipped(LITE0, "5a76e409eebd4d8b675bc6d09083bb251d47ef463f864262b758e0364c6b4ed2"),
+    "lite2-minilm": Shipped(LITE2, "359e662babc3d91399b07d9171aa0e2cc57e257ef0e44e642d09054a741aee71"),
 }
 
 

@@ -27,8 +27,9 @@ class OpenClipScorer(Scorer):
     fit, lanczos  override of the picture rule (see PictureRule)
 
     Texts longer than the model's context are cut by open_clip's own tokenizer, which keeps the end token. Pictures
-    follow open_clip's configuration of the model, applied to tensors by PictureRule instead of PIL. Weights trained
-    with QuickGELU run with QuickGELU whichever name is given; the reverse is refused.
+    follow open_clip's configuration of the model, applied to tensors by PictureRule instead of PIL. A tag that was
+    trained with QuickGELU runs with QuickGELU whether or not the architecture's name says so; weights without a tag
+    run as the architecture's name says; the protocol records it.
     Raises UserError for an unknown name or tag, and for weights that are missing, unreadable or do not fit.
     """
 
@@ -51,12 +52,7 @@ class OpenClipScorer(Scorer):
             near = difflib.get_close_matches(model, open_clip.list_models(), 3, 0.4)
             raise UserError(f"scorer {model}: no such open_clip model; the nearest are {', '.join(near)}")
         tag = _tag(model, pretrained)
-        quick = bool(tag.get("quick_gelu", config.get("quick_gelu", False)))
-        if config.get("quick_gelu", False) and not quick:
-            raise UserError(
-                f"scorer {model}: tag {pretrained} was not trained with QuickGELU; "
-                f"use {model.replace('-quickgelu', '')}"
-            )
+        quick = bool(config.get("quick_gelu", False) or tag.get("quick_gelu", False))
         path = _weights_file(model, pretrained, tag, weights)
         self.weights_sha256 = hash_file(path)
         try:

@@ -97,8 +97,7 @@ def train_one(name: str, config: ScorersSettings, splits: dict[str, ImageData]) 
         losses = train_heads(network, train, config)
         path = root / f"{name}.safetensors"
         record = {"scorer": name, "data": config.data, "splits": list(seen), "seed": config.seed}
-        with writing(path):
-            save_file(heads_of(network), path, metadata={"training": json.dumps(record)})
+        _save(heads_of(network), path, {"training": json.dumps(record)})
         load_heads(network, path)
         figures = {
             **record,
@@ -171,7 +170,10 @@ def retrieval_of(network: Any, pairs: Pairs) -> dict[str, dict[str, float]]:
 
 
 def retrieval(pictures: Tensor, texts: Tensor, captions: list[str]) -> dict[str, float]:
-    """Recall at 1, 5 and 10 of caption i (N, D) among the distinct captions, for picture i (N, D); and chance at 1."""
+    """Recall at 1, 5 and 10 of caption i (N, D) among the distinct captions, for picture i (N, D); and chance at 1.
+
+    pairwise  share of wrong captions that are farther than the own one; chance is 0.5
+    """
     first = {caption: i for i, caption in reversed(list(enumerate(captions)))}
     kept = sorted(first.values())
     cosines = pictures @ texts[kept].T
@@ -179,7 +181,8 @@ def retrieval(pictures: Tensor, texts: Tensor, captions: list[str]) -> dict[str,
     own = cosines[torch.arange(len(captions)), [column[c] for c in captions]]
     better = (cosines > own[:, None]).sum(1)
     shares = {f"R@{k}": float((better < k).double().mean()) for k in (1, 5, 10)}
-    return {**shares, "chance": 1 / len(kept), "N": len(captions)}
+    pairwise = 1 - float((better / (len(kept) - 1)).double().mean())
+    return {**shares, "pairwise": pairwise, "chance": 1 / len(kept), "N": len(captions)}
 
 
 @torch.no_grad()
@@ -200,9 +203,16 @@ def features(network: Any, trunk: str, rows: ImageData, folder: Path, batch_size
         )
         kept = {"pictures": torch.cat(pictures), "texts": torch.stack([means[c] for c in rows.captions])}
         folder.mkdir(parents=True, exist_ok=True)
-        with writing(path):
-            save_file(kept, path)
+        _save(kept, path)
     return Pairs(kept["pictures"], kept["texts"], rows.captions, [r.get("style", "all") for r in rows.rows])
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors whole or not at all."""
+    scratch = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        save_file(tensors, scratch, metadata=metadata)
+        scratch.replace(path)
 
 
 def _split(items: list[str], size: int) -> Iterator[list[str]]:
