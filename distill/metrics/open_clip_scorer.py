@@ -163,6 +163,11 @@ def _picture_rule(model: str, config: dict[str, Any], fit: str | None, lanczos: 
         raise UserError(
             f"scorer {model}: pictures of {side}x{other} px, resize {fit}; square ones, shortest or squash, are known"
         )
-    kernel = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
-    mean, std = tuple(config["mean"]), tuple(config["std"])
-    return PictureRule(side, "squash" if fit == "squash" else "shortest", kernel, mean, std, lanczos)
+    return PictureRule(
+        side,
+        "squash" if fit == "squash" else "shortest",
+        "bilinear" if config["interpolation"] == "bilinear" else "bicubic",
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        lanczos,
+    )

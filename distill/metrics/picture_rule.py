@@ -44,7 +44,7 @@ class PictureRule:
         if self.lanczos:
             x = center_crop(x, min(x.shape[-2:]))
             across = lanczos_matrix(x.shape[-1], self.lanczos).to(x)
-            x = (across @ x @ across.T).clamp(0, 1)
+            x = (across @ (x @ across.T).clamp(0, 1)).clamp(0, 1)
         height, width = x.shape[-2:]
         short = min(height, width)
         scaled = (self.size, self.size)
