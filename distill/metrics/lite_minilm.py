@@ -31,8 +31,8 @@ class Shipped:
 
 
 SHIPPED = {
-    "lite0-minilm": Shipped(LITE0, "5a76e409eebd4d8b675bc6d09083bb251d47ef463f864262b758e0364c6b4ed2"),
-    "lite2-minilm": Shipped(LITE2, "359e662babc3d91399b07d9171aa0e2cc57e257ef0e44e642d09054a741aee71"),
+    "lite0-minilm": Shipped(LITE0, "e0983ecd5b0121c963c995ff067d1b9e05a79bfbca9ea92ac0b02b4d10e6bd5d"),
+    "lite2-minilm": Shipped(LITE2, "315cc776b1f8e769f2f00203503626be22e597cd42748a6f503ba5a51c1cb403"),
 }
 
 
@@ -74,7 +74,7 @@ class LiteMiniLM(Scorer):
 
     @torch.no_grad()
     def text_vectors(self, texts: list[str]) -> Tensor:
-        return self.network.encode_text(tokenizer()(texts).to(self.device))
+        return self.network.encode_text(token_ids(texts).to(self.device))
 
 
 def towers(trunk: Lite) -> nn.Module:
@@ -115,17 +115,22 @@ def towers(trunk: Lite) -> nn.Module:
 
 
 @cache
-def tokenizer() -> Any:
-    """MiniLM's tokenizer: (texts) -> token ids (B, 64), padded with 0 and cut with its end token kept."""
+def _tokenizer() -> Any:
     from open_clip.tokenizer import HFTokenizer
 
     return HFTokenizer(str(minilm_folder()), context_length=CONTEXT, local_files_only=True)
 
 
+def token_ids(texts: list[str]) -> Tensor:
+    """MiniLM's word pieces (B, L), L <= 64: padded with 0 to the longest text, cut with the end token kept."""
+    ids = _tokenizer()(texts)
+    return ids[:, : int((ids != 0).sum(1).max())]
+
+
 @torch.no_grad()
 def sentences(network: Any, texts: list[str]) -> Tensor:
     """MiniLM's masked means (B, 384): what the text head of `towers` reads."""
-    ids = tokenizer()(texts)
+    ids = token_ids(texts)
     mask = (ids != network.text.config.pad_token_id).long()
     return network.text.pooler(network.text.transformer(input_ids=ids, attention_mask=mask), mask)
 
