@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -125,17 +125,18 @@ CLIP_SCORE_HESSEL = Measure("CLIPScore (Hessel)", 2.5, "each")  # arXiv 2104.087
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Matrix products and convolutions in true float32: TF32, bfloat16 products and autocast off, then as before."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Matrix products and convolutions in true float32: TF32, bfloat16 and autocast off, then as before."""
+    backends: Any = torch.backends
+    parts = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [part.fp32_precision for part in parts]
     try:
-        with (
-            torch.autocast(device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
-        ):
+        for part in parts:
+            part.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
 
 
 @torch.no_grad()

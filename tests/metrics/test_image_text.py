@@ -1,6 +1,8 @@
 """From pictures and captions to numbers: with the offline scorer, and with a linear one whose cosines are known."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -16,7 +18,6 @@ from fewstep.distill.metrics.image_text import (
     COSINE,
     Measure,
     Scorer,
-    full_float32,
     image_text_protocol,
     pair_cosines,
 )
@@ -210,23 +211,33 @@ def test_protocols_tell_scorers_measures_and_captions_apart(colours: Colours, li
     assert COSINE.label(lite0) == "image-text cosine lite0-minilm"
 
 
-def test_exact_products_are_switched_on_and_back() -> None:
-    torch.set_float32_matmul_precision("medium")
-    cudnn = torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32
-    try:
-        with (
-            pytest.raises(RuntimeError, match="inside"),
-            torch.autocast("cpu"),
-            full_float32(torch.device("cpu")),
-        ):
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert not torch.backends.cudnn.allow_tf32
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-            raise RuntimeError("inside")
-        assert torch.get_float32_matmul_precision() == "medium"
-        assert (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32) == cudnn
-    finally:
-        torch.set_float32_matmul_precision("highest")
+@pytest.mark.parametrize(
+    "choice",
+    [
+        'torch.set_float32_matmul_precision("medium")',
+        'torch.backends.fp32_precision = "tf32"',
+    ],
+)
+def test_exact_products_are_switched_on_and_back(choice: str) -> None:
+    """Whichever of torch's ways the caller chose them by; in a process of its own, since not all can be undone."""
+    program = f"""
+import torch
+from fewstep.distill.metrics.image_text import full_float32
+parts = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
+{choice}
+before = [p.fp32_precision for p in parts]
+assert "tf32" in before
+try:
+    with torch.autocast("cpu"), full_float32(torch.device("cpu")):
+        assert [p.fp32_precision for p in parts] == ["ieee"] * 4
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        raise RuntimeError("inside")
+except RuntimeError as error:
+    assert str(error) == "inside"
+assert [p.fp32_precision for p in parts] == before
+"""
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_autocast_around_a_score_changes_nothing(lite0: LiteMiniLM, pairs: tuple[Tensor, list[str]]) -> None:

@@ -1,6 +1,8 @@
 """Training of the offline scorers' heads: batches, loss, retrieval, and that no name leaks."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fewstep.distill.config import read_yaml
+from fewstep.distill.data import load_data
+from fewstep.distill.data.images import ImageData
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics.lite_minilm import HEADS, SHIPPED, LiteMiniLM
 from fewstep.distill.pretrain import image_text
@@ -16,6 +20,7 @@ from fewstep.distill.pretrain.image_text import (
     Pairs,
     ScorersSettings,
     batches,
+    features,
     main,
     retrieval,
     retrieval_of,
@@ -74,6 +79,7 @@ def test_training_finds_the_rotation_for_unseen_names() -> None:
     for style in ("noto", "twemoji"):
         assert before[style]["R@1"] < 0.3 and after[style]["R@1"] > 0.7
     assert abs(float(net.logit_scale.detach()) - 2.66) > 0.01
+    assert (net.text.proj.weight - torch.eye(6)).abs().max() > 0.1
 
 
 def test_the_loss_is_symmetric_info_nce_at_the_learned_temperature() -> None:
@@ -117,8 +123,6 @@ def test_pictures_of_one_caption_share_it() -> None:
 
 
 def test_the_shipped_splits_share_no_name_with_each_other_or_the_holdout() -> None:
-    from fewstep.distill.data import load_data
-
     tree = read_yaml(CONFIG)
     seen = [heads["splits"] for heads in tree["scorers"].values()]
     names = [
@@ -207,9 +211,30 @@ def test_a_run_writes_heads_that_load_and_repeats_to_the_byte(
     assert path.read_bytes() == content
 
 
-def test_the_script_reports_a_mistake_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main([]) == 2
-    assert "which configuration?" in capsys.readouterr().err
+def test_kept_features_belong_to_pictures_and_image_network(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_text, "sentences", lambda network, texts: torch.eye(6)[: len(texts)])
+    train, unseen = (load_data(str(small), split=s, resolution=16) for s in ("train", "holdout"))
+
+    def pooled(scale: float, trunk: str, rows: ImageData) -> torch.Tensor:
+        mean = SimpleNamespace(visual=SimpleNamespace(trunk=lambda x: scale * x.mean((2, 3))))
+        return features(mean, trunk, rows, tmp_path).pictures
+
+    first = pooled(1.0, "a", train)
+    assert first.shape == (6, 3)
+    assert torch.equal(pooled(2.0, "a", train), first)
+    assert torch.equal(pooled(2.0, "b", train), 2 * first)
+    assert pooled(1.0, "a", unseen).shape == (3, 3)
+
+
+def test_the_script_reports_a_mistake_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_scorer.py"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "scripts" / "train_scorer.py"), run_name="__main__")
+    assert stopped.value.code == 2 and "which configuration?" in capsys.readouterr().err
     assert main([str(CONFIG), "--epoch", "3", "--output_dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "epoch" in error and error.count("\n") == 1
