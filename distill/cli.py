@@ -65,6 +65,8 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--guidance_scale", type=float)
     parser.add_argument("--extractor", default="efflite0-128")
+    parser.add_argument("--clip", help="also an image-text score: lite0-minilm, MODEL:TAG of open_clip, ...")
+    parser.add_argument("--protocol", help="cifar10-50k, coco2014-30k, ...: in place of data and extractor")
     parser.add_argument("--device")
     parser.add_argument(
         "--fresh", action="store_true", help="make and time every picture anew, cached or not"
@@ -87,7 +89,7 @@ def evaluate(arguments: list[str]) -> int:
         args.pipeline, data=args.data, num_images=args.num_images, steps=args.steps, seeds=args.seeds,
         batch_size=args.batch_size, device=args.device, extractor=args.extractor, split=args.split,
         holdout=None if args.holdout == "none" else args.holdout, output=args.output,
-        guidance_scale=args.guidance_scale, fresh=args.fresh,
+        guidance_scale=args.guidance_scale, fresh=args.fresh, clip=args.clip, protocol=args.protocol,
     )  # fmt: skip
     if not report:  # another process of the launch has it
         return 0

@@ -41,6 +41,9 @@ class LCDSettings:
     num_ddim_timesteps     N: the teacher's steps are k = T/N long
     timestep_scaling       of the boundary condition
     distance, huber_c      between student and target
+    snr_power              each sample's loss is multiplied by SNR(t_hi)^snr_power; the paper's weight is 1, power 0.
+                           In x0 the loss moves the network's eps output by sigma/alpha, 14.6 at the noisiest time and
+                           0.1 at the cleanest: a small network then unlearns the clean end. 0.5 takes that factor out
     target_decay           EMA of the target network (full); a LoRA's target is the student itself
     w_export               omega of the pictures and of sampling.json; must lie in the trained range
     """
@@ -52,6 +55,7 @@ class LCDSettings:
     timestep_scaling: float = 10.0
     distance: Distance = "huber"
     huber_c: float = Field(1e-3, gt=0)
+    snr_power: float = Field(0.0, ge=0, le=0.5)
     target_decay: float | None = Field(0.95, ge=0, lt=1)
     w_export: float = 7.5
 
@@ -110,7 +114,8 @@ class LCD(Method):
             z_lo = self.teacher_step(z_hi, t_hi, t_lo, batch.condition, w)
             weights = None if self.target is None else self.target.tensors()
             target = self.function(z_lo, t_lo, condition, weights=weights)
-        return {"loss": distance(s.distance, prediction, target, s.huber_c)}
+        weights = (s.snr_power * self.process.log_snr(t_hi)).exp() if s.snr_power else None
+        return {"loss": distance(s.distance, prediction, target, s.huber_c, weights)}
 
     def teacher_step(self, z: Tensor, t_hi: Tensor, t_lo: Tensor, condition: Condition, w: Tensor) -> Tensor:
         """One guided DDIM step of the frozen teacher."""

@@ -16,13 +16,16 @@ from ..errors import UserError
 from .features import Extractor, make_extractor
 from .folder_source import FolderSource
 from .generation import Generation, Made
+from .judges import DataJudge, Judge, StandardJudge
 from .neighbours import match_share
 from .pipeline_source import SEED_STRIDE, PipelineSource
 from .protocol import Score
 from .reference import captions_of, load_reference, reference
 from .report import check_writable, machine, peak_memory, write_report
-from .scoring import Setting, score_all
+from .scorers import make_scorer
+from .scoring import Setting, image_text_score
 from .source import Source, first_line
+from .standards import get_standard
 
 __all__ = ["caption_match", "evaluate", "open_source", "real_floor", "reference"]
 
@@ -44,6 +47,8 @@ def evaluate(
     data_options: Mapping[str, Any] | None = None,
     progress: bool = True,
     fresh: bool = False,
+    clip: str | None = None,
+    protocol: str | None = None,
 ) -> dict[str, Any]:
     """Scores and seconds per image for each number of steps: the report, which is also written to `output`.
 
@@ -53,6 +58,8 @@ def evaluate(
     device              None: cuda if there is one, else cpu
     guidance_scale      None: what sampling.json or the pipeline says
     data_options        further arguments of load_data
+    clip                also an image-text score, by a name of `scorers.make_scorer`
+    protocol            a named protocol in place of data, split, holdout and extractor
     fresh               make and time all pictures again, whatever the cache holds
 
     A row's `steps` is what was asked for; its `nfe` the evaluations of the network per image, counted.
@@ -71,12 +78,22 @@ def evaluate(
     where, rank, processes = _place(device)
     source = open_source(pipeline, where)
     calls = source.calls(steps, seeds, guidance_scale, num_images)
-    network = make_extractor(extractor).to(where)
-    captions = captions_of(data, split, data_options) if source.conditioning == "caption" else []
-    prompts = [captions[i % len(captions)] for i in range(num_images)] if captions else []
+    judge: Judge
+    if protocol is None:
+        judge = DataJudge(data, split, holdout, extractor, where, batch_size, data_options)
+    else:
+        get_standard(protocol).check_count(num_images)
+        judge = StandardJudge(protocol, where, batch_size, progress)
+    source.quantise_by(judge.quantise, judge.quantisation)
+    prompts = judge.prompts(num_images) if source.conditioning == "caption" else []
+    scorer, measure = make_scorer(clip) if clip is not None else (None, None)
+    if scorer is not None and not prompts:
+        raise UserError(f"clip: {pipeline} has no captions to score pictures with; leave it out")
     generation = Generation(
         source,
-        [network],
+        judge.network,
+        crop=judge.crop,
+        scorer=None if scorer is None else scorer.to(where),
         batch_size=batch_size,
         device=where,
         warm_up=min(calls.items(), key=lambda call: call[0] or 0)[1],
@@ -92,30 +109,25 @@ def evaluate(
     if rank > 0:
         return {}
     size = next(iter(made.values()))[0].side
-    train = load_reference(network, data, split, size, batch_size=batch_size, data_options=data_options)
-    unseen = None
-    if holdout is not None:
-        unseen = load_reference(
-            network, data, holdout, size, batch_size=batch_size, data_options=data_options
-        )
-    setting = _setting(source, network, num_images, prompts, size)
-    rows = [
-        {
+    setting = _setting(source, judge.network, num_images, prompts, size)
+    rows = []
+    for n, arguments in calls.items():
+        scores = judge.scores([m.features for m in made[n]], setting)
+        if scorer is not None and measure is not None:
+            cosines = [m.cosines for m in made[n] if m.cosines is not None]
+            scores.append(image_text_score(cosines, scorer, measure, setting))
+        row = {
             "steps": n,
             "nfe": made[n][0].nfe or None,
             "num_images": num_images,
             "seeds": seeds,
             "seconds_per_image": None if n is None else median(m.seconds for m in made[n]),
             "arguments": arguments,
-            "scores": [
-                s.to_json()
-                for s in score_all([m.features[network.name] for m in made[n]], train, unseen, setting)
-            ],
+            "scores": [s.to_json() for s in scores],
         }
-        for n, arguments in calls.items()
-    ]
-    report = {**source.describe(), "data": Path(data).name, **machine(where), "batch_size": batch_size}
-    report |= {"peak_memory": peak_memory(where), "rows": rows}
+        rows.append(row)
+    report = {**source.describe(), "data": protocol or Path(data).name, **machine(where)}
+    report |= {"batch_size": batch_size, "peak_memory": peak_memory(where), **judge.record(), "rows": rows}
     if output is not None:
         write_report(report, output)
     return report
@@ -150,10 +162,10 @@ def caption_match(
     prompts = list(dict.fromkeys(captions_of(data, split, data_options)))
     if len(prompts) < 2:
         raise UserError(f"data {data}: split {split!r} has no captions to tell apart; set its caption_column")
-    generation = Generation(source, [network], batch_size=batch_size, device=where, warm_up=arguments)
+    generation = Generation(source, network, batch_size=batch_size, device=where, warm_up=arguments)
     with tqdm(total=len(prompts), unit="image", disable=not progress) as bar:
         made = generation.make(prompts, len(prompts), 0, arguments, bar)
-    features, size = made.features[network.name], made.side
+    features, size = made.features, made.side
     real = load_reference(network, data, split, size, batch_size=batch_size, data_options=data_options)
     share = match_share(features, prompts, real.features, real.captions)
     setting = _setting(source, network, len(prompts), prompts, size)

@@ -1,7 +1,7 @@
 """Pictures from a folder of image files."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,9 @@ class FolderSource(Source):
                     f"{self.files[i]}: {is_} pixels, the first has {others}; make all of one size"
                 )
         return torch.stack(pictures), time.perf_counter() - start
+
+    def quantise_by(self, rule: Callable[[Tensor], Tensor], name: str) -> None:
+        pass
 
     def identity(self) -> str:
         return hash_files(self.folder, self.files)

@@ -1,7 +1,7 @@
 """Features of generated pictures, made once and kept: an interrupted evaluation goes on where it stopped."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from statistics import median
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..data.cache import Records, cache_directory
 from .features import Extractor, extract
+from .image_text import Scorer, pair_cosines
 from .protocol import hash_prompts
 from .source import Source
 
@@ -24,34 +25,42 @@ LIBRARIES = ("torch", "diffusers", "transformers", "timm")
 class Made:
     """What is known of `count` pictures.
 
-    features  {name of the network: (N, D) float32}
+    features  (N, D) float32
+    cosines   (N,) float64 of each picture with its caption, None without a scorer
     seconds   seconds per image (median over full batches of the call alone)
     nfe       evaluations of the denoising network per image, counted; guidance takes two a step
     side      pixels
     """
 
-    features: dict[str, Tensor]
+    features: Tensor
+    cosines: Tensor | None
     seconds: float
     nfe: int
     side: int
 
 
 class Generation:
-    """Pictures of one source, in batches of one size, seen by some networks."""
+    """Pictures of one source, in batches of one size, as a network and perhaps a scorer see them."""
 
     def __init__(
         self,
         source: Source,
-        networks: Sequence[Extractor],
+        network: Extractor,
         *,
+        crop: Callable[[Tensor], Tensor] = lambda images: images,
+        scorer: Scorer | None = None,
         batch_size: int,
         device: torch.device,
         warm_up: Mapping[str, Any],
         rank: int = 0,
         num_processes: int = 1,
     ):
-        """`warm_up`: the cheapest call; one batch of it comes before the first that is timed."""
-        self.source, self.networks, self.batch_size, self.device = source, networks, batch_size, device
+        """`warm_up`: the cheapest call; one batch of it comes before the first that is timed.
+
+        `crop` comes before the network, not before the scorer. Both live on `device`.
+        """
+        self.source, self.batch_size, self.device = source, batch_size, device
+        self.network, self.crop, self.scorer = network, crop, scorer
         self.warm_up, self.warm = dict(warm_up), False
         self.rank, self.num_processes = rank, num_processes
 
@@ -93,7 +102,8 @@ class Generation:
         full = [i for i in range(len(rows)) if i // self.batch_size < len(rows) // self.batch_size]
         seconds = own["seconds"].flatten()[full or slice(None)].tolist() if rows else [0.0]
         return Made(
-            features={n.name: whole[n.name] for n in self.networks},
+            features=whole["features"],
+            cosines=whole["cosines"].flatten() if self.scorer is not None else None,
             seconds=median(seconds),
             nfe=int(whole["nfe"][0]),
             side=int(whole["side"][0]),
@@ -108,7 +118,10 @@ class Generation:
         before = self.source.evaluations()
         images, taken = self.source.pictures(rows, prompts, seed_block, arguments)
         nfe = (self.source.evaluations() - before) // len(rows)
-        out = {n.name: extract(n, images, self.batch_size) for n in self.networks}
+        out = {"features": extract(self.network, self.crop(images), self.batch_size)}
+        if self.scorer is not None:
+            captions = [prompts[i % len(prompts)] for i in rows]
+            out["cosines"] = pair_cosines(self.scorer, images, captions, self.batch_size)[:, None]
         out["seconds"] = torch.full((len(rows), 1), taken / len(rows))
         out["nfe"] = torch.full((len(rows), 1), nfe, dtype=torch.int32)
         out["side"] = torch.full((len(rows), 1), images.shape[-1], dtype=torch.int32)
@@ -117,13 +130,15 @@ class Generation:
     def _records(
         self, rows: range, prompts: Sequence[str], seed_block: int, arguments: dict[str, Any]
     ) -> Records:
+        network = self.network
         key = {
             "source": self.source.identity(),
             "rules": [self.source.seed_rule, self.source.quantisation],
             "arguments": arguments,
             "prompts": hash_prompts([prompts[i % len(prompts)] for i in rows] if prompts else []),
             "rows": [rows.start, rows.stop, seed_block],
-            "networks": [[n.name, n.weights_sha256, n.resize, n.layer] for n in self.networks],
+            "network": [network.name, network.weights_sha256, network.resize, network.layer],
+            "scorer": self.scorer.identity if self.scorer is not None else None,
             "batch_size": self.batch_size,
             "device": device_name(self.device),
             "versions": [version(name) for name in LIBRARIES],

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,20 @@ from ..errors import UserError
 from .source import Source, first_line, hash_files, short, side
 
 SEED_STRIDE = 1_000_000
+QUANTISATION = "uint8, pipeline output in [0, 1] times 255, rounded and clipped"
 
 
 class PipelineSource(Source):
     """A pipeline folder or hub id; each picture has its own seed, whatever the batch size."""
 
     seed_rule = f"one CPU torch.Generator per image, seed_block * {SEED_STRIDE} + i"
-    quantisation = "uint8, pipeline output in [0, 1] times 255, rounded and clipped"
+    quantisation = QUANTISATION
 
     def __init__(self, pipeline: str, device: torch.device):
         """Raises UserError if it cannot be loaded or needs inputs other than a prompt."""
         self.name = pipeline
         self.device = device
+        self.quantise: Callable[[Tensor], Tensor] = quantise
         self.pipe, self.sampling = _load(pipeline)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
@@ -75,6 +77,9 @@ class PipelineSource(Source):
             if key not in self.parameters:
                 raise UserError(f"{self.name}: {type(self.pipe).__name__} takes no {key!r}; leave it out")
         return out
+
+    def quantise_by(self, rule: Callable[[Tensor], Tensor], name: str) -> None:
+        self.quantise, self.quantisation = rule, name
 
     def evaluations(self) -> int:
         return self.evaluated
@@ -122,7 +127,7 @@ class PipelineSource(Source):
             raise UserError(
                 f"{self.name}: the pictures hold NaN or infinity; its weights or precision are unfit"
             )
-        return quantise(images).cpu()
+        return self.quantise(images).cpu()
 
     def describe(self) -> dict[str, Any]:
         folder = Path(self.name)

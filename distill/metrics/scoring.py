@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .features import Extractor
 from .frechet import frechet_infinity
+from .image_text import Measure, Scorer, image_text_protocol
+from .inception import frechet_label
 from .kid import DEFINITION as KID_DEFINITION
 from .kid import mean_sd
 from .manifold import COVERAGE_NEIGHBOURS, PRECISION_NEIGHBOURS, density_coverage, precision_recall
@@ -47,10 +49,17 @@ class Setting:
         if not metric.startswith(("KID", "FD")):
             return metric
         kind, dash, rest = metric.partition("-")
-        return f"{kind}-{self.network.name}{dash}{rest}"
+        label = frechet_label(self.network) if kind == "FD" else f"{kind}-{self.network.name}"
+        return label + dash + rest
 
     def protocol(self, metric: str, real: Reference, n_gen: int | None = None) -> Protocol:
         """The record of `metric` measured against `real`, with `n_gen` pictures where not all are used."""
+        return self.protocol_of(metric, real.name, real.sha256, len(real.features), n_gen)
+
+    def protocol_of(
+        self, metric: str, reference: str, reference_sha256: str, n_ref: int, n_gen: int | None = None
+    ) -> Protocol:
+        """The record of `metric` measured against what is so called."""
         return Protocol(
             metric=metric,
             definition=DEFINITIONS[metric],
@@ -60,9 +69,9 @@ class Setting:
             resize=self.network.resize,
             layer=self.network.layer,
             dim=self.network.num_features,
-            reference=real.name,
-            reference_sha256=real.sha256,
-            n_ref=len(real.features),
+            reference=reference,
+            reference_sha256=reference_sha256,
+            n_ref=n_ref,
             n_gen=n_gen or self.n_gen,
             prompts_sha256=hash_prompts(self.prompts),
             conditioning=self.conditioning,
@@ -107,6 +116,20 @@ def score_all(
         typical = Share(round(sum(s.hits for s in shares) / len(shares)), shares[0].trials)
         out.append(setting.score("caption match", train, [s.value for s in shares], typical.interval))
     return out
+
+
+def image_text_score(runs: Sequence[Tensor], scorer: Scorer, measure: Measure, setting: Setting) -> Score:
+    """Score of the cosines (N,) of each seed's pictures with their captions."""
+    protocol = image_text_protocol(
+        scorer,
+        measure,
+        captions=setting.prompts,
+        input=setting.quantisation,
+        conditioning=setting.conditioning,
+        seed_rule=setting.seed_rule,
+        image_size=setting.image_size,
+    )
+    return Score(measure.label(scorer), *mean_sd([measure.of(x) for x in runs]), protocol)
 
 
 def manifold_scores(runs: Sequence[Tensor], train: Reference, setting: Setting) -> list[Score]:

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,12 +16,12 @@ class Source(ABC):
 
     conditioning  "caption" if picture i is made from a caption, else "none"
     seed_rule     where the start noise of picture i comes from
-    quantisation  how a picture becomes uint8
+    quantisation  how a picture becomes uint8; `quantise_by` sets another rule where there is a choice
     """
 
     conditioning: str = "none"
     seed_rule: ClassVar[str]
-    quantisation: ClassVar[str]
+    quantisation: str
 
     @abstractmethod
     def calls(
@@ -37,6 +37,10 @@ class Source(ABC):
 
         Raises UserError if they are not square.
         """
+
+    @abstractmethod
+    def quantise_by(self, rule: Callable[[Tensor], Tensor], name: str) -> None:
+        """Turn pictures in [0, 1] into uint8 by this rule; no effect on files, which are uint8 already."""
 
     def evaluations(self) -> int:
         """Samples that have passed through the denoising network so far; guidance passes each twice. 0 for files."""

@@ -148,16 +148,21 @@ class Standard:
         """Generated pictures in [-1, 1] -> uint8 by this protocol's rule."""
         return QUANTISATIONS[self.quantisation.value](images)
 
+    def check_count(self, num_images: int) -> None:
+        """Raises UserError if a run has another number of pictures than this protocol."""
+        self._check("num_images", num_images, self.num_images)
+
     def check(self, num_images: int, image_size: int) -> None:
         """Raises UserError that names the value if a run has other than this protocol's."""
-        for name, given, stated in (
-            ("num_images", num_images, self.num_images),
-            ("image_size", image_size, self.image_size),
-        ):
-            if given != stated.value and (name == "num_images" or stated.established):
-                raise UserError(
-                    f"{name}: {given}, but protocol {self.name} has {stated.value}; use that or no --protocol"
-                )
+        self.check_count(num_images)
+        if self.image_size.established:
+            self._check("image_size", image_size, self.image_size)
+
+    def _check(self, name: str, given: int, stated: Stated[int]) -> None:
+        if given != stated.value:
+            raise UserError(
+                f"{name}: {given}, but protocol {self.name} has {stated.value}; use that or no --protocol"
+            )
 
 
 def get_standard(name: str) -> Standard:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .image_text import CLIP_SCORE, CLIP_SCORE_HESSEL, COSINE
 from .protocol import Score, same_protocol
 
 SCORES = {  # metric: digits
@@ -18,6 +19,7 @@ SCORES = {  # metric: digits
     "NN ratio": 3,
     "caption match": 3,
 }
+IMAGE_TEXT = {m.metric for m in (COSINE, CLIP_SCORE, CLIP_SCORE_HESSEL)}
 LOWER_IS_BETTER = ("KID", "KID hold-out", "FD", "FD-infinity")
 
 
@@ -133,6 +135,8 @@ def by_column(row: Mapping[str, Any]) -> dict[str, Score]:
     out = {}
     for score in scores:
         metric = score.protocol.metric
+        if metric in IMAGE_TEXT:
+            metric = "image-text"
         out["KID hold-out" if metric == "KID" and score.protocol.reference != train else metric] = score
     return out
 

@@ -1,0 +1,134 @@
+"""What generated pictures are measured against: a data set's splits, or the reference of a named protocol."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .features import Extractor, make_extractor
+from .frechet import Moments, frechet_distance, frechet_infinity
+from .kid import mean_sd
+from .pipeline_source import QUANTISATION, quantise
+from .prepare import open_standard
+from .protocol import Score
+from .reference import captions_of, load_reference
+from .scoring import Setting, score_all
+from .verify import is_verified
+
+
+class Judge(ABC):
+    """A network, what reaches it, and the scores of its features.
+
+    network       sees the pictures
+    crop          uint8 (N, 3, H, W) -> what the network is given
+    quantise      pipeline output in [0, 1] -> uint8, by the rule named `quantisation`
+    """
+
+    network: Extractor
+    quantisation: str
+
+    @abstractmethod
+    def crop(self, images: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def quantise(self, images: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def prompts(self, count: int) -> list[str]:
+        """Captions of pictures 0 to count - 1."""
+
+    @abstractmethod
+    def scores(self, runs: Sequence[Tensor], setting: Setting) -> list[Score]:
+        """Scores of the features (N, D) of each seed's pictures."""
+
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """What a report says of it."""
+
+
+class DataJudge(Judge):
+    """Splits of a data set: KID and its kin to `split`, whose captions are the prompts, beside `holdout`."""
+
+    quantisation = QUANTISATION
+
+    def __init__(
+        self,
+        data: str,
+        split: str,
+        holdout: str | None,
+        extractor: str,
+        device: torch.device,
+        batch_size: int,
+        data_options: Mapping[str, Any] | None,
+    ):
+        self.data, self.split, self.holdout = data, split, holdout
+        self.batch_size, self.options = batch_size, data_options
+        self.network = make_extractor(extractor).to(device)
+
+    def crop(self, images: Tensor) -> Tensor:
+        return images
+
+    def quantise(self, images: Tensor) -> Tensor:
+        return quantise(images)
+
+    def prompts(self, count: int) -> list[str]:
+        captions = captions_of(self.data, self.split, self.options)
+        return [captions[i % len(captions)] for i in range(count)]
+
+    def scores(self, runs: Sequence[Tensor], setting: Setting) -> list[Score]:
+        train, unseen = (
+            load_reference(
+                self.network, self.data, split, setting.image_size, batch_size=self.batch_size,
+                data_options=self.options,
+            )
+            if split is not None
+            else None
+            for split in (self.split, self.holdout)
+        )  # fmt: skip
+        assert train is not None
+        return score_all(runs, train, unseen, setting)
+
+    def record(self) -> dict[str, Any]:
+        return {"verified": is_verified(self.network)}
+
+
+class StandardJudge(Judge):
+    """A named protocol (see `standards`), prepared by `fewstep prepare-data`: FD to its statistics."""
+
+    def __init__(self, name: str, device: torch.device, batch_size: int, progress: bool):
+        self.opened = open_standard(name, device=device, batch_size=batch_size, progress=progress)
+        self.standard, self.network = self.opened.standard, self.opened.network
+        self.quantisation = f"uint8, {self.standard.quantisation.value}; crop: {self.standard.crop.value}"
+
+    def crop(self, images: Tensor) -> Tensor:
+        return self.standard.crop.value(images)
+
+    def quantise(self, images: Tensor) -> Tensor:
+        return self.standard.quantise(images.float() * 2 - 1)
+
+    def prompts(self, count: int) -> list[str]:
+        return self.opened.prompts[:count]
+
+    def scores(self, runs: Sequence[Tensor], setting: Setting) -> list[Score]:
+        """Raises UserError if the number or size of the pictures is not the protocol's."""
+        self.standard.check(setting.n_gen, setting.image_size)
+        reference = self.opened.reference
+        distances: dict[str, Callable[[Tensor], float]] = {
+            "FD": lambda x: frechet_distance(reference.moments, Moments.of(x)),
+            "FD-infinity": lambda x: frechet_infinity(x, reference.moments),
+        }
+        if setting.n_gen < 2 * self.network.num_features:
+            del distances["FD-infinity"]
+        return [
+            Score(
+                setting.label(metric),
+                *mean_sd([distance(x) for x in runs]),
+                setting.protocol_of(metric, self.standard.name, reference.sha256, reference.moments.n),
+            )
+            for metric, distance in distances.items()
+        ]
+
+    def record(self) -> dict[str, Any]:
+        return {"verified": is_verified(self.network), "standard": self.standard.record()}
