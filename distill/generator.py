@@ -19,13 +19,27 @@ def seeded(count: int, seed: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + i) for i in range(count)]
 
 
-def lcm_timesteps(num_steps: int, original_steps: int = 50, num_train_timesteps: int = 1000) -> list[int]:
-    """LCMScheduler's times: `original_steps` evenly spaced ones, reversed, of which every n-th is taken."""
+def lcm_timesteps(
+    num_steps: int, original_steps: int = 50, num_train_timesteps: int = 1000, power: float = 1.0
+) -> list[int]:
+    """Decreasing times among `original_steps` evenly spaced ones, dense towards the data for power > 1.
+
+    Step i of n stands at the fraction (1 - i/n)^power of the way from the data; power 1 is LCMScheduler's choice.
+    Raises ValueError if num_steps do not fit.
+    """
     if not 1 <= num_steps <= original_steps:
         raise ValueError(f"num_steps {num_steps} is not in 1..{original_steps}")
     k = num_train_timesteps // original_steps
     grid = [(i + 1) * k - 1 for i in range(original_steps)][::-1]
-    return [grid[i * original_steps // num_steps] for i in range(num_steps)]
+    if power == 1:
+        return [grid[i * original_steps // num_steps] for i in range(num_steps)]
+    fractions = [1 - (1 - i / num_steps) ** power for i in range(num_steps)]
+    times = [grid[int(original_steps * f + 1e-9)] for f in fractions]
+    if len(set(times)) < num_steps:
+        raise ValueError(
+            f"num_steps {num_steps}: power {power} puts two of them on one of {original_steps} times"
+        )
+    return times
 
 
 class Generator:

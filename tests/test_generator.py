@@ -36,6 +36,16 @@ def test_timesteps_are_those_of_lcm_scheduler(original_steps: int) -> None:
         assert lcm_timesteps(num_steps, original_steps) == scheduler.timesteps.tolist()
 
 
+def test_a_power_moves_times_towards_the_data() -> None:
+    assert [lcm_timesteps(n, power=2) for n in (1, 2, 4)] == [[999], [999, 259], [999, 579, 259, 79]]
+    assert lcm_timesteps(4, 50, 1000, 1.0000001) == RECORDED[4]
+    for power in (1.5, 3):
+        times = lcm_timesteps(4, power=power)
+        assert times == sorted(set(times), reverse=True) and all((t + 1) % 20 == 0 for t in times)
+    with pytest.raises(ValueError, match="num_steps 8: power 4 puts two of them on one of 50 times"):
+        lcm_timesteps(8, power=4)
+
+
 @pytest.mark.parametrize("num_steps", [0, 51])
 def test_more_steps_than_the_grid_or_none_are_refused(num_steps: int) -> None:
     with pytest.raises(ValueError, match=f"num_steps {num_steps} is not in 1..50"):

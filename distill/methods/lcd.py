@@ -41,11 +41,9 @@ class LCDSettings:
     num_ddim_timesteps     N: the teacher's steps are k = T/N long
     timestep_scaling       of the boundary condition
     distance, huber_c      between student and target
-    snr_power              each sample's loss is multiplied by SNR(t_hi)^snr_power; the paper's weight is 1, power 0.
-                           In x0 the loss moves the network's eps output by sigma/alpha, 14.6 at the noisiest time and
-                           0.1 at the cleanest: a small network then unlearns the clean end. 0.5 takes that factor out
     target_decay           EMA of the target network (full); a LoRA's target is the student itself
     w_export               omega of the pictures and of sampling.json; must lie in the trained range
+    sampling_power         sampling times of pictures and sampling.json, see `lcm_timesteps`; 1 is LCMScheduler's
     """
 
     w_min: float = Field(5.0, ge=0)
@@ -55,9 +53,9 @@ class LCDSettings:
     timestep_scaling: float = 10.0
     distance: Distance = "huber"
     huber_c: float = Field(1e-3, gt=0)
-    snr_power: float = Field(0.0, ge=0, le=0.5)
     target_decay: float | None = Field(0.95, ge=0, lt=1)
     w_export: float = 7.5
+    sampling_power: float = Field(1.0, ge=1, le=4)
 
 
 class LCD(Method):
@@ -87,6 +85,10 @@ class LCD(Method):
                 f"method.num_ddim_timesteps: {s.num_ddim_timesteps} does not divide the teacher's {self.total} steps"
             )
         self.skip = self.total // s.num_ddim_timesteps
+        try:
+            self.calls(1.0)
+        except ValueError as error:
+            raise UserError(f"method.sampling_power: {error}; lower it") from None
         lora = parts.student.kind == "lora"
         self.student = Student(self.teacher, parts.student, guidance_dim=None if lora else s.guidance_dim)
         self.function = ConsistencyFunction(self.student.denoiser, s.timestep_scaling)
@@ -114,8 +116,7 @@ class LCD(Method):
             z_lo = self.teacher_step(z_hi, t_hi, t_lo, batch.condition, w)
             weights = None if self.target is None else self.target.tensors()
             target = self.function(z_lo, t_lo, condition, weights=weights)
-        weights = (s.snr_power * self.process.log_snr(t_hi)).exp() if s.snr_power else None
-        return {"loss": distance(s.distance, prediction, target, s.huber_c, weights)}
+        return {"loss": distance(s.distance, prediction, target, s.huber_c)}
 
     def teacher_step(self, z: Tensor, t_hi: Tensor, t_lo: Tensor, condition: Condition, w: Tensor) -> Tensor:
         """One guided DDIM step of the frozen teacher."""
@@ -134,8 +135,11 @@ class LCD(Method):
             self.target.update()
 
     def generator(self, num_steps: int) -> Generator:
-        times = lcm_timesteps(num_steps, self.settings.num_ddim_timesteps, self.total)
-        return Generator(self.function, times)
+        return Generator(self.function, self.times(num_steps))
+
+    def times(self, num_steps: int) -> list[int]:
+        s = self.settings
+        return lcm_timesteps(num_steps, s.num_ddim_timesteps, self.total, s.sampling_power)
 
     @torch.no_grad()
     def sample(
@@ -168,14 +172,12 @@ class LCD(Method):
         )
         components = self.teacher.pipeline.components
         parts = in_float32({k: v for k, v in components.items() if k != "unet"}) | {"scheduler": scheduler}
-        steps = [n for n in EXPORTED_STEPS if n <= s.num_ddim_timesteps]
         if not self.student.lora:
             pipeline = LatentConsistencyModelPipeline(
                 **{**parts, "unet": self.student.network}, requires_safety_checker=False
             )
-            calls = {str(n): {"num_inference_steps": n, "guidance_scale": s.w_export + 1} for n in steps}
-            return Export(pipeline, sampling=calls)
-        calls = {str(n): {"num_inference_steps": n, "guidance_scale": 1.0} for n in steps}
+            return Export(pipeline, sampling=self.calls(s.w_export + 1))
+        calls = self.calls(1.0)
         pipeline = None
         if self.parts.student.export_fused:
             pipeline = StableDiffusionPipeline(
@@ -183,3 +185,13 @@ class LCD(Method):
             )
         adapter = Adapter(self.student.lora_weights(), scheduler)
         return Export(pipeline, sampling=calls, adapter=adapter)
+
+    def calls(self, guidance_scale: float) -> dict[str, dict[str, Any]]:
+        """sampling.json: the stock scheduler finds even times by itself, others are named."""
+        s = self.settings
+        out: dict[str, dict[str, Any]] = {}
+        for n in EXPORTED_STEPS:
+            if n <= s.num_ddim_timesteps:
+                where = {"num_inference_steps": n} if s.sampling_power == 1 else {"timesteps": self.times(n)}
+                out[str(n)] = {**where, "guidance_scale": guidance_scale}
+        return out

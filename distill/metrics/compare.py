@@ -216,6 +216,7 @@ def _rows(model: Entry, report: Mapping[str, Any]) -> list[dict[str, Any]]:
         "bytes": model.bytes,
         "pipeline_sha256": report.get("pipeline_sha256"),
         "peak_memory": report["peak_memory"],
+        "verified": report.get("verified"),
         **{k: report[k] for k in ("device", "versions", "batch_size")},
     }
     return [{**row, **shared} for row in report["rows"]]

@@ -103,7 +103,10 @@ def origin(record: Mapping[str, Any]) -> str:
     """Where the numbers come from."""
     versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
     machines = "; ".join(record["machines"])
-    return escape(f"Made by fewstep compare at commit {record['commit'][:12]}, on {machines}; {versions}.")
+    verified = "; ".join(sorted({row["verified"] for row in record["rows"] if row.get("verified")}))
+    return escape(
+        f"Made by fewstep compare at commit {record['commit'][:12]}, on {machines}; {versions}. {verified.capitalize()}."
+    )
 
 
 def plot_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

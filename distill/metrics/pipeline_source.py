@@ -144,7 +144,7 @@ def hash_parts(pipe: Any) -> str:
     digest = hashlib.sha256(type(pipe).__name__.encode())
     for name, part in sorted(pipe.components.items()):
         digest.update(f"{name} {type(part).__name__}".encode())
-        config = getattr(part, "config", None)
+        config: Any = getattr(part, "config", None)
         settings = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
         settings = {k: v for k, v in settings.items() if k not in ("_name_or_path", "_diffusers_version")}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())

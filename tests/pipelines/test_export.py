@@ -98,7 +98,10 @@ def trained(tree: dict[str, Any]) -> Runner:
 
 @pytest.fixture(scope="module")
 def full(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    return trained(settings(tiny_pipeline, tmp_path_factory.mktemp("full") / "run"))
+    """Its sampling times are not those of the stock scheduler."""
+    tree = settings(tiny_pipeline, tmp_path_factory.mktemp("full") / "run")
+    tree["method"]["sampling_power"] = 2
+    return trained(tree)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +191,7 @@ def test_folders_hold_safetensors_and_no_paths(full: Runner, lora: Runner) -> No
 def test_sampling_arguments(full: Runner, lora: Runner) -> None:
     calls = sampling_of(full.run / "pipeline")
     assert list(calls) == ["1", "2", "3", "4", "6", "8"]
-    assert calls["4"] == {"num_inference_steps": 4, "guidance_scale": 3.0}
+    assert calls["4"] == {"timesteps": [999, 579, 259, 79], "guidance_scale": 3.0}
     for folder in ("pipeline", "lora"):
         assert sampling_of(lora.run / folder)["4"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
     assert sampling_of(full.run) == {}
@@ -197,7 +200,7 @@ def test_sampling_arguments(full: Runner, lora: Runner) -> None:
 def test_cards_say_what_the_student_is(full: Runner, lora: Runner) -> None:
     card = (full.run / "pipeline" / "README.md").read_text()
     assert 'DiffusionPipeline.from_pretrained("pipeline")' in card and "| training steps | 5 of 5 |" in card
-    assert "| 4 | `num_inference_steps=4`, `guidance_scale=3.0` |" in card
+    assert "| 4 | `timesteps=[999, 579, 259, 79]`, `guidance_scale=3.0` |" in card
     card = (lora.run / "lora" / "README.md").read_text()
     assert 'pipe.load_lora_weights("lora")' in card and "LCMScheduler" in card
 
