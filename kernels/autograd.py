@@ -1,0 +1,138 @@
+"""Reverse mode, forward mode and vmap around the operators: one launch computes O and tO."""
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from .arguments import Problem, check_tangent
+from .backends import requested
+from .ops import attention_backward, attention_forward
+
+Tangents = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def differentiable(problem: Problem) -> tuple[Tensor, Tensor]:
+    """O, which carries a tangent if q, k, v or the bias does, and LSE (B, H, Lq)."""
+    q, k, v, bias, is_causal, scale = problem
+    inputs = (q, k, v, bias)
+    if forward_ad._current_level < 0 or any(
+        torch._C._functorch.is_batchedtensor(x) for x in inputs if x is not None
+    ):
+        out, _, lse = launch(problem, (None, None, None, None))
+        return out, lse
+    duals = [None if x is None or not x.is_floating_point() else forward_ad.unpack_dual(x) for x in inputs]
+    primals = [x if dual is None else dual.primal for x, dual in zip(inputs, duals, strict=True)]
+    tangents = [
+        None if dual is None else check_tangent(f"the tangent of {name}", dual.tangent, dual.primal)
+        for name, dual in zip(("q", "k", "v", "attn_mask"), duals, strict=True)
+    ]
+    pq, pk, pv, pbias = primals
+    assert pq is not None and pk is not None and pv is not None
+    tq, tk, tv, tbias = tangents
+    out, tangent, lse = launch(Problem(pq, pk, pv, pbias, is_causal, scale), (tq, tk, tv, tbias))
+    return (out if tangent is None else forward_ad.make_dual(out, tangent)), lse
+
+
+def launch(problem: Problem, tangents: Tangents) -> tuple[Tensor, Tensor | None, Tensor]:
+    """O, tO (None without tangents) and LSE, differentiable in reverse through O."""
+    q, k, v, bias, is_causal, scale = problem
+    # Dynamo refuses a Function that defines jvp; without it, torch itself refuses a second forward derivative.
+    function = Attention if torch.compiler.is_compiling() else RefusingAttention
+    out, tangent, lse = function.apply(
+        q, k, v, *tangents[:3], bias, tangents[3], is_causal, scale, requested()
+    )
+    return out, None if all(t is None for t in tangents) else tangent, lse
+
+
+class Attention(torch.autograd.Function):
+    """(q, k, v, tq, tk, tv, bias, tbias, is_causal, scale, backend) -> (O, tO, LSE)."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return attention_forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        q, k, v, _, _, _, bias, _, *ctx.settings = inputs
+        out, _, lse = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(q, k, v, bias, out, lse)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_tangent: Tensor | None, _: None) -> tuple[Any, ...]:
+        if grad_tangent is not None:
+            raise NotImplementedError(
+                "attention has no gradient through its tangent: detach the tangent, or take the JVP under no_grad."
+            )
+        if grad_out is None:
+            return (None,) * 11
+        q, k, v, bias, out, lse = ctx.saved_tensors
+        is_causal, scale, backend = ctx.settings
+        bias_grad = bool(ctx.needs_input_grad[6])
+        dq, dk, dv, dbias = attention_backward(
+            grad_out, q, k, v, bias, out, lse, is_causal, scale, bias_grad, backend
+        )
+        return dq, dk, dv, None, None, None, dbias if bias_grad else None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """The mapped dimension joins the batch; tangents that live below the map are found again there."""
+        tensors, (is_causal, scale, _) = inputs[:8], inputs[8:]
+        q, k, v, tq, tk, tv, bias, tbias = [
+            None if x is None else into_batch(x, d, info.batch_size)
+            for x, d in zip(tensors, in_dims[:8], strict=True)
+        ]
+        bias, tbias = (x if x is None else batched_like(x, q) for x in (bias, tbias))
+        problem = Problem(q, k, v, bias, is_causal, scale)
+        if tq is None and tk is None and tv is None and tbias is None:
+            out, lse = differentiable(problem)
+            tangent = None
+        else:
+            out, tangent, lse = launch(problem, (tq, tk, tv, tbias))
+        split = (info.batch_size, -1)
+        out, lse = out.unflatten(0, split), lse.unflatten(0, split)
+        if tangent is None:
+            return (out, out.new_empty(0), lse), (0, None, 0)
+        return (out, tangent.unflatten(0, split), lse), (0, 0, 0)
+
+
+class RefusingAttention(Attention):
+    """A tangent that reaches the Function itself belongs to a second derivative, which has no formula."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "attention is differentiated forward once: jvp of jvp and jvp of grad need "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) and stock scaled_dot_product_attention."
+        )
+
+
+def into_batch(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """(V, B, ...) -> (V B, ...); x is repeated where it is not mapped."""
+    mapped = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return mapped.flatten(0, 1)
+
+
+def batched_like(x: Tensor, q: Tensor) -> Tensor:
+    """A bias (V or V B, ...) -> (V B, ...)."""
+    return x if x.shape[0] == q.shape[0] else x.repeat_interleave(q.shape[0] // x.shape[0], dim=0)
+
+
+@attention_backward.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    tensors, settings = inputs[:7], inputs[7:]
+    folded = [
+        None if x is None else into_batch(x, d, info.batch_size)
+        for x, d in zip(tensors, in_dims[:7], strict=True)
+    ]
+    grad_out, q, k, v, bias, out, lse = folded
+    full = bias if bias is None else batched_like(bias, q)
+    dq, dk, dv, dbias = attention_backward(grad_out, q, k, v, full, out, lse, *settings)
+    split = (info.batch_size, -1)
+    grads = tuple(x.unflatten(0, split) for x in (dq, dk, dv))
+    if bias is None or dbias.numel() == 0:
+        return (*grads, dbias), (0, 0, 0, None)
+    return (*grads, dbias.unflatten(0, (bias.shape[0], -1)).sum(1).unflatten(0, split)), (0, 0, 0, 0)
