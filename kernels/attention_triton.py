@@ -29,59 +29,78 @@ __all__ = ["backward", "forward"]
 
 
 @triton.jit
+def _scores(
+    k_start, q, tq, rows, k, tk, mask, tmask, k_l, tk_l, m_l, m_n, tm_l, tm_n, lq, lk, dk, scale,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_TQ: tl.constexpr, HAS_TK: tl.constexpr, HAS_TMASK: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, PAD_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """S in base 2 and tS in natural units for one key block; tS is 0 at hidden pairs, and everywhere without tangents."""
+    columns = k_start + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    keys = tl.trans(load_tile(k, columns, d, k_l, lk, dk, EDGE, PAD_D))
+    s = tl.zeros([q.shape[0], BLOCK_N], dtype=tl.float32)
+    s = product(q, keys, s, PRECISION, UPCAST)
+    s = logits(s, rows, columns, lq, lk, mask, m_l, m_n, scale, MASK, CAUSAL, EDGE)
+    ts = tl.zeros([q.shape[0], BLOCK_N], dtype=tl.float32)
+    if HAS_TQ:
+        ts = product(tq, keys, ts, PRECISION, UPCAST)
+    if HAS_TK:
+        key_tangents = tl.trans(load_tile(tk, columns, d, tk_l, lk, dk, EDGE, PAD_D))
+        ts = product(q, key_tangents, ts, PRECISION, UPCAST)
+    ts = ts * scale
+    if HAS_TMASK:
+        ts += load_mask(tmask, rows, columns, tm_l, tm_n, lq, lk).to(tl.float32)
+    if EDGE or MASK != "none":
+        ts = tl.where(s == float("-inf"), 0.0, ts)
+    return s, ts
+
+
+@triton.jit
+def _first_mean(s, ts):
+    """Mean of tS under the softmax of one key block, 0 for a row that the block hides: the row shift."""
+    top = tl.max(s, 1)
+    p = tl.exp2(s - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    total = tl.sum(p, 1)
+    return tl.sum(p * ts, 1) / tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
 def _step(
     k_start, q, tq, rows, top, total, moment, centre, out, change,
-    k, tk, v, tv, mask, tmask,
-    k_stride, tk_stride, v_stride, tv_stride, mask_row_stride, mask_column_stride,
-    tmask_row_stride, tmask_column_stride, lq, lk, dk, dv, scale,
+    k, tk, v, tv, mask, tmask, k_l, tk_l, v_l, tv_l, m_l, m_n, tm_l, tm_n, lq, lk, dk, dv, scale,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_TQ: tl.constexpr, HAS_TK: tl.constexpr, HAS_TV: tl.constexpr, HAS_TMASK: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, FIRST: tl.constexpr, EDGE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """One key block of the recurrence. FIRST fixes the row shift `centre`; EDGE checks bounds and the diagonal."""
-    HAS_TS: tl.constexpr = HAS_TQ or HAS_TK or HAS_TMASK
-    columns = k_start + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_DV)
-    keys = tl.trans(load_tile(k, columns, d, k_stride, lk, dk, EDGE, PAD_D))
-    s = tl.zeros([q.shape[0], BLOCK_N], dtype=tl.float32)
-    s = product(q, keys, s, PRECISION, UPCAST)
-    s = logits(s, rows, columns, lq, lk, mask, mask_row_stride, mask_column_stride, scale, MASK, CAUSAL, EDGE)
+    """One key block of the recurrence; EDGE checks bounds and the diagonal."""
+    s, ts = _scores(
+        k_start, q, tq, rows, k, tk, mask, tmask, k_l, tk_l, m_l, m_n, tm_l, tm_n, lq, lk, dk, scale,
+        BLOCK_N, BLOCK_D, HAS_TQ, HAS_TK, HAS_TMASK, MASK, CAUSAL, PAD_D, PRECISION, UPCAST, EDGE,
+    )  # fmt: skip
     new_top = tl.maximum(top, tl.max(s, 1))
     finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
     decay = tl.exp2(top - finite_top)
     p = tl.exp2(s - finite_top[:, None])
-    block_total = tl.sum(p, 1)
-    total = total * decay + block_total
-    values = load_tile(v, columns, e, v_stride, lk, dv, EDGE, PAD_DV)
+    total = total * decay + tl.sum(p, 1)
+    columns = k_start + tl.arange(0, BLOCK_N)
+    e = tl.arange(0, BLOCK_DV)
+    values = load_tile(v, columns, e, v_l, lk, dv, EDGE, PAD_DV)
     weights = p.to(values.dtype)
     out = product(weights, values, out * decay[:, None], PRECISION, UPCAST)
-    if HAS_TS or HAS_TV:
-        change = change * decay[:, None]
-    if HAS_TS:
-        ts = tl.zeros([q.shape[0], BLOCK_N], dtype=tl.float32)
-        if HAS_TQ:
-            ts = product(tq, keys, ts, PRECISION, UPCAST)
-        if HAS_TK:
-            key_tangents = tl.trans(load_tile(tk, columns, d, tk_stride, lk, dk, EDGE, PAD_D))
-            ts = product(q, key_tangents, ts, PRECISION, UPCAST)
-        ts = ts * scale
-        if HAS_TMASK:
-            ts += load_mask(tmask, rows, columns, tmask_row_stride, tmask_column_stride, lq, lk).to(
-                tl.float32
-            )
-        if EDGE or MASK != "none":
-            ts = tl.where(s == float("-inf"), 0.0, ts)
-        if FIRST:
-            centre = tl.sum(p * ts, 1) / tl.where(block_total == 0.0, 1.0, block_total)
+    if HAS_TQ or HAS_TK or HAS_TMASK:
         h = p * (ts - centre[:, None])
         moment = moment * decay + tl.sum(h, 1)
-        change = product(h.to(values.dtype), values, change, PRECISION, UPCAST)
-    if HAS_TV:
-        value_tangents = load_tile(tv, columns, e, tv_stride, lk, dv, EDGE, PAD_DV)
-        change = product(weights, value_tangents, change, PRECISION, UPCAST)
-    return new_top, total, moment, centre, out, change
+        change = product(h.to(values.dtype), values, change * decay[:, None], PRECISION, UPCAST)
+        if HAS_TV:
+            value_tangents = load_tile(tv, columns, e, tv_l, lk, dv, EDGE, PAD_DV)
+            change = product(weights, value_tangents, change, PRECISION, UPCAST)
+    elif HAS_TV:
+        value_tangents = load_tile(tv, columns, e, tv_l, lk, dv, EDGE, PAD_DV)
+        change = product(weights, value_tangents, change * decay[:, None], PRECISION, UPCAST)
+    return new_top, total, moment, out, change
 
 
 @triton.jit
@@ -122,7 +141,6 @@ def _forward_kernel(
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     moment = tl.zeros([BLOCK_M], dtype=tl.float32)
-    centre = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     change = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     end = lk
@@ -130,22 +148,24 @@ def _forward_kernel(
     if CAUSAL:
         end = tl.minimum(lk, row_start + BLOCK_M)
         plain_end = tl.minimum(plain_end, ((row_start + 1) // BLOCK_N) * BLOCK_N)
-    top, total, moment, centre, acc, change = _step(
-        0, queries, query_tangents, rows, top, total, moment, centre, acc, change, k, tk, v, tv, mask, tmask,
-        k_l, tk_l, v_l, tv_l, m_l, m_n, tm_l, tm_n, lq, lk, dk, dv, scale, BLOCK_N, BLOCK_D, BLOCK_DV,
-        HAS_TQ, HAS_TK, HAS_TV, HAS_TMASK, MASK, CAUSAL, PAD_D, PAD_DV, PRECISION, UPCAST, True, True,
-    )  # fmt: skip
-    for k_start in range(BLOCK_N, plain_end, BLOCK_N):
-        top, total, moment, centre, acc, change = _step(
-            k_start, queries, query_tangents, rows, top, total, moment, centre, acc, change, k, tk, v, tv, mask, tmask,
-            k_l, tk_l, v_l, tv_l, m_l, m_n, tm_l, tm_n, lq, lk, dk, dv, scale, BLOCK_N, BLOCK_D, BLOCK_DV,
-            HAS_TQ, HAS_TK, HAS_TV, HAS_TMASK, MASK, CAUSAL, PAD_D, PAD_DV, PRECISION, UPCAST, False, False,
+    centre = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if HAS_TQ or HAS_TK or HAS_TMASK:
+        s, ts = _scores(
+            0, queries, query_tangents, rows, k, tk, mask, tmask, k_l, tk_l, m_l, m_n, tm_l, tm_n, lq, lk, dk, scale,
+            BLOCK_N, BLOCK_D, HAS_TQ, HAS_TK, HAS_TMASK, MASK, CAUSAL, PAD_D, PRECISION, UPCAST, True,
         )  # fmt: skip
-    for k_start in range(tl.maximum(plain_end, BLOCK_N), end, BLOCK_N):
-        top, total, moment, centre, acc, change = _step(
+        centre = _first_mean(s, ts)
+    for k_start in range(0, plain_end, BLOCK_N):
+        top, total, moment, acc, change = _step(
             k_start, queries, query_tangents, rows, top, total, moment, centre, acc, change, k, tk, v, tv, mask, tmask,
             k_l, tk_l, v_l, tv_l, m_l, m_n, tm_l, tm_n, lq, lk, dk, dv, scale, BLOCK_N, BLOCK_D, BLOCK_DV,
-            HAS_TQ, HAS_TK, HAS_TV, HAS_TMASK, MASK, CAUSAL, PAD_D, PAD_DV, PRECISION, UPCAST, False, True,
+            HAS_TQ, HAS_TK, HAS_TV, HAS_TMASK, MASK, CAUSAL, PAD_D, PAD_DV, PRECISION, UPCAST, False,
+        )  # fmt: skip
+    for k_start in range(plain_end, end, BLOCK_N):
+        top, total, moment, acc, change = _step(
+            k_start, queries, query_tangents, rows, top, total, moment, centre, acc, change, k, tk, v, tv, mask, tmask,
+            k_l, tk_l, v_l, tv_l, m_l, m_n, tm_l, tm_n, lq, lk, dk, dv, scale, BLOCK_N, BLOCK_D, BLOCK_DV,
+            HAS_TQ, HAS_TK, HAS_TV, HAS_TMASK, MASK, CAUSAL, PAD_D, PAD_DV, PRECISION, UPCAST, True,
         )  # fmt: skip
 
     norm = tl.where(total == 0.0, 1.0, total)
