@@ -103,7 +103,7 @@ def broadcastable(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def check_tangent(name: str, tangent: Tensor | None, primal: Tensor) -> Tensor | None:
     """None for a missing tangent and for torch's symbolic zeros: both save their products."""
-    if tangent is None or tangent._is_zerotensor():
+    if tangent is None or (not torch.compiler.is_compiling() and tangent._is_zerotensor()):
         return None
     if tangent.shape != primal.shape or tangent.dtype != primal.dtype or tangent.device != primal.device:
         raise ValueError(

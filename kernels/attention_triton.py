@@ -183,14 +183,14 @@ HALF_BLOCKS = {
     16: Blocks(128, 64, 3, 8),
     32: Blocks(128, 64, 3, 8),
     64: Blocks(128, 64, 3, 8),
-    128: Blocks(128, 64, 2, 8),
-    256: Blocks(64, 32, 2, 4),
+    128: Blocks(128, 32, 3, 8),
+    256: Blocks(32, 32, 2, 8),
 }
 SINGLE_BLOCKS = {
-    16: Blocks(64, 32, 2, 4),
-    32: Blocks(64, 32, 2, 4),
-    64: Blocks(64, 32, 2, 4),
-    128: Blocks(64, 16, 2, 8),
+    16: Blocks(32, 32, 2, 4),
+    32: Blocks(32, 32, 2, 4),
+    64: Blocks(32, 32, 2, 4),
+    128: Blocks(32, 16, 1, 8),
     256: Blocks(32, 16, 1, 8),
 }
 """Block sizes by the head size rounded up to a power of two, for 16-bit and float32 inputs."""

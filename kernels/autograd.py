@@ -10,6 +10,7 @@ from .arguments import Problem, check_tangent
 from .backends import requested
 from .ops import attention_backward, attention_forward
 
+SECOND_ORDER = "call torch's scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH) for more."
 Tangents = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -17,9 +18,7 @@ def differentiable(problem: Problem) -> tuple[Tensor, Tensor]:
     """O, which carries a tangent if q, k, v or the bias does, and LSE (B, H, Lq)."""
     q, k, v, bias, is_causal, scale = problem
     inputs = (q, k, v, bias)
-    if forward_ad._current_level < 0 or any(
-        torch._C._functorch.is_batchedtensor(x) for x in inputs if x is not None
-    ):
+    if forward_ad._current_level < 0 or innermost_is_vmap():
         out, _, lse = launch(problem, (None, None, None, None))
         return out, lse
     duals = [None if x is None or not x.is_floating_point() else forward_ad.unpack_dual(x) for x in inputs]
@@ -38,7 +37,7 @@ def differentiable(problem: Problem) -> tuple[Tensor, Tensor]:
 def launch(problem: Problem, tangents: Tangents) -> tuple[Tensor, Tensor | None, Tensor]:
     """O, tO (None without tangents) and LSE, differentiable in reverse through O."""
     q, k, v, bias, is_causal, scale = problem
-    # Dynamo refuses a Function that defines jvp; without it, torch itself refuses a second forward derivative.
+    # Dynamo refuses a Function that defines jvp, and traces a backward with all gradients given.
     function = Attention if torch.compiler.is_compiling() else RefusingAttention
     out, tangent, lse = function.apply(
         q, k, v, *tangents[:3], bias, tangents[3], is_causal, scale, requested()
@@ -55,24 +54,15 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        q, k, v, _, _, _, bias, _, *ctx.settings = inputs
-        out, _, lse = output
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(q, k, v, bias, out, lse)
+        ctx.mark_non_differentiable(*output[1:])
+        save(ctx, inputs, output)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_tangent: Tensor | None, _: None) -> tuple[Any, ...]:
-        if grad_tangent is not None:
-            raise NotImplementedError(
-                "attention has no gradient through its tangent: detach the tangent, or take the JVP under no_grad."
-            )
-        if grad_out is None:
-            return (None,) * 11
+    def backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Any, ...]:
         q, k, v, bias, out, lse = ctx.saved_tensors
         is_causal, scale, backend = ctx.settings
         bias_grad = bool(ctx.needs_input_grad[6])
-        dq, dk, dv, dbias = attention_backward(
+        dq, dk, dv, dbias = Gradient.apply(
             grad_out, q, k, v, bias, out, lse, is_causal, scale, bias_grad, backend
         )
         return dq, dk, dv, None, None, None, dbias if bias_grad else None, None, None, None, None
@@ -100,14 +90,32 @@ class Attention(torch.autograd.Function):
 
 
 class RefusingAttention(Attention):
-    """A tangent that reaches the Function itself belongs to a second derivative, which has no formula."""
+    """Names the derivatives that have no formula, instead of leaving a loss or a tangent without its gradient."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+        save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *others: Any) -> tuple[Any, ...]:
+        if others[0] is not None:
+            raise NotImplementedError(
+                "attention has no gradient through its tangent: detach the tangent, or take the JVP under no_grad."
+            )
+        return (None,) * 11 if grad_out is None else Attention.backward(ctx, grad_out)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(
-            "attention is differentiated forward once: jvp of jvp and jvp of grad need "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) and stock scaled_dot_product_attention."
+            f"attention is differentiated forward once, not jvp of jvp or jvp of grad: {SECOND_ORDER}"
         )
+
+
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, _, _, _, bias, _, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, bias, output[0], output[2])
 
 
 def into_batch(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -121,18 +129,39 @@ def batched_like(x: Tensor, q: Tensor) -> Tensor:
     return x if x.shape[0] == q.shape[0] else x.repeat_interleave(q.shape[0] // x.shape[0], dim=0)
 
 
-@attention_backward.register_vmap
-def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    tensors, settings = inputs[:7], inputs[7:]
-    folded = [
-        None if x is None else into_batch(x, d, info.batch_size)
-        for x, d in zip(tensors, in_dims[:7], strict=True)
-    ]
-    grad_out, q, k, v, bias, out, lse = folded
-    full = bias if bias is None else batched_like(bias, q)
-    dq, dk, dv, dbias = attention_backward(grad_out, q, k, v, full, out, lse, *settings)
-    split = (info.batch_size, -1)
-    grads = tuple(x.unflatten(0, split) for x in (dq, dk, dv))
-    if bias is None or dbias.numel() == 0:
-        return (*grads, dbias), (0, 0, 0, None)
-    return (*grads, dbias.unflatten(0, (bias.shape[0], -1)).sum(1).unflatten(0, split)), (0, 0, 0, 0)
+class Gradient(torch.autograd.Function):
+    """(dO, q, k, v, bias, O, LSE, is_causal, scale, bias_grad, backend) -> (dQ, dK, dV, dBias), without derivatives."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return attention_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"attention is differentiated in reverse once: {SECOND_ORDER}")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        grad_out, q, k, v, bias, out, lse = [
+            None if x is None else into_batch(x, d, info.batch_size)
+            for x, d in zip(inputs[:7], in_dims[:7], strict=True)
+        ]
+        full = bias if bias is None else batched_like(bias, q)
+        dq, dk, dv, dbias = Gradient.apply(grad_out, q, k, v, full, out, lse, *inputs[7:])
+        split = (info.batch_size, -1)
+        grads = tuple(x.unflatten(0, split) for x in (dq, dk, dv))
+        if bias is None or dbias.numel() == 0:
+            return (*grads, dbias), (0, 0, 0, None)
+        return (*grads, dbias.unflatten(0, (bias.shape[0], -1)).sum(1).unflatten(0, split)), (0, 0, 0, 0)
+
+
+def innermost_is_vmap() -> bool:
+    """Under jvp(vmap(f)) the tangents lie below the map: `Attention.vmap` looks for them there."""
+    if torch.compiler.is_compiling():  # Dynamo cannot trace the question
+        return False
+    top = torch._C._functorch.peek_interpreter_stack()
+    return top is not None and top.key() == torch._C._functorch.TransformType.Vmap
