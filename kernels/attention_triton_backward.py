@@ -230,4 +230,4 @@ def flash_backward(
         grad_out.contiguous(), q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, is_causal,
         state, unused, scale=scale,
     )  # fmt: skip
-    return dq, dk, dv
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()

@@ -5,12 +5,14 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._functorch import eager_transforms
 
 from .arguments import Problem, check_tangent
 from .backends import requested
 from .ops import attention_backward, attention_forward
 
 SECOND_ORDER = "call torch's scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH) for more."
+FORWARD_ONCE = f"attention is differentiated forward once, not jvp of jvp or jvp of grad: {SECOND_ORDER}"
 Tangents = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -21,6 +23,8 @@ def differentiable(problem: Problem) -> tuple[Tensor, Tensor]:
     if forward_ad._current_level < 0 or innermost_is_vmap():
         out, _, lse = launch(problem, (None, None, None, None))
         return out, lse
+    if torch.compiler.is_compiling() and eager_transforms.JVP_NESTING > 1:
+        raise NotImplementedError(FORWARD_ONCE)
     duals = [None if x is None or not x.is_floating_point() else forward_ad.unpack_dual(x) for x in inputs]
     primals = [x if dual is None else dual.primal for x, dual in zip(inputs, duals, strict=True)]
     tangents = [
@@ -108,9 +112,7 @@ class RefusingAttention(Attention):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            f"attention is differentiated forward once, not jvp of jvp or jvp of grad: {SECOND_ORDER}"
-        )
+        raise NotImplementedError(FORWARD_ONCE)
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -165,3 +167,7 @@ def innermost_is_vmap() -> bool:
         return False
     top = torch._C._functorch.peek_interpreter_stack()
     return top is not None and top.key() == torch._C._functorch.TransformType.Vmap
+
+
+# Under torch.compile a func.jvp leaves the bare operator in the graph.
+attention_forward.register_autograd(Attention.backward, setup_context=Attention.setup_context)
