@@ -15,6 +15,7 @@ from .triton_tiles import (
     LN_2,
     Blocks,
     device_of,
+    fit,
     load_mask,
     load_tile,
     logits,
@@ -22,6 +23,7 @@ from .triton_tiles import (
     padded,
     precision,
     product,
+    shared_memory,
     unit_rows,
 )
 
@@ -36,7 +38,7 @@ def _scores(
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PAD_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """S in base 2 and tS in natural units for one key block; tS is 0 at hidden pairs, and everywhere without tangents."""
+    """S in base 2 and tS in natural units for one key block; tS is 0 at hidden pairs."""
     columns = k_start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     keys = tl.trans(load_tile(k, columns, d, k_l, lk, dk, EDGE, PAD_D))
@@ -221,7 +223,9 @@ def forward(
     if lq == 0 or lk == 0 or batch == 0 or num_heads == 0:
         return out.zero_(), None if tangent is None else tangent.zero_(), lse.fill_(-torch.inf)
     block_d, block_dv = padded(d), padded(dv)
-    blocks = (SINGLE_BLOCKS if q.dtype == torch.float32 else HALF_BLOCKS)[max(block_d, block_dv)]
+    widest = max(block_d, block_dv)
+    blocks = (SINGLE_BLOCKS if q.dtype == torch.float32 else HALF_BLOCKS)[widest]
+    blocks = fit(blocks, widest, q.element_size(), shared_memory(q))
     tensors = [None if x is None else unit_rows(x) for x in (q, k, v, tq, tk, tv)]
     masks = [None if x is None else x.expand(batch, num_heads, lq, lk) for x in (bias, tbias)]
     strides = [0 if x is None else x.stride(i) for x in tensors for i in range(3)]

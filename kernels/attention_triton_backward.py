@@ -204,7 +204,7 @@ def backward(
 
 
 def flash_applies(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool) -> bool:
-    """ATen's flash kernel: 16-bit, no mask, one head size in steps of 8, Ampere or later, top-left causal only if square."""
+    """ATen's flash kernel: 16 bits, no mask, one head size in steps of 8, Ampere or later, causal only if square."""
     return (
         q.device.type == "cuda"
         and torch.version.hip is None

@@ -63,7 +63,7 @@ def select(name: str, q: Tensor, v: Tensor) -> ModuleType:
 
 def triton_obstacle(device_type: str, dtype: torch.dtype, head_size: int) -> str | None:
     """Why the Triton kernel cannot run, or None if it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not triton_installed():
         return "triton is not installed"
     if device_type != "cuda" and not interpreting():
         return f"the tensors are on {device_type}, not on a CUDA device"
@@ -72,6 +72,11 @@ def triton_obstacle(device_type: str, dtype: torch.dtype, head_size: int) -> str
     if head_size > MAX_TRITON_HEAD_SIZE:
         return f"the head size is {head_size}, above {MAX_TRITON_HEAD_SIZE}"
     return None
+
+
+@cache
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:

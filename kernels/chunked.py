@@ -63,7 +63,8 @@ def forward(
             total = p.sum(-1, keepdim=True)
             lse[at] = (top + total.log()).squeeze(-1)
             norm = total if hidden is None else total.masked_fill_(total == 0, 1.0)
-            out[at] = torch.bmm(p, vg[:, :n]).div_(norm)
+            primal = torch.bmm(p, vg[:, :n]).div_(norm)
+            out[at] = primal
             if tangent is None:
                 continue
             change = None
@@ -78,7 +79,8 @@ def forward(
                     h.masked_fill_(hidden, 0.0)
                 h.mul_(p)
                 h.addcmul_(p, h.sum(-1, keepdim=True).div_(norm), value=-1)
-                change = torch.bmm(h, vg[:, :n])
+                # The row sum that rounding left in H would meet V's mean.
+                change = torch.bmm(h, vg[:, :n]).addcmul_(h.sum(-1, keepdim=True), primal, value=-1)
             if tvg is not None:
                 moved = torch.bmm(p, tvg[:, :n])
                 change = moved if change is None else change.add_(moved)

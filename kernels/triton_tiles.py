@@ -68,6 +68,30 @@ class Blocks(NamedTuple):
     warps: int
 
 
+def fit(blocks: Blocks, head_size: int, item_size: int, shared_memory: int) -> Blocks:
+    """Fewer stages, then keys, then queries, until the tiles of the forward fit into `shared_memory` bytes."""
+    while stage_bytes(blocks, head_size, item_size) > shared_memory and blocks[:3] != (16, 16, 1):
+        if blocks.stages > 1:
+            blocks = blocks._replace(stages=blocks.stages - 1)
+        elif blocks.columns > 16:
+            blocks = blocks._replace(columns=blocks.columns // 2)
+        else:
+            blocks = blocks._replace(rows=blocks.rows // 2)
+    return blocks
+
+
+def stage_bytes(blocks: Blocks, head_size: int, item_size: int) -> int:
+    """K, tK, V, tV per stage and Q, tQ once."""
+    return (4 * blocks.stages * blocks.columns + 2 * blocks.rows) * head_size * item_size
+
+
+def shared_memory(q: Tensor) -> int:
+    """Bytes that one program may use on q's device; a Hopper's in the interpreter."""
+    if q.device.type != "cuda":
+        return 227 * 2**10
+    return torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+
+
 def padded(size: int) -> int:
     """A head size as a tile's side: a power of two, 16 or more."""
     return max(16, triton.next_power_of_2(size))
