@@ -74,13 +74,10 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """The mapped dimension joins the batch; tangents that live below the map are found again there."""
-        tensors, (is_causal, scale, _) = inputs[:8], inputs[8:]
-        q, k, v, tq, tk, tv, bias, tbias = [
-            None if x is None else into_batch(x, d, info.batch_size)
-            for x, d in zip(tensors, in_dims[:8], strict=True)
-        ]
-        bias, tbias = (x if x is None else batched_like(x, q) for x in (bias, tbias))
-        problem = Problem(q, k, v, bias, is_causal, scale)
+        is_causal, scale, _ = inputs[8:]
+        q, k, v, tq, tk, tv, bias, tbias = join_batch(inputs[:8], in_dims, info.batch_size)
+        problem = Problem(q, k, v, batched_like(bias, q), is_causal, scale)
+        tbias = batched_like(tbias, q)
         if tq is None and tk is None and tv is None and tbias is None:
             out, lse = differentiable(problem)
             tangent = None
@@ -120,15 +117,22 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor
     ctx.save_for_backward(q, k, v, bias, output[0], output[2])
 
 
-def into_batch(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """(V, B, ...) -> (V B, ...); x is repeated where it is not mapped."""
-    mapped = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return mapped.flatten(0, 1)
+def join_batch(tensors: tuple[Any, ...], dims: tuple[Any, ...], size: int) -> list[Any]:
+    """(V, B, ...) -> (V B, ...) for each tensor, repeated where it is not mapped; None stays None."""
+    joined: list[Any] = []
+    for x, dim in zip(tensors, dims[: len(tensors)], strict=True):
+        if x is not None:
+            x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            x = x.flatten(0, 1)
+        joined.append(x)
+    return joined
 
 
-def batched_like(x: Tensor, q: Tensor) -> Tensor:
+def batched_like(x: Tensor | None, q: Tensor) -> Tensor | None:
     """A bias (V or V B, ...) -> (V B, ...)."""
-    return x if x.shape[0] == q.shape[0] else x.repeat_interleave(q.shape[0] // x.shape[0], dim=0)
+    if x is None or x.shape[0] == q.shape[0]:
+        return x
+    return x.repeat_interleave(q.shape[0] // x.shape[0], dim=0)
 
 
 class Gradient(torch.autograd.Function):
@@ -148,11 +152,8 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        grad_out, q, k, v, bias, out, lse = [
-            None if x is None else into_batch(x, d, info.batch_size)
-            for x, d in zip(inputs[:7], in_dims[:7], strict=True)
-        ]
-        full = bias if bias is None else batched_like(bias, q)
+        grad_out, q, k, v, bias, out, lse = join_batch(inputs[:7], in_dims, info.batch_size)
+        full = batched_like(bias, q)
         dq, dk, dv, dbias = Gradient.apply(grad_out, q, k, v, full, out, lse, *inputs[7:])
         split = (info.batch_size, -1)
         grads = tuple(x.unflatten(0, split) for x in (dq, dk, dv))

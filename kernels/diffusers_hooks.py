@@ -100,7 +100,7 @@ def wrap_attention_processors(model: nn.Module) -> int:
 
     Raises ValueError if the model has no attention module.
     """
-    modules = [m for m in model.modules() if callable(getattr(m, "set_processor", None))]
+    modules: list[Any] = [m for m in model.modules() if callable(getattr(m, "set_processor", None))]
     if not modules:
         raise ValueError(
             f"model is a {type(model).__name__} without attention processors; use ForwardModeAttention."
