@@ -141,7 +141,7 @@ HALF_BLOCKS = {
     16: Blocks(64, 64, 2, 4),
     32: Blocks(64, 64, 2, 4),
     64: Blocks(64, 64, 2, 4),
-    128: Blocks(64, 64, 2, 8),
+    128: Blocks(64, 64, 1, 8),
     256: Blocks(32, 32, 1, 8),
 }
 SINGLE_BLOCKS = {
