@@ -37,3 +37,9 @@ def _step_aside() -> None:
 
 if __name__ == "kernels":
     _step_aside()
+else:
+    from .backends import use_backend
+    from .function_mode import ForwardModeAttention
+    from .interface import attention, attention_jvp
+
+    __all__ = ["ForwardModeAttention", "attention", "attention_jvp", "use_backend"]
