@@ -104,9 +104,8 @@ def origin(record: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
     machines = "; ".join(record["machines"])
     verified = "; ".join(sorted({row["verified"] for row in record["rows"] if row.get("verified")}))
-    return escape(
-        f"Made by fewstep compare at commit {record['commit'][:12]}, on {machines}; {versions}. {verified.capitalize()}."
-    )
+    where = f"at commit {record['commit'][:12]}, on {machines}"
+    return escape(f"Made by fewstep compare {where}; {versions}. {verified.capitalize()}.")
 
 
 def plot_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

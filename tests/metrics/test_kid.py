@@ -53,3 +53,27 @@ def test_what_is_refused() -> None:
         kid(X, Y / 0)
     with pytest.raises(ValueError, match="2 and of 3"):
         kid(X, torch.ones(4, 3))
+
+
+def test_agrees_with_torchmetrics_and_torch_fidelity_on_one_whole_subset() -> None:
+    """Both take the mean over subsets of equal size: one subset of all rows is the value of whole sets."""
+    x, y = torch.randn(60, 8), torch.randn(60, 8) * 1.2 + 0.3
+    ours = kid(x, y)
+    metric_kid = pytest.importorskip("torch_fidelity.metric_kid")
+    theirs = metric_kid.kid_features_to_metric(
+        x.double(), y.double(), kid_subsets=2, kid_subset_size=60, verbose=False, rng_seed=0
+    )
+    assert theirs["kernel_inception_distance_mean"] == pytest.approx(ours, rel=1e-6)
+
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    class Given(torch.nn.Module):
+        num_features = 8
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return features
+
+    metric = KernelInceptionDistance(feature=Given(), subsets=2, subset_size=60)
+    metric.update(x, real=True)
+    metric.update(y, real=False)
+    assert float(metric.compute()[0]) == pytest.approx(ours, rel=1e-4)  # float32 kernels
