@@ -105,7 +105,7 @@ def compare(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fewstep compare",
         description="Score students of one teacher alike: compare.json, compare.md and compare.html.",
-        epilog="Further flags go to `fewstep evaluate` (--batch_size, --device, --extractor, ...).",
+        epilog="Further flags go to `fewstep evaluate` (--batch_size, --clip, --extractor, ...).",
     )
     parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument(
@@ -120,6 +120,7 @@ def compare(arguments: list[str]) -> int:
     parser.add_argument("--data", default="emoji")
     parser.add_argument("--num_images", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3, help="disjoint blocks of num_images pictures")
+    parser.add_argument("--device")
     parser.add_argument("--title")
     args, options = parser.parse_known_args(arguments)
 
@@ -127,7 +128,8 @@ def compare(arguments: list[str]) -> int:
 
     score(
         args.entries, args.output, steps=args.steps, teacher=args.teacher, teacher_steps=args.teacher_steps,
-        data=args.data, num_images=args.num_images, seeds=args.seeds, options=options, title=args.title,
+        data=args.data, num_images=args.num_images, seeds=args.seeds, device=args.device, options=options,
+        title=args.title,
     )  # fmt: skip
     print((args.output / "compare.md").read_text())
     print(f"page: {args.output / 'compare.html'}")

@@ -18,8 +18,9 @@ from ..grid import strip
 from ..measure import commit
 from ..run_folder import CONFIG, EXPORTED
 from ..teacher import EMBEDDED
+from .evaluate import choose_device
 from .page import page
-from .pipeline_source import PipelineSource
+from .pipeline_source import PipelineSource, quiet
 from .reference import captions_of
 from .report import check_writable, read_report
 from .table import by_column, columns_of, markdown, protocol_notes
@@ -113,6 +114,7 @@ def compare(
     data: str = "emoji",
     num_images: int = 500,
     seeds: int = 3,
+    device: str | None = None,
     options: Sequence[str] = (),
     title: str | None = None,
 ) -> dict[str, Any]:
@@ -121,7 +123,8 @@ def compare(
     entries        as in `read_entry`; reports are taken as they are and must be of the same protocol
     steps          of students; those that an export does not offer are left out
     teacher        scored at teacher_steps; None: the one that the runs name, "none": no row
-    options        further flags of `evaluate` (--batch_size 32, --device cpu, ...)
+    device         None: cuda if there is one, else cpu
+    options        further flags of `evaluate` (--batch_size 32, --clip lite0-minilm, ...)
 
     Each model is scored in a process of its own, so that its peak memory is its own; what was scored before comes
     from the cache. The record of compare.json is returned. Raises UserError for whatever the caller can mend, among
@@ -134,18 +137,20 @@ def compare(
         raise UserError(f"{twice}: two entries have this name; give one as NAME=PATH")
     origin = _teacher_of(models, teacher)
     check_writable(output / "compare.json")
+    quiet()
     jobs = [(m, _offered(m, steps)) for m in models]
     if origin is not None:
         jobs.insert(0, (origin, _offered(origin, teacher_steps)))
     rows, pictures = [], []
     shared = ["--data", data, "--num_images", str(num_images), "--seeds", str(seeds), *options]
+    shared += ["--device", device] if device is not None else []
     for model, count in jobs:
         report = _score(model, count, shared, output / "reports")
         rows += _rows(model, report)
     columns_of(rows)  # refuses mixed protocols before the pictures are made
     captions, seen = _captions(data)
     for model, count in jobs:
-        pictures += _pictures(model, count, captions, output / "pictures")
+        pictures += _pictures(model, count, captions, output / "pictures", choose_device(device))
     record = {
         "title": title or "Few-step students" + (f" of {Path(origin.pipeline or '').name}" if origin else ""),
         "commit": commit(ROOT),
@@ -241,8 +246,11 @@ def published(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _captions(data: str) -> tuple[list[str], int]:
-    """Captions for pictures and how many of them are of the training split."""
-    seen = list(dict.fromkeys(captions_of(data, "train")))[:SEEN]
+    """Captions for pictures, and how many of them are of the training split; empty ones where data has none."""
+    seen = captions_of(data, "train")
+    if not any(seen):
+        return [""] * SEEN, SEEN
+    seen = list(dict.fromkeys(seen))[:SEEN]
     try:
         unseen = list(dict.fromkeys(captions_of(data, "holdout")))[:UNSEEN]
     except UserError:  # data without a hold-out split
@@ -251,12 +259,12 @@ def _captions(data: str) -> tuple[list[str], int]:
 
 
 def _pictures(
-    model: Entry, steps: Sequence[int], captions: Sequence[str], folder: Path
+    model: Entry, steps: Sequence[int], captions: Sequence[str], folder: Path, device: torch.device
 ) -> list[dict[str, Any]]:
     """One strip of pictures for each number of steps: caption i from noise seed i, for every model alike."""
     if model.pipeline is None:
         return []
-    source = PipelineSource(str(EMBEDDED.get(model.pipeline, model.pipeline)), torch.device("cpu"))
+    source = PipelineSource(str(EMBEDDED.get(model.pipeline, model.pipeline)), device)
     out = []
     for n in steps:
         images, _ = source.pictures(range(len(captions)), captions, 0, source.arguments(n, None))

@@ -153,7 +153,7 @@ def caption_match(
     or the data have no captions.
     """
     _check_counts(2, 1, batch_size)
-    where = _device(device)
+    where = choose_device(device)
     source = open_source(pipeline, where)
     ((_, arguments),) = source.calls([steps], 1, guidance_scale, 2).items()
     if source.conditioning != "caption":
@@ -189,7 +189,7 @@ def real_floor(
     the protocol of each score states.
     """
     _check_counts(2, 1, batch_size)
-    network = make_extractor(extractor).to(_device(device))
+    network = make_extractor(extractor).to(choose_device(device))
     train, unseen = (
         load_reference(network, data, s, image_size, batch_size=batch_size, data_options=data_options)
         for s in (split, holdout)
@@ -243,12 +243,13 @@ def _check_counts(num_images: int, seeds: int, batch_size: int) -> None:
 def _place(device: torch.device | str | None) -> tuple[torch.device, int, int]:
     """The device, rank and number of processes; one process for each device under a launcher."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return _device(device), 0, 1
+        return choose_device(device), 0, 1
     state = PartialState(cpu=device is not None and torch.device(device).type == "cpu")
     return state.device, state.process_index, state.num_processes
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """None: cuda if there is one, else cpu. Raises UserError for one that cannot be used here."""
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=where)

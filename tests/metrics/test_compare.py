@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -64,7 +65,8 @@ def made(runs: Path, data_folder: Path) -> tuple[Path, dict]:
         data=str(data_folder),
         num_images=8,
         seeds=2,
-        options=["--device", "cpu", "--batch_size", "4"],
+        device="cpu",
+        options=["--batch_size", "4", "--clip", "lite0-minilm"],
         title="A <tiny> comparison",
     )
     return output, record
@@ -89,6 +91,7 @@ def test_every_model_stands_in_the_record(made: tuple[Path, dict], tiny_pipeline
     assert by_model["full"]["training"]["seconds"] == 61 and by_model["other"]["training"] == {}
     full, adapter = (by_column(by_model[m])["KID"] for m in ("full", "adapter"))
     assert full == adapter and full.sd is not None and full.protocol.n_gen == 8
+    assert by_column(by_model["full"])["image-text"].name == "image-text cosine lite0-minilm"
     assert all(r["peak_memory"]["bytes"] > 1e8 for r in record["rows"])
 
 
@@ -150,19 +153,15 @@ def test_a_report_of_another_protocol_is_refused(
     made: tuple[Path, dict], data_folder: Path, tmp_path: Path
 ) -> None:
     output, _ = made
-    arguments = {"data": str(data_folder), "num_images": 8, "seeds": 2, "teacher": "none"}
+    arguments: dict[str, Any] = {"data": str(data_folder), "num_images": 8, "seeds": 2, "teacher": "none"}
     same = output / "reports" / "full.json"
-    options = ["--device", "cpu", "--batch_size", "4"]
-    record = compare(
-        [f"before={same}", f"now={output.parent / 'full'}"], tmp_path / "a", options=options, **arguments
-    )
+    arguments |= {"device": "cpu", "options": ["--batch_size", "4", "--clip", "lite0-minilm"]}
+    record = compare([f"before={same}", f"now={output.parent / 'full'}"], tmp_path / "a", **arguments)
     assert [r["model"] for r in record["rows"]] == ["before", "before", "now", "now"]
     assert {p["model"] for p in record["pictures"]} == {"now"}
     arguments["num_images"] = 7
     with pytest.raises(UserError, match=r"not comparable, n_gen differs: 8 and 7"):
-        compare(
-            [f"before={same}", f"now={output.parent / 'full'}"], tmp_path / "b", options=options, **arguments
-        )
+        compare([f"before={same}", f"now={output.parent / 'full'}"], tmp_path / "b", **arguments)
     assert not (tmp_path / "b" / "compare.html").exists()
 
 
