@@ -56,15 +56,15 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument(
         "pipeline", help="diffusers pipeline folder, embedded teacher, hub id, or folder of images"
     )
-    parser.add_argument("--data", default="emoji")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--holdout", default="holdout", help="split of unseen real pictures, or none")
+    parser.add_argument("--data", help="default: emoji")
+    parser.add_argument("--split", help="of real pictures and prompts, default: train")
+    parser.add_argument("--holdout", help="split of unseen real pictures, or none; default: holdout")
     parser.add_argument("--num_images", type=int, default=500)
     parser.add_argument("--steps", type=int, nargs="*", default=[])
     parser.add_argument("--seeds", type=int, default=1, help="disjoint blocks of num_images pictures")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--guidance_scale", type=float)
-    parser.add_argument("--extractor", default="efflite0-128")
+    parser.add_argument("--extractor", help="default: efflite0-128")
     parser.add_argument("--clip", help="also an image-text score: lite0-minilm, MODEL:TAG of open_clip, ...")
     parser.add_argument("--protocol", help="cifar10-50k, coco2014-30k, ...: in place of data and extractor")
     parser.add_argument("--device")
@@ -85,10 +85,14 @@ def evaluate(arguments: list[str]) -> int:
     else:
         name = Path(args.pipeline).name
     quiet()
+    own = {k: getattr(args, k) for k in ("data", "split", "holdout", "extractor") if getattr(args, k)}
+    if args.protocol and own:
+        raise UserError(f"{next(iter(own))}: has no effect beside --protocol {args.protocol}; leave it out")
+    if own.get("holdout") == "none":
+        own["holdout"] = None
     report = score(
-        args.pipeline, data=args.data, num_images=args.num_images, steps=args.steps, seeds=args.seeds,
-        batch_size=args.batch_size, device=args.device, extractor=args.extractor, split=args.split,
-        holdout=None if args.holdout == "none" else args.holdout, output=args.output,
+        args.pipeline, **own, num_images=args.num_images, steps=args.steps, seeds=args.seeds,
+        batch_size=args.batch_size, device=args.device, output=args.output,
         guidance_scale=args.guidance_scale, fresh=args.fresh, clip=args.clip, protocol=args.protocol,
     )  # fmt: skip
     if not report:  # another process of the launch has it

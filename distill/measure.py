@@ -30,12 +30,50 @@ def peak_mib() -> float:
     """Peak memory of this process so far in MiB: allocated on the CUDA device, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
+    return _resident_peak() / 2**20
+
+
+def _resident_peak() -> int:
     status = Path("/proc/self/status")
     if status.is_file():  # ru_maxrss would start at the size of the parent process
         line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
+        return int(line.split()[1]) * 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+    return peak * (1 if platform.system() == "Darwin" else 2**10)
+
+
+class PeakMemory:
+    """Peak bytes within a `with` block: allocated on the CUDA device, else resident in the whole process.
+
+    `bytes` is None where the system cannot forget an earlier peak (not Linux).
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.bytes: int | None = None
+        cuda = device.type == "cuda"
+        self.measure = "cuda max_memory_allocated" if cuda else "resident memory of the process"
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self.known = _forget_peak()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        elif self.known:
+            self.bytes = _resident_peak()
+
+
+def _forget_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

@@ -4,7 +4,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,18 @@ from ..catalog import METHODS
 from ..checkpoint import write_file, writing
 from ..errors import UserError
 from ..grid import strip
-from ..measure import commit
 from ..run_folder import CONFIG, EXPORTED
 from ..teacher import EMBEDDED
 from .evaluate import choose_device
 from .page import page
-from .pipeline_source import PipelineSource, quiet
+from .pipeline_source import PipelineSource, quiet, read_sampling
+from .prepare import load_prompts
 from .reference import captions_of
 from .report import check_writable, read_report
+from .standards import get_standard
 from .table import by_column, columns_of, markdown, protocol_notes
 
 SEEN, UNSEEN = 8, 4
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ def read_entry(text: str) -> Entry:
 
     Raises UserError where there is nothing of the kind.
     """
-    name, _, place = text.rpartition("=")
+    name, place = "", text
+    if text not in EMBEDDED and not Path(text).exists() and "=" in text:
+        name, _, place = text.partition("=")
     path = Path(place)
     if place in EMBEDDED:
         folder = EMBEDDED[place]
@@ -96,7 +99,7 @@ def kind_of(folder: Path) -> str | None:
         return None
     tree = json.loads(index.read_text())
     classes = [tree.get("_class_name"), *(v for k, v in tree.items() if not k.startswith("_"))]
-    own = [c for c in classes if isinstance(c, list) and c[0] not in ("diffusers", "transformers", None)]
+    own = [c for c in classes if isinstance(c, list) and any(folder.rglob(f"{c[0]}.py"))]
     return "remote code" if own or isinstance(classes[0], list) else "stock"
 
 
@@ -131,32 +134,31 @@ def compare(
     it numbers of different protocols.
     """
     models = [read_entry(e) for e in entries]
-    names = [m.name for m in models]
-    if len(set(names)) < len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        raise UserError(f"{twice}: two entries have this name; give one as NAME=PATH")
     origin = _teacher_of(models, teacher)
+    slugs = [_slug(m.name) for m in (*models, *([origin] if origin else []))]
+    if len(set(slugs)) < len(slugs):
+        twice = next(s for s in slugs if slugs.count(s) > 1)
+        raise UserError(f"{twice}: two entries have this name; give one as NAME=PATH")
+    captions, seen = _captions(data, options)
     check_writable(output / "compare.json")
     quiet()
     jobs = [(m, _offered(m, steps)) for m in models]
     if origin is not None:
         jobs.insert(0, (origin, _offered(origin, teacher_steps)))
     rows, pictures = [], []
-    shared = ["--data", data, "--num_images", str(num_images), "--seeds", str(seeds), *options]
+    shared = ["--num_images", str(num_images), "--seeds", str(seeds), *options]
+    shared += [] if "--protocol" in options else ["--data", data]
     shared += ["--device", device] if device is not None else []
     for model, count in jobs:
         report = _score(model, count, shared, output / "reports")
         rows += _rows(model, report)
     columns_of(rows)  # refuses mixed protocols before the pictures are made
-    captions, seen = _captions(data)
-    for model, count in jobs:
-        pictures += _pictures(model, count, captions, output / "pictures", choose_device(device))
+    for model, _ in jobs:
+        calls = {row["steps"]: row["arguments"] for row in rows if row["model"] == model.name}
+        pictures += _pictures(model, calls, captions, output / "pictures", choose_device(device))
     record = {
         "title": title or "Few-step students" + (f" of {Path(origin.pipeline or '').name}" if origin else ""),
-        "commit": commit(ROOT),
-        "machines": sorted({row["device"] for row in rows}),
-        "versions": rows[0]["versions"],
-        "settings": {"data": data, "num_images": num_images, "seeds": seeds, "options": list(options)},
+        "call": {"data": data, "num_images": num_images, "seeds": seeds, "options": list(options)},
         "captions": [{"text": c, "seen": i < seen} for i, c in enumerate(captions)],
         "rows": rows,
         "pictures": pictures,
@@ -176,9 +178,9 @@ def _teacher_of(models: Sequence[Entry], teacher: str | None) -> Entry | None:
         raise UserError(f"the runs have different teachers ({', '.join(named)}); choose one with --teacher")
     place = teacher or named[0]
     entry = read_entry(place)
-    if any(m.pipeline == entry.pipeline for m in models):
+    if entry.pipeline is not None and any(m.pipeline == entry.pipeline for m in models):
         return None
-    return Entry(f"teacher ({entry.name})", entry.pipeline, export=entry.export, bytes=entry.bytes)
+    return replace(entry, name=f"teacher ({entry.name})")
 
 
 def _score(model: Entry, steps: Sequence[int], shared: Sequence[str], reports: Path) -> dict[str, Any]:
@@ -205,7 +207,7 @@ def _offered(model: Entry, steps: Sequence[int]) -> list[int]:
     if model.pipeline is None:
         return []
     sampling = EMBEDDED.get(model.pipeline, Path(model.pipeline)) / "sampling.json"
-    calls = json.loads(sampling.read_text()) if sampling.is_file() else {"default": {}}
+    calls = read_sampling(sampling) if sampling.is_file() else {"default": {}}
     found = [n for n in steps if str(n) in calls or "default" in calls]
     if not found:
         raise UserError(f"steps: {model.name} offers {', '.join(calls)}; add one of them to --steps")
@@ -220,7 +222,7 @@ def _rows(model: Entry, report: Mapping[str, Any]) -> list[dict[str, Any]]:
         "training": dict(model.training),
         "bytes": model.bytes,
         "pipeline_sha256": report.get("pipeline_sha256"),
-        "peak_memory": report["peak_memory"],
+        "commit": report.get("commit", "unknown"),
         "verified": report.get("verified"),
         **{k: report[k] for k in ("device", "versions", "batch_size")},
     }
@@ -233,41 +235,50 @@ def published(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for name in dict.fromkeys(row["method"].partition(",")[0] for row in rows if row["method"]):
         ours = [row for row in rows if (row["method"] or "").partition(",")[0] == name]
         for paper in METHODS[name].published if name in METHODS else ():
-            here = []
+            here, same = [], []
             for row in ours:
                 if row["steps"] == paper.steps:
-                    score = next(iter(by_column(row).values()))
-                    here.append(
-                        f"{row['model']}: {score.name} {score.value:.4f} on {score.protocol.reference}"
-                    )
+                    scores = list(by_column(row).values())
+                    score = next((s for s in scores if s.name == paper.metric), scores[0])
+                    reference = score.protocol.reference
+                    here.append(f"{row['model']}: {score.name} {score.value:.4f} on {reference}")
+                    same.append(score.name == paper.metric and reference == paper.benchmark)
             if here:
-                out.append({"method": name, **asdict(paper), "here": here, "same_protocol": False})
+                out.append({"method": name, **asdict(paper), "here": here, "same_protocol": all(same)})
     return out
 
 
-def _captions(data: str) -> tuple[list[str], int]:
+def _captions(data: str, options: Sequence[str]) -> tuple[list[str], int]:
     """Captions for pictures, and how many of them are of the training split; empty ones where data has none."""
-    seen = captions_of(data, "train")
+    given = dict(pairwise(options))
+    if "--protocol" in given:
+        prompts = load_prompts(get_standard(given["--protocol"]))[:SEEN]
+        return prompts or [""] * SEEN, SEEN
+    seen = captions_of(data, given.get("--split", "train"))
     if not any(seen):
         return [""] * SEEN, SEEN
     seen = list(dict.fromkeys(seen))[:SEEN]
     try:
-        unseen = list(dict.fromkeys(captions_of(data, "holdout")))[:UNSEEN]
+        unseen = list(dict.fromkeys(captions_of(data, given.get("--holdout", "holdout"))))[:UNSEEN]
     except UserError:  # data without a hold-out split
         unseen = []
     return seen + unseen, len(seen)
 
 
 def _pictures(
-    model: Entry, steps: Sequence[int], captions: Sequence[str], folder: Path, device: torch.device
+    model: Entry,
+    calls: Mapping[int, dict[str, Any]],
+    captions: Sequence[str],
+    folder: Path,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
-    """One strip of pictures for each number of steps: caption i from noise seed i, for every model alike."""
+    """One strip of pictures for each scored call: caption i from noise seed i, for every model alike."""
     if model.pipeline is None:
         return []
     source = PipelineSource(str(EMBEDDED.get(model.pipeline, model.pipeline)), device)
     out = []
-    for n in steps:
-        images, _ = source.pictures(range(len(captions)), captions, 0, source.arguments(n, None))
+    for n, arguments in calls.items():
+        images, _ = source.pictures(range(len(captions)), captions, 0, arguments)
         path = folder / f"{_slug(model.name)}-{n}.png"
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

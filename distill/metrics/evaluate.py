@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -13,6 +14,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..measure import PeakMemory
 from .features import Extractor, make_extractor
 from .folder_source import FolderSource
 from .generation import Generation, Made
@@ -21,7 +23,7 @@ from .neighbours import match_share
 from .pipeline_source import SEED_STRIDE, PipelineSource
 from .protocol import Score
 from .reference import captions_of, load_reference, reference
-from .report import check_writable, machine, peak_memory, write_report
+from .report import check_writable, machine, write_report
 from .scorers import make_scorer
 from .scoring import Setting, image_text_score
 from .source import Source, first_line
@@ -62,7 +64,8 @@ def evaluate(
     protocol            a named protocol in place of data, split, holdout and extractor
     fresh               make and time all pictures again, whatever the cache holds
 
-    A row's `steps` is what was asked for; its `nfe` the evaluations of the network per image, counted.
+    A row's `steps` is what was asked for; its `nfe` the evaluations of the network per image, counted; its peak
+    memory that of making the pictures.
 
     Features and timings are kept below $FEWSTEP_CACHE/features under the content of the pipeline, so that an
     interrupted call goes on and an equal one is quick. Under torchrun or `accelerate launch` the processes share
@@ -79,20 +82,25 @@ def evaluate(
     source = open_source(pipeline, where)
     calls = source.calls(steps, seeds, guidance_scale, num_images)
     judge: Judge
-    if protocol is None:
-        judge = DataJudge(data, split, holdout, extractor, where, batch_size, data_options)
-    else:
-        get_standard(protocol).check_count(num_images)
-        judge = StandardJudge(protocol, where, batch_size, progress)
+    with PartialState().main_process_first() if processes > 1 else nullcontext():
+        if protocol is None:
+            judge = DataJudge(data, split, holdout, extractor, where, batch_size, data_options)
+        else:
+            get_standard(protocol).check_count(num_images)
+            judge = StandardJudge(protocol, where, batch_size, progress)
     source.quantise_by(judge.quantise, judge.quantisation)
     prompts = judge.prompts(num_images) if source.conditioning == "caption" else []
     scorer, measure = make_scorer(clip) if clip is not None else (None, None)
-    if scorer is not None and not prompts:
+    if source.conditioning == "caption" and not prompts:
+        raise UserError(f"protocol: {protocol} has no captions for the text-to-image pipeline {pipeline}")
+    if scorer is not None and not any(prompts):
         raise UserError(f"clip: {pipeline} has no captions to score pictures with; leave it out")
     generation = Generation(
         source,
         judge.network,
         crop=judge.crop,
+        crop_rule=judge.crop_rule,
+        check_side=judge.check_side,
         scorer=None if scorer is None else scorer.to(where),
         batch_size=batch_size,
         device=where,
@@ -108,10 +116,9 @@ def evaluate(
                 made[n].append(generation.make(prompts, num_images, seed, arguments, bar, fresh=fresh))
     if rank > 0:
         return {}
-    size = next(iter(made.values()))[0].side
-    setting = _setting(source, judge.network, num_images, prompts, size)
     rows = []
     for n, arguments in calls.items():
+        setting = _setting(source, judge.network, num_images, prompts, made[n][0].side, judge.crop_rule)
         scores = judge.scores([m.features for m in made[n]], setting)
         if scorer is not None and measure is not None:
             cosines = [m.cosines for m in made[n] if m.cosines is not None]
@@ -122,12 +129,16 @@ def evaluate(
             "num_images": num_images,
             "seeds": seeds,
             "seconds_per_image": None if n is None else median(m.seconds for m in made[n]),
+            "peak_memory": {
+                "bytes": max((m.memory for m in made[n] if m.memory is not None), default=None),
+                "measure": PeakMemory(where).measure,
+            },
             "arguments": arguments,
             "scores": [s.to_json() for s in scores],
         }
         rows.append(row)
     report = {**source.describe(), "data": protocol or Path(data).name, **machine(where)}
-    report |= {"batch_size": batch_size, "peak_memory": peak_memory(where), **judge.record(), "rows": rows}
+    report |= {"batch_size": batch_size, **judge.record(), "rows": rows}
     if output is not None:
         write_report(report, output)
     return report
@@ -225,10 +236,23 @@ def open_source(pipeline: str, device: torch.device) -> Source:
 
 
 def _setting(
-    source: Source, network: Extractor, n_gen: int, prompts: Sequence[str], image_size: int
+    source: Source,
+    network: Extractor,
+    n_gen: int,
+    prompts: Sequence[str],
+    image_size: int,
+    crop_rule: str = "none",
 ) -> Setting:
+    conditioning = "caption" if any(prompts) else "none"
+    quantisation = source.quantisation + ("" if crop_rule == "none" else f"; crop: {crop_rule}")
     return Setting(
-        network, n_gen, prompts, source.conditioning, source.seed_rule, source.quantisation, image_size
+        network,
+        n_gen,
+        list(prompts) if any(prompts) else [],
+        conditioning,
+        source.seed_rule,
+        quantisation,
+        image_size,
     )
 
 

@@ -21,7 +21,6 @@ class FolderSource(Source):
     """The image files of a folder in the order of their names, taken as they are."""
 
     seed_rule = "files of a folder"
-    quantisation = "uint8, image files"
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -30,6 +29,8 @@ class FolderSource(Source):
             raise UserError(
                 f"{folder}: holds neither a pipeline (model_index.json) nor images; give another folder"
             )
+        formats = sorted({p.suffix.lower().lstrip(".") for p in self.files})
+        self.quantisation = f"uint8, image files ({', '.join(formats)})"
 
     def calls(
         self, steps: Sequence[int], seeds: int, guidance_scale: float | None, num_images: int

@@ -13,12 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.cache import Records, cache_directory
+from ..measure import PeakMemory
 from .features import Extractor, extract
 from .image_text import Scorer, pair_cosines
 from .protocol import hash_prompts
+from .report import LIBRARIES, device_name
 from .source import Source
-
-LIBRARIES = ("torch", "diffusers", "transformers", "timm")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Made:
     cosines   (N,) float64 of each picture with its caption, None without a scorer
     seconds   seconds per image (median over full batches of the call alone)
     nfe       evaluations of the denoising network per image, counted; guidance takes two a step
+    memory    peak bytes while the pictures were made, None where the system cannot tell
     side      pixels
     """
 
@@ -36,6 +37,7 @@ class Made:
     cosines: Tensor | None
     seconds: float
     nfe: int
+    memory: int | None
     side: int
 
 
@@ -48,6 +50,8 @@ class Generation:
         network: Extractor,
         *,
         crop: Callable[[Tensor], Tensor] = lambda images: images,
+        crop_rule: str = "none",
+        check_side: Callable[[int], None] = lambda side: None,
         scorer: Scorer | None = None,
         batch_size: int,
         device: torch.device,
@@ -57,11 +61,13 @@ class Generation:
     ):
         """`warm_up`: the cheapest call; one batch of it comes before the first that is timed.
 
-        `crop` comes before the network, not before the scorer. Both live on `device`.
+        `crop`, named by `crop_rule`, comes before the network, not before the scorer. Both live on `device`.
+        `check_side` sees the side of the first pictures in pixels and may refuse it.
         """
         self.source, self.batch_size, self.device = source, batch_size, device
-        self.network, self.crop, self.scorer = network, crop, scorer
-        self.warm_up, self.warm = dict(warm_up), False
+        self.network, self.crop, self.crop_rule, self.scorer = network, crop, crop_rule, scorer
+        self.check_side = check_side
+        self.warm_up, self.warm = dict(warm_up), set[int]()
         self.rank, self.num_processes = rank, num_processes
 
     def make(
@@ -106,17 +112,20 @@ class Generation:
             cosines=whole["cosines"].flatten() if self.scorer is not None else None,
             seconds=median(seconds),
             nfe=int(whole["nfe"][0]),
+            memory=int(whole["memory"].max()) or None,
             side=int(whole["side"][0]),
         )
 
     def _batch(
         self, rows: range, prompts: Sequence[str], seed_block: int, arguments: dict[str, Any]
     ) -> dict[str, Tensor]:
-        if not self.warm:
+        if not self.warm or (len(rows) == self.batch_size and len(rows) not in self.warm):
             self.source.pictures(range(len(rows)), prompts or [""], 0, self.warm_up)
-            self.warm = True
+            self.warm.add(len(rows))
         before = self.source.evaluations()
-        images, taken = self.source.pictures(rows, prompts, seed_block, arguments)
+        with PeakMemory(self.device) as peak:
+            images, taken = self.source.pictures(rows, prompts, seed_block, arguments)
+        self.check_side(images.shape[-1])
         nfe = (self.source.evaluations() - before) // len(rows)
         out = {"features": extract(self.network, self.crop(images), self.batch_size)}
         if self.scorer is not None:
@@ -124,6 +133,7 @@ class Generation:
             out["cosines"] = pair_cosines(self.scorer, images, captions, self.batch_size)[:, None]
         out["seconds"] = torch.full((len(rows), 1), taken / len(rows))
         out["nfe"] = torch.full((len(rows), 1), nfe, dtype=torch.int32)
+        out["memory"] = torch.full((len(rows), 1), peak.bytes or 0, dtype=torch.int64)
         out["side"] = torch.full((len(rows), 1), images.shape[-1], dtype=torch.int32)
         return out
 
@@ -133,7 +143,7 @@ class Generation:
         network = self.network
         key = {
             "source": self.source.identity(),
-            "rules": [self.source.seed_rule, self.source.quantisation],
+            "rules": [self.source.seed_rule, self.source.quantisation, self.crop_rule],
             "arguments": arguments,
             "prompts": hash_prompts([prompts[i % len(prompts)] for i in rows] if prompts else []),
             "rows": [rows.start, rows.stop, seed_block],
@@ -144,7 +154,3 @@ class Generation:
             "versions": [version(name) for name in LIBRARIES],
         }
         return Records(cache_directory() / "features", json.dumps(key, sort_keys=True), len(rows))
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

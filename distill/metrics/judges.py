@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .features import Extractor, make_extractor
-from .frechet import Moments, frechet_distance, frechet_infinity
+from .frechet import INFINITY_RATIO, Moments, frechet_distance, frechet_infinity
 from .kid import mean_sd
 from .pipeline_source import QUANTISATION, quantise
 from .prepare import open_standard
@@ -22,12 +23,13 @@ class Judge(ABC):
     """A network, what reaches it, and the scores of its features.
 
     network       sees the pictures
-    crop          uint8 (N, 3, H, W) -> what the network is given
+    crop          uint8 (N, 3, H, W) -> what the network is given, by the rule named `crop_rule`
     quantise      pipeline output in [0, 1] -> uint8, by the rule named `quantisation`
     """
 
     network: Extractor
     quantisation: str
+    crop_rule: str = "none"
 
     @abstractmethod
     def crop(self, images: Tensor) -> Tensor: ...
@@ -38,6 +40,10 @@ class Judge(ABC):
     @abstractmethod
     def prompts(self, count: int) -> list[str]:
         """Captions of pictures 0 to count - 1."""
+
+    @abstractmethod
+    def check_side(self, side: int) -> None:
+        """Raises UserError if pictures of this side in pixels cannot be measured here."""
 
     @abstractmethod
     def scores(self, runs: Sequence[Tensor], setting: Setting) -> list[Score]:
@@ -65,6 +71,11 @@ class DataJudge(Judge):
     ):
         self.data, self.split, self.holdout = data, split, holdout
         self.batch_size, self.options = batch_size, data_options
+        if holdout == split:
+            raise UserError(f"holdout: {holdout} is the reference itself; name another split, or none")
+        for name in (split, holdout):
+            if name is not None:
+                captions_of(data, name, data_options)
         self.network = make_extractor(extractor).to(device)
 
     def crop(self, images: Tensor) -> Tensor:
@@ -72,6 +83,9 @@ class DataJudge(Judge):
 
     def quantise(self, images: Tensor) -> Tensor:
         return quantise(images)
+
+    def check_side(self, side: int) -> None:
+        pass  # real pictures are read at any size
 
     def prompts(self, count: int) -> list[str]:
         captions = captions_of(self.data, self.split, self.options)
@@ -100,7 +114,8 @@ class StandardJudge(Judge):
     def __init__(self, name: str, device: torch.device, batch_size: int, progress: bool):
         self.opened = open_standard(name, device=device, batch_size=batch_size, progress=progress)
         self.standard, self.network = self.opened.standard, self.opened.network
-        self.quantisation = f"uint8, {self.standard.quantisation.value}; crop: {self.standard.crop.value}"
+        self.quantisation = f"uint8, {self.standard.quantisation.value}"
+        self.crop_rule = str(self.standard.crop.value)
 
     def crop(self, images: Tensor) -> Tensor:
         return self.standard.crop.value(images)
@@ -111,6 +126,9 @@ class StandardJudge(Judge):
     def prompts(self, count: int) -> list[str]:
         return self.opened.prompts[:count]
 
+    def check_side(self, side: int) -> None:
+        self.standard.check(self.standard.num_images.value, side)
+
     def scores(self, runs: Sequence[Tensor], setting: Setting) -> list[Score]:
         """Raises UserError if the number or size of the pictures is not the protocol's."""
         self.standard.check(setting.n_gen, setting.image_size)
@@ -119,7 +137,7 @@ class StandardJudge(Judge):
             "FD": lambda x: frechet_distance(reference.moments, Moments.of(x)),
             "FD-infinity": lambda x: frechet_infinity(x, reference.moments),
         }
-        if setting.n_gen < 2 * self.network.num_features:
+        if setting.n_gen < INFINITY_RATIO * self.network.num_features:
             del distances["FD-infinity"]
         return [
             Score(

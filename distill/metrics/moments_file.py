@@ -1,5 +1,6 @@
 """Means and covariances of reference features on disk, with what they are of."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def moments_of(
 
 def save_statistics(path: Path, moments: Moments, statistics_id: str) -> Statistics:
     """Writes n, mu, sigma and the id, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with part.open("wb") as file:
         np.savez(file, n=moments.n, mu=moments.mean.numpy(), sigma=moments.matrix.numpy(), id=statistics_id)
     part.replace(path)

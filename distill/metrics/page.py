@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .protocol import Score
-from .table import LOWER_IS_BETTER, SCORES, Column, by_column, columns_of, protocol_notes, shown
+from .table import BEST, SCORES, Column, by_column, columns_of, protocol_notes, shown
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -101,10 +101,14 @@ def _details(key: str, record: Mapping[str, Any]) -> str:
 
 def origin(record: Mapping[str, Any]) -> str:
     """Where the numbers come from."""
-    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-    machines = "; ".join(record["machines"])
-    verified = "; ".join(sorted({row["verified"] for row in record["rows"] if row.get("verified")}))
-    where = f"at commit {record['commit'][:12]}, on {machines}"
+    rows = record["rows"]
+    versions = "; or ".join(
+        dict.fromkeys(", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in rows)
+    )
+    machines = "; ".join(dict.fromkeys(row["device"] for row in rows))
+    commits = ", ".join(dict.fromkeys(row["commit"][:12] for row in rows))
+    verified = "; ".join(sorted({row["verified"] for row in rows if row.get("verified")}))
+    where = f"at commit {commits}, on {machines}"
     return escape(f"Made by fewstep compare {where}; {versions}. {verified.capitalize()}.")
 
 
@@ -123,6 +127,6 @@ def plot_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         models.setdefault(row["model"], []).append(point)
     titles = {c.key: c.title for c in columns_of(rows)}
     return {
-        "metrics": [{"key": k, "title": titles.get(k, k), "lower": k in LOWER_IS_BETTER} for k in keys],
+        "metrics": [{"key": k, "title": titles.get(k, k), "best": BEST[k]} for k in keys],
         "models": [{"name": name, "points": points} for name, points in models.items()],
     }

@@ -95,9 +95,13 @@ class PipelineSource(Source):
         else:
             inputs["batch_size"] = len(rows)
         start = time.perf_counter()
-        images = getattr(self.pipe(**inputs), "images", None)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        try:
+            images = getattr(self.pipe(**inputs), "images", None)
+        except (ValueError, TypeError) as error:
+            kind = type(self.pipe).__name__
+            raise UserError(f"{self.name}: {kind} refuses the call ({first_line(error)})") from error
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         seconds = time.perf_counter() - start
         pictures = self._quantise(images)
         side(self.name, pictures)
@@ -181,7 +185,7 @@ def _load(pipeline: str) -> tuple[Any, dict[str, dict[str, Any]]]:
             f"{pipeline}: the pipeline has no scheduler; add a scheduler folder and name it in model_index"
         )
     path = Path(pipeline) / "sampling.json" if local else _sampling_of_hub(pipeline)
-    return pipe, _read_sampling(path) if path and path.is_file() else {}
+    return pipe, read_sampling(path) if path and path.is_file() else {}
 
 
 def _sampling_of_hub(repository: str) -> Path | None:
@@ -195,7 +199,8 @@ def _sampling_of_hub(repository: str) -> Path | None:
         return None
 
 
-def _read_sampling(path: Path) -> dict[str, dict[str, Any]]:
+def read_sampling(path: Path) -> dict[str, dict[str, Any]]:
+    """sampling.json. Raises UserError if it is cut short or something else."""
     try:
         sampling = json.loads(path.read_text())
     except (OSError, ValueError) as error:

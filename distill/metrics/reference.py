@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .features import Extractor, extract
 from .frechet import Moments, frechet_distance
 from .kid import between, within
 from .protocol import hash_pictures
+from .report import LIBRARIES
 
 ORDER_SEED = 0
 CHUNK = 1024
@@ -95,7 +97,8 @@ def load_reference(
     captions = [rows.captions[i] for i in order]
     chunks = (rows.images(order[i : i + CHUNK]) for i in range(0, len(order), CHUNK))
     sha256 = hash_pictures(chunks, (len(rows), 3, resolution, resolution), captions)
-    key = f"real {sha256} {network.name} {network.weights_sha256} {network.resize} {network.layer}"
+    versions = " ".join(version(name) for name in LIBRARIES)
+    key = f"real {sha256} {network.name} {network.weights_sha256} {network.resize} {network.layer} {versions}"
     records = Records(cache_directory() / "features", key, len(rows))
 
     def features(start: int, stop: int) -> dict[str, Tensor]:

@@ -3,8 +3,6 @@
 import json
 import os
 import platform
-import resource
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,12 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..measure import commit, processor
+
+LIBRARIES = ("torch", "diffusers", "transformers", "timm", "torch-fidelity", "pillow")
+ROOT = Path(__file__).resolve().parents[2]
+REPORT_KEYS = ("device", "versions", "batch_size")
+ROW_KEYS = ("steps", "nfe", "seeds", "seconds_per_image", "peak_memory", "arguments", "scores")
 
 
 def check_writable(path: Path) -> None:
@@ -48,8 +52,12 @@ def read_report(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable report ({error}); evaluate the pipeline again") from None
-    if not isinstance(report, dict) or not isinstance(report.get("rows"), list):
-        raise UserError(f"{path}: not a report (no rows); give the file written by evaluate")
+    rows = report.get("rows") if isinstance(report, dict) else None
+    whole = isinstance(rows, list) and all(
+        isinstance(row, dict) and row.keys() >= {*ROW_KEYS} for row in rows
+    )
+    if not whole or not report.keys() >= {*REPORT_KEYS}:
+        raise UserError(f"{path}: not a report; give the file written by evaluate, or evaluate again")
     return report
 
 
@@ -64,19 +72,20 @@ def _not_writable(path: Path, error: OSError) -> UserError:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The device's name and the versions of what computed the numbers."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    packages = ("torch", "diffusers", "transformers", "timm")
-    versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
-    return {"device": f"{device.type}: {name}", "versions": versions}
+    """The device's name, and the versions and commit of what computed the numbers."""
+    versions = {"python": platform.python_version(), **{p: version(p) for p in LIBRARIES}}
+    return {"device": device_name(device), "versions": versions, "commit": origin()}
 
 
-def peak_memory(device: torch.device) -> dict[str, Any]:
-    """Peak bytes, and of what: the CUDA allocator, or the process's resident memory since it started."""
+def device_name(device: torch.device) -> str:
+    """What timings depend on: the accelerator's name, or the CPU's and the number of threads."""
     if device.type == "cuda":
-        return {"bytes": torch.cuda.max_memory_allocated(device), "measure": "cuda max_memory_allocated"}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {
-        "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "measure": "ru_maxrss of the process",
-    }
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {processor()}, {torch.get_num_threads()} threads"
+
+
+def origin() -> str:
+    """The commit of a clone that this runs from, else the installed version."""
+    if (ROOT / "pyproject.toml").is_file():
+        return commit(ROOT)
+    return f"version {version('fewstep')}"

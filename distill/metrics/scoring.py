@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from .features import Extractor
-from .frechet import frechet_infinity
+from .frechet import INFINITY_RATIO, frechet_infinity
 from .image_text import Measure, Scorer, image_text_protocol
 from .inception import frechet_label
 from .kid import DEFINITION as KID_DEFINITION
@@ -96,7 +96,7 @@ def score_all(
 ) -> list[Score]:
     """Scores of the features (N, D) of each seed's pictures, mean and sd over seeds.
 
-    KID and FD to `train`, FD-infinity from 2 D pictures on; precision, recall, density, coverage with as many real
+    KID and FD to `train`, FD-infinity from 20 D pictures on; precision, recall, density, coverage with as many real
     pictures as generated ones; KID to `holdout` and NN ratio where there is one; caption match where the pictures
     were made from captions that can be told apart, with the interval for one seed's number of captions.
     """
@@ -104,7 +104,7 @@ def score_all(
     if holdout is not None:
         out.append(setting.score("KID", holdout, [holdout.kid(x) for x in runs]))
     out.append(setting.score("FD", train, [train.frechet(x) for x in runs]))
-    if setting.n_gen >= 2 * setting.network.num_features:
+    if setting.n_gen >= INFINITY_RATIO * setting.network.num_features:
         limits = [frechet_infinity(x, train.moments) for x in runs]
         out.append(setting.score("FD-infinity", train, limits))
     out += manifold_scores(runs, train, setting)
@@ -114,7 +114,11 @@ def score_all(
     if setting.prompts and train.captioned:
         shares = [match_share(x, setting.prompts, train.features, train.captions) for x in runs]
         typical = Share(round(sum(s.hits for s in shares) / len(shares)), shares[0].trials)
-        out.append(setting.score("caption match", train, [s.value for s in shares], typical.interval))
+        out.append(
+            setting.score(
+                "caption match", train, [s.value for s in shares], typical.interval, n_gen=typical.trials
+            )
+        )
     return out
 
 

@@ -20,7 +20,10 @@ SCORES = {  # metric: digits
     "caption match": 3,
 }
 IMAGE_TEXT = {m.metric for m in (COSINE, CLIP_SCORE, CLIP_SCORE_HESSEL)}
-LOWER_IS_BETTER = ("KID", "KID hold-out", "FD", "FD-infinity")
+BEST = dict.fromkeys(SCORES, "higher is better") | {
+    **dict.fromkeys(("KID", "KID hold-out", "FD", "FD-infinity"), "lower is better"),
+    "NN ratio": "near 1 is best",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     def training(key: str) -> Callable[[Mapping[str, Any]], Any]:
         return lambda row: row["training"].get(key)
 
-    def memory(row: Mapping[str, Any]) -> int:
+    def memory(row: Mapping[str, Any]) -> int | None:
         return row["peak_memory"]["bytes"]
 
     out = [
@@ -123,7 +126,8 @@ def protocol_notes(rows: Sequence[Mapping[str, Any]]) -> str:
     first = next(iter(protocols.values()))
     plural = "" if seeds == [1] else "s"
     return (
-        f"{first.n_gen} pictures a value, {repeats} seed{plural} (mean ± sd); "
+        f"{first.n_gen} pictures a value (precision, recall, coverage: at most as many as the reference), "
+        f"{repeats} seed{plural} (mean ± sd); "
         f"reference {first.reference} ({first.n_ref}); KID not x1000. Protocols: {ids}.\n"
     )
 

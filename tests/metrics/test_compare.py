@@ -93,6 +93,7 @@ def test_every_model_stands_in_the_record(made: tuple[Path, dict], tiny_pipeline
     assert full == adapter and full.sd is not None and full.protocol.n_gen == 8
     assert by_column(by_model["full"])["image-text"].name == "image-text cosine lite0-minilm"
     assert all(r["peak_memory"]["bytes"] > 1e8 for r in record["rows"])
+    assert len({r["commit"] for r in record["rows"]}) == 1
 
 
 def test_pictures_share_captions_and_noise(made: tuple[Path, dict]) -> None:
@@ -185,9 +186,54 @@ def test_what_cannot_be_compared(runs: Path, tmp_path: Path, capfd: pytest.Captu
 def test_kinds_of_export(runs: Path, tmp_path: Path) -> None:
     assert kind_of(runs / "foreign") == "stock"
     index = json.loads((runs / "foreign" / "model_index.json").read_text())
-    for change in ({"_class_name": ["pipeline_own", "Own"]}, {"scheduler": ["own_scheduler", "Own"]}):
+    checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    for change, kind in (
+        ({"_class_name": ["pipeline_own", "Own"]}, "remote code"),
+        ({"scheduler": ["own_scheduler", "Own"]}, "remote code"),
+        (checker, "stock"),
+    ):
         (tmp_path / "model_index.json").write_text(json.dumps(index | change))
-        assert kind_of(tmp_path) == "remote code"
+        (tmp_path / "scheduler").mkdir(exist_ok=True)
+        (tmp_path / "scheduler" / "own_scheduler.py").touch()
+        assert kind_of(tmp_path) == kind
+
+
+def test_entries_by_name_and_path(runs: Path, tmp_path: Path, made: tuple[Path, dict]) -> None:
+    odd = tmp_path / "lr=1e-4"
+    shutil.copytree(runs / "full", odd)
+    assert (read_entry(str(odd)).name, read_entry(f"a={odd}").name) == ("lr=1e-4", "a")
+    assert read_entry(f"a={odd}").pipeline == str(odd / "pipeline")
+    output, _ = made
+    with pytest.raises(UserError, match=r"compare\.json: not a report; give the file written by evaluate"):
+        compare([str(output / "compare.json")], tmp_path / "out", teacher="none")
+    with pytest.raises(UserError, match="a-b: two entries have this name"):
+        compare([f"a b={odd}", f"a-b={odd}"], tmp_path / "out", teacher="none")
+
+
+def test_a_report_may_stand_for_the_teacher(
+    made: tuple[Path, dict], data_folder: Path, tmp_path: Path
+) -> None:
+    output, _ = made
+    reports = output / "reports"
+    teacher = next(p for p in reports.iterdir() if p.name.startswith("teacher"))
+    record = compare(
+        [str(reports / "full.json")],
+        tmp_path / "out",
+        teacher=str(teacher),
+        data=str(data_folder),
+        num_images=8,
+    )
+    assert [r["model"] for r in record["rows"]] == [f"teacher ({teacher.stem})", "full", "full"]
+    assert record["pictures"] == []
+
+
+def test_pictures_are_those_of_the_scored_calls(runs: Path, data_folder: Path, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"data": str(data_folder), "num_images": 4, "seeds": 1, "teacher": "none"}
+    arguments |= {"steps": [1], "device": "cpu"}
+    for scale in ("1.0", "8.0"):
+        compare([str(runs / "foreign")], tmp_path / scale, options=["--guidance_scale", scale], **arguments)
+    one, other = (tmp_path / s / "pictures" / "foreign-1.png" for s in ("1.0", "8.0"))
+    assert one.read_bytes() != other.read_bytes()
 
 
 def test_page_escapes_names(made: tuple[Path, dict]) -> None:

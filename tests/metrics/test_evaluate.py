@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
+from fewstep.distill.measure import PeakMemory
 from fewstep.distill.metrics.evaluate import caption_match, evaluate, open_source, real_floor, reference
 from fewstep.distill.metrics.features import EfficientNetLite0, extract
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
@@ -103,7 +104,8 @@ def test_evaluate_reports_what_its_parts_give(
     assert [(r["steps"], r["nfe"]) for r in report["rows"]] == [(2, 4), (1, 2)]  # guidance takes two a step
     assert report["rows"][0]["arguments"] == {"num_inference_steps": 2, "guidance_scale": 2.0}
     assert all(r["seconds_per_image"] > 0 for r in report["rows"])
-    assert report["peak_memory"]["bytes"] > 1e8 and report["peak_memory"]["measure"].startswith("ru_maxrss")
+    memory = [r["peak_memory"] for r in report["rows"]]
+    assert all(m["bytes"] > 1e8 and m["measure"] == "resident memory of the process" for m in memory)
 
     train, captions = reference(str(data_folder), "train", 16)
     unseen, _ = reference(str(data_folder), "holdout", 16)
@@ -140,7 +142,7 @@ def test_evaluate_reports_what_its_parts_give(
     nearest = [torch.cdist(x, real).amin(1).median() for x in (*runs, held)]
     assert scores[3].value == pytest.approx(float((nearest[0] + nearest[1]) / 2 / nearest[2]), rel=1e-4)
     protocols = [s.protocol for s in scores]
-    assert [(p.n_ref, p.n_gen) for p in protocols] == [(12, 14), (6, 14), (12, 14), (12, 14), (12, 14)]
+    assert [(p.n_ref, p.n_gen) for p in protocols] == [(12, 14), (6, 14), (12, 14), (12, 14), (12, 6)]
     assert [p.reference.split("/")[1] for p in protocols[:3]] == ["train", "holdout", "train"]
     assert len({p.id for p in protocols}) == 5
     assert all((p.conditioning, p.image_size) == ("caption", 16) for p in protocols)
@@ -423,6 +425,62 @@ def test_two_processes_score_as_one(tiny_pipeline: Path, data_folder: Path, tmp_
     one, two = (read_report(tmp_path / f"{n}.json")["rows"][0]["scores"] for n in ("one", "two"))
     assert [s["value"] for s in two] == pytest.approx([s["value"] for s in one], rel=1e-4)
     assert [s["protocol_id"] for s in two] == [s["protocol_id"] for s in one]
+
+
+def test_data_without_captions_has_none_to_score_by(
+    tiny_pipeline: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    for split in ("train", "holdout"):
+        (tmp_path / "plain" / split).mkdir(parents=True)
+        for path in (data_folder / split).glob("*.png"):
+            shutil.copy(path, tmp_path / "plain" / split)
+    arguments = {"data": str(tmp_path / "plain"), "num_images": 6, "steps": [1], "device": "cpu"}
+    report = evaluate(str(tiny_pipeline), progress=False, **arguments)
+    scores = [Score.from_json(s) for s in report["rows"][0]["scores"]]
+    assert {s.protocol.conditioning for s in scores} == {"none"} and {
+        s.protocol.prompts_sha256 for s in scores
+    } == {""}
+    assert "caption match" not in [s.name for s in scores]
+    with pytest.raises(UserError, match="has no captions to score pictures with"):
+        evaluate(str(tiny_pipeline), clip="lite0-minilm", **arguments)
+
+
+def test_the_reference_is_not_its_own_holdout(tiny_pipeline: Path, data_folder: Path) -> None:
+    with pytest.raises(UserError, match="holdout: train is the reference itself"):
+        evaluate(str(tiny_pipeline), data=str(data_folder), holdout="train", num_images=4, steps=[1])
+
+
+def test_pipelines_that_want_a_picture_are_refused_in_one_line(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"_class_name": "StableDiffusionImg2ImgPipeline"})
+    )
+    with pytest.raises(UserError, match="StableDiffusionImg2ImgPipeline refuses the call"):
+        evaluate(str(folder), num_images=4, steps=[2], holdout=None)
+
+
+def test_peak_memory_is_that_of_the_pictures() -> None:
+    with PeakMemory(CPU) as large:
+        torch.ones(80 * 2**20, dtype=torch.uint8).sum()
+    with PeakMemory(CPU) as small:
+        torch.ones(2**20, dtype=torch.uint8).sum()
+    assert large.bytes is not None and small.bytes is not None
+    assert large.bytes - small.bytes > 60 * 2**20
+
+
+def test_picture_formats_are_part_of_the_protocol(data_folder: Path, tmp_path: Path) -> None:
+    found = []
+    for suffix in ("png", "jpg"):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        for path in (data_folder / "train").glob("*.png"):
+            Image.open(path).save(folder / f"{path.stem}.{suffix}")
+        report = evaluate(
+            str(folder), data=str(data_folder), num_images=6, steps=[], device="cpu", progress=False
+        )
+        found.append(Score.from_json(report["rows"][0]["scores"][0]).protocol)
+    assert [p.input for p in found] == ["uint8, image files (png)", "uint8, image files (jpg)"]
+    assert found[0].id != found[1].id
 
 
 def test_a_loaded_pipeline_is_known_by_its_weights(folder: Path) -> None:

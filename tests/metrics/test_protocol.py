@@ -114,28 +114,31 @@ def test_table_refuses_other_protocols_and_names_other_machines() -> None:
     assert markdown_table(rows).splitlines()[3].endswith("| - |")
 
 
+EMPTY = {"device": "cpu", "versions": {}, "batch_size": 1, "rows": []}
+
+
 def test_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.json"
     check_writable(path)
-    write_report({"rows": [1]}, path)
-    assert read_report(path) == {"rows": [1]}
+    write_report(EMPTY, path)
+    assert read_report(path) == EMPTY
     with pytest.raises(ValueError):
-        write_report({"rows": [float("nan")]}, path)
-    assert read_report(path) == {"rows": [1]}
+        write_report({**EMPTY, "rows": [float("nan")]}, path)
+    assert read_report(path) == EMPTY
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
 
 
 def test_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.json"
-    write_report({"rows": []}, path)
+    write_report(EMPTY, path)
 
     def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match=r"report\.json: cannot be written \(No space left on device\)"):
-        write_report({"rows": [2]}, path)
-    assert read_report(path) == {"rows": []}
+        write_report({**EMPTY, "rows": [2]}, path)
+    assert read_report(path) == EMPTY
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
 

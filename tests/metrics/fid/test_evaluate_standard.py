@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fewstep.distill.cli import main
-from fewstep.distill.metrics import prepare
+from fewstep.distill.metrics import judges, prepare
 from fewstep.distill.metrics.features import extract
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
 from fewstep.distill.metrics.image_text import COSINE, pair_cosines
@@ -113,6 +113,8 @@ def test_other_counts_sizes_and_missing_files_are_refused(
 ) -> None:  # fmt: skip
     output = tmp_path / "report.json"
     for change, flags, message in (
+        ({}, ["--extractor", "inception"], "extractor: has no effect beside --protocol small; leave it out"),
+        ({"prompts": None, "prompts_rule": None}, [], "small has no captions for the text-to-image pipeline"),
         ({}, ["--num_images", "10"], "num_images: 10, but protocol small has 6"),
         ({"image_size": Stated(32, "here")}, [], "image_size: 16, but protocol small has 32"),
     ):
@@ -126,6 +128,29 @@ def test_other_counts_sizes_and_missing_files_are_refused(
     assert score(tiny_pipeline, output, "--protocol", "small") == 2
     assert "run `fewstep prepare-data small`" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_a_crop_is_not_taken_from_the_cache_of_another(
+    reference: Tensor, picture_sets: tuple[Tensor, Tensor], weights: Path, tmp_path: Path,
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for i, picture in enumerate(picture_sets[1][:6, :, :16, :16]):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    network = InceptionFID(weights, layer=64, resize="clean")
+    monkeypatch.setattr(judges, "make_extractor", lambda name: network)
+    values = []
+    for flags in (["--data", str(data_folder), "--extractor", "inception-clean-64"], ["--protocol", "small"]):
+        output = tmp_path / f"{len(values)}.json"
+        command = ["evaluate", str(folder), "--num_images", "6", "--device", "cpu", "--output", str(output)]
+        assert main([*command, *flags]) == 0
+        values.append(Score.from_json(read_report(output)["rows"][0]["scores"][-1]))
+    pictures = picture_sets[1][:6, :, :16, :16]
+    real = Moments.of(extract(network, CROP(reference)))
+    expected = frechet_distance(Moments.of(extract(network, CROP(pictures))), real)
+    assert values[1].value == pytest.approx(expected, rel=1e-4)
+    assert values[1].protocol.input == f"uint8, image files (png); crop: {CROP}"
 
 
 def test_ten_pictures_do_not_pass_for_fifty_thousand(
