@@ -172,6 +172,7 @@ def backward(
     """
     if bias_grad:
         return chunked.backward(grad_out, q, k, v, bias, out, lse, is_causal, scale, bias_grad)
+    out, lse = out.contiguous(), lse.contiguous()
     if flash_applies(q, k, v, bias, is_causal):
         return (*flash_backward(grad_out, q, k, v, out, lse, is_causal, scale), None)
     batch, num_heads, lq, d = q.shape
@@ -181,7 +182,7 @@ def backward(
         return grads[0].zero_(), grads[1].zero_(), grads[2].zero_(), None
     tensors = [unit_rows(x) for x in (q, k, v, grad_out)]
     mask = out if bias is None else bias.expand(batch, num_heads, lq, lk)
-    delta = (grad_out.float() * out.float()).sum(-1)
+    delta = (grad_out.float() * out.float()).sum(-1).contiguous()
     strides = [x.stride(i) for x in tensors for i in range(3)]
     strides += [0 if bias is None else mask.stride(i) for i in range(4)]
     block_d, block_dv = padded(d), padded(dv)

@@ -107,7 +107,8 @@ def backward(
     """
     if not bias_grad and fused_cpu_applies(q, k, v, bias):
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        dq, dk, dv = fused(grad_out.contiguous(), q, k, v, out, lse, 0.0, is_causal, scale=scale)
+        saved = out.contiguous(), lse.contiguous()
+        dq, dk, dv = fused(grad_out.contiguous(), q, k, v, *saved, 0.0, is_causal, scale=scale)
         return dq.contiguous(), dk.contiguous(), dv.contiguous(), None
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dbias = None

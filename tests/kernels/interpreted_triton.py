@@ -176,6 +176,21 @@ def test_transforms() -> None:
         assert_close("vmap of jvp", got, oracle(y)[1], 2e-6)
 
 
+def test_cotangents_in_batches_and_layouts() -> None:
+    """One LSE, shared by stride 0, for a batch of cotangents, and dO as a (B, L, H, D) tensor."""
+    x = inputs(1, 2, 20, 24, dtype=torch.float32)
+    cotangents = torch.stack([x.tq, inputs(1, 2, 20, 24, dtype=torch.float32, seed=1).tq])
+    batches = torch.func.vmap(torch.func.vjp(attention, *x.primals)[1])(cotangents)
+    for i, cotangent in enumerate(cotangents):
+        for name, got, reference in zip(("dQ", "dK", "dV"), batches, gradients(x, cotangent), strict=True):
+            assert_close(name, got[i], reference, 4e-6)
+    y = inputs(2, 3, 20, 24, dtype=torch.float32)
+    swapped = y.tq.transpose(1, 2).contiguous().transpose(1, 2)
+    grads = torch.func.vjp(attention, *y.primals)[1](swapped)
+    for name, got, reference in zip(("dQ", "dK", "dV"), grads, gradients(y, swapped), strict=True):
+        assert_close(name, got, reference, 4e-6)
+
+
 def test_offsets_beyond_two_to_the_31() -> None:
     """Rows 2^30 elements apart in memory that is reserved, and touched only where the rows lie."""
     torch.use_deterministic_algorithms(False)
