@@ -9,6 +9,7 @@ from . import chunked
 from .backends import interpreting
 from .triton_tiles import (
     LOG2_E,
+    LOWEST,
     Blocks,
     device_of,
     load_tile,
@@ -30,7 +31,7 @@ def _score_gradient(
     s = tl.zeros([q.shape[0], k.shape[0]], dtype=tl.float32)
     s = product(q, tl.trans(k), s, PRECISION, UPCAST)
     s = logits(s, rows, columns, lq, lk, mask, m_l, m_n, scale, MASK, CAUSAL, True)
-    p = tl.exp2(s - row_lse[:, None])
+    p = tl.exp2(tl.minimum(s - row_lse[:, None], 0.0))
     dp = tl.zeros([q.shape[0], k.shape[0]], dtype=tl.float32)
     dp = product(do, tl.trans(v), dp, PRECISION, UPCAST)
     ds = p * tl.where(s == float("-inf"), 0.0, dp - row_delta[:, None])
@@ -39,10 +40,11 @@ def _score_gradient(
 
 @triton.jit
 def _load_rows(lse, delta, head, rows, lq):
-    """LSE in base 2, 0 for a fully masked row, and delta."""
-    row_lse = tl.load(lse + head * lq + rows, mask=rows < lq, other=0.0) * LOG2_E
+    """LSE in base 2, 0 for a fully masked row, and delta; a row whose bias `logits` cut off is cut off too."""
+    row_lse = tl.load(lse + head * lq + rows, mask=rows < lq, other=0.0)
     row_delta = tl.load(delta + head * lq + rows, mask=rows < lq, other=0.0)
-    return tl.where(row_lse == float("-inf"), 0.0, row_lse), row_delta
+    base_2 = tl.where(row_lse < 0.69 * LOWEST, LOWEST, row_lse * LOG2_E)
+    return tl.where(row_lse == float("-inf"), 0.0, base_2), row_delta
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3e38)  # of a finite bias in base 2
 
 
 @triton.jit
@@ -53,7 +54,8 @@ def logits(
     if MASK == "bool":
         s = tl.where(load_mask(mask, rows, columns, row_stride, column_stride, lq, lk) != 0, s, float("-inf"))
     if MASK == "bias":
-        s += load_mask(mask, rows, columns, row_stride, column_stride, lq, lk).to(tl.float32) * LOG2_E
+        bias = load_mask(mask, rows, columns, row_stride, column_stride, lq, lk).to(tl.float32)
+        s += tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2_E, LOWEST))
     if EDGE:
         s = tl.where((columns < lk)[None, :], s, float("-inf"))
         if CAUSAL:

@@ -109,6 +109,30 @@ def test_masks(name: str) -> None:
     check(inputs(2, 2, 20, 41, 16, dtype=torch.float32), masks()[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_huge_finite_bias_on_whole_rows(dtype: torch.dtype) -> None:
+    """O is the mean of V, as torch has it; other rows are untouched, and the gradients are finite."""
+    x = inputs(1, 1, 20, 41, 16, dtype=dtype)
+    bias = torch.zeros(20, 41, dtype=dtype)
+    bias[3:6] = torch.finfo(dtype).min
+    bias[7, :30] = torch.finfo(dtype).min
+    primals = [p.clone().requires_grad_() for p in x.primals]
+    out, tangent, lse = attention_jvp(*primals, *x.tangents, bias)
+    assert_close(
+        "O of the rows", out[:, :, 3:6], x.v.double().mean(2, True).expand(1, 1, 3, 16), TOLERANCES[dtype]
+    )
+    expected, expected_tangent = oracle(x, bias)
+    others = [i for i in range(20) if i not in (3, 4, 5)]
+    assert_close("O", out[:, :, others], expected[:, :, others], TOLERANCES[dtype])
+    assert_close("tO", tangent[:, :, others], expected_tangent[:, :, others], TOLERANCES[dtype])
+    assert lse.isfinite().all() and tangent.isfinite().all()
+    grad_out = torch.randn_like(out)
+    grad_out[:, :, 3:6] = 0
+    grads = torch.autograd.grad(out, primals, grad_out)
+    for name, grad, reference in zip(("dQ", "dK", "dV"), grads, gradients(x, grad_out, bias), strict=True):
+        assert_close(name, grad, reference, 2 * TOLERANCES[dtype])
+
+
 def test_hidden_pairs_hide_bad_keys() -> None:
     x = inputs(lq=20, lk=40, dtype=torch.float32)
     mask = (torch.arange(40) < 19)[None]

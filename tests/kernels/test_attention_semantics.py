@@ -56,6 +56,26 @@ def test_masks(backend: str, name: str) -> None:
         assert dead.any() and (out[dead] == 0).all() and (tangent[dead] == 0).all()
 
 
+@pytest.mark.parametrize("value", [-1e9, torch.finfo(torch.float32).min])
+def test_a_huge_finite_bias_on_whole_rows(backend: str, value: float) -> None:
+    """O is the mean of V, as torch has it, and P sums to one in the backward too."""
+    x = inputs(dtype=torch.float32)
+    x = x._replace(q=x.q / 10**4, tq=x.tq / 10**4)
+    bias = torch.zeros(7, 9)
+    bias[2:4] = value
+    primals = [p.requires_grad_() for p in x.primals]
+    out, tangent, lse = attention_jvp(*primals, *x.tangents, bias)
+    with sdpa_kernel(SDPBackend.MATH):
+        stock = F.scaled_dot_product_attention(*primals, bias)
+    grad_out = torch.randn_like(out)
+    expected = torch.autograd.grad(stock, primals, grad_out)
+    grads = torch.autograd.grad(out, primals, grad_out)
+    assert_close("O", out.detach(), stock.detach(), 1e-3)
+    assert lse.isfinite().all() and tangent.isfinite().all()
+    for name, grad, reference in zip(("dQ", "dK", "dV"), grads, expected, strict=True):
+        assert_close(name, grad, reference, 1e-3)
+
+
 def test_hidden_pairs_hide_bad_keys(backend: str) -> None:
     x = inputs()
     mask = torch.ones(9, dtype=torch.bool)
