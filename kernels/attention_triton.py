@@ -225,7 +225,8 @@ def forward(
     block_d, block_dv = padded(d), padded(dv)
     widest = max(block_d, block_dv)
     blocks = (SINGLE_BLOCKS if q.dtype == torch.float32 else HALF_BLOCKS)[widest]
-    blocks = fit(blocks, widest, q.element_size(), shared_memory(q))
+    mask_size = sum(x.element_size() for x in (bias, tbias) if x is not None)
+    blocks = fit(blocks, widest, q.element_size(), shared_memory(q), mask_size)
     tensors = [None if x is None else unit_rows(x) for x in (q, k, v, tq, tk, tv)]
     masks = [None if x is None else x.expand(batch, num_heads, lq, lk) for x in (bias, tbias)]
     strides = [0 if x is None else x.stride(i) for x in tensors for i in range(3)]

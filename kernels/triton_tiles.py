@@ -70,9 +70,9 @@ class Blocks(NamedTuple):
     warps: int
 
 
-def fit(blocks: Blocks, head_size: int, item_size: int, shared_memory: int) -> Blocks:
+def fit(blocks: Blocks, head_size: int, item_size: int, shared_memory: int, mask_size: int = 0) -> Blocks:
     """Fewer stages, then keys, then queries, until the tiles of the forward fit into `shared_memory` bytes."""
-    while stage_bytes(blocks, head_size, item_size) > shared_memory and blocks[:3] != (16, 16, 1):
+    while stage_bytes(blocks, head_size, item_size, mask_size) > shared_memory and blocks[:3] != (16, 16, 1):
         if blocks.stages > 1:
             blocks = blocks._replace(stages=blocks.stages - 1)
         elif blocks.columns > 16:
@@ -82,9 +82,10 @@ def fit(blocks: Blocks, head_size: int, item_size: int, shared_memory: int) -> B
     return blocks
 
 
-def stage_bytes(blocks: Blocks, head_size: int, item_size: int) -> int:
-    """K, tK, V, tV per stage and Q, tQ once."""
-    return (4 * blocks.stages * blocks.columns + 2 * blocks.rows) * head_size * item_size
+def stage_bytes(blocks: Blocks, head_size: int, item_size: int, mask_size: int = 0) -> int:
+    """K, tK, V, tV and the masks, `mask_size` bytes per pair, per stage; Q, tQ once."""
+    rows, columns, stages, _ = blocks
+    return (4 * stages * columns + 2 * rows) * head_size * item_size + stages * rows * columns * mask_size
 
 
 def shared_memory(q: Tensor) -> int:

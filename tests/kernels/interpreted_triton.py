@@ -238,13 +238,25 @@ def test_float64_is_refused() -> None:
         attention_jvp(*inputs())
 
 
+@pytest.mark.parametrize("mask_size", [0, 1, 8])
 @pytest.mark.parametrize("limit", [227, 163, 99, 64])
-def test_blocks_shrink_to_the_device(limit: int) -> None:
+def test_blocks_shrink_to_the_device(limit: int, mask_size: int) -> None:
     for size, blocks in (
         (64, Blocks(128, 64, 3, 8)),
         (128, Blocks(128, 64, 2, 8)),
         (256, Blocks(64, 64, 2, 8)),
     ):
-        fitted = fit(blocks, size, 2, limit * 1024)
-        assert stage_bytes(fitted, size, 2) <= limit * 1024
-        assert fitted == blocks or stage_bytes(blocks, size, 2) > limit * 1024
+        fitted = fit(blocks, size, 2, limit * 1024, mask_size)
+        assert stage_bytes(fitted, size, 2, mask_size) <= limit * 1024
+        assert fitted == blocks or stage_bytes(blocks, size, 2, mask_size) > limit * 1024
+
+
+def test_blocks_count_a_mask_and_its_tangent(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(forward_module, "fit", lambda *a: seen.append(a[-1]) or fit(*a))
+    x, bias = inputs(dtype=torch.float16), torch.zeros(7, 9)
+    attention_jvp(*x, bias, t_attn_mask=bias)
+    attention_jvp(*x, bias.half())
+    attention_jvp(*x, bias == 0)
+    attention_jvp(*x)
+    assert seen == [8, 2, 1, 0]
