@@ -207,10 +207,11 @@ def backward(
 
 
 def flash_applies(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool) -> bool:
-    """ATen's flash kernel: 16 bits, no mask, one head size in steps of 8, Ampere or later, causal only if square."""
+    """ATen's flash kernel: 16 bits, no mask, one head size in steps of 8, aligned rows, Ampere on, causal if square."""
     return (
         q.device.type == "cuda"
         and torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
         and q.dtype != torch.float32
         and bias is None
         and q.shape[-1] == v.shape[-1]
@@ -218,8 +219,14 @@ def flash_applies(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causa
         and q.numel() > 0
         and k.numel() > 0
         and (not is_causal or q.shape[2] == k.shape[2])
+        and all(aligned(unit_rows(x)) for x in (q, k, v))
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
     )
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether every row of x starts at a multiple of 16 bytes and of 8 elements."""
+    return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1])
 
 
 def flash_backward(

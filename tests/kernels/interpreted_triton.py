@@ -233,6 +233,27 @@ def test_empty_inputs() -> None:
         assert (out == 0).all() and (tangent == 0).all() and (lse == -torch.inf).all()
 
 
+def test_atens_flash_backward_takes_aligned_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = torch.zeros(2 * 2 * 7 * 24 + 8, dtype=torch.float16)
+    assert attention_triton_backward.aligned(room.as_strided((2, 2, 7, 16), (336, 168, 24, 1)))
+    assert not attention_triton_backward.aligned(room.as_strided((2, 2, 7, 16), (336, 168, 20, 1)))
+    assert not attention_triton_backward.aligned(room[1:].as_strided((2, 2, 7, 16), (336, 168, 24, 1)))
+
+    class OnCuda:
+        device, dtype, shape = torch.device("cuda"), torch.float16, (2, 2, 7, 16)
+
+        def __init__(self, row: int):
+            self.rows = room.as_strided((2, 2, 7, 16), (336, 168, row, 1))
+            self.stride, self.data_ptr, self.numel = self.rows.stride, self.rows.data_ptr, self.rows.numel
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    applies = attention_triton_backward.flash_applies
+    for available in (True, False):
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda a=available: a)
+        assert applies(OnCuda(24), OnCuda(24), OnCuda(24), None, False) == available
+        assert not applies(OnCuda(24), OnCuda(20), OnCuda(24), None, False)
+
+
 def test_float64_is_refused() -> None:
     with pytest.raises(ValueError, match="'triton' cannot run: it has no float64"):
         attention_jvp(*inputs())
