@@ -11,10 +11,12 @@ from .triton_tiles import (
     LOG2_E,
     LOWEST,
     Blocks,
+    aligned,
     device_of,
     load_tile,
     logits,
     mask_kind,
+    multiple_of_8,
     padded,
     precision,
     product,
@@ -51,12 +53,17 @@ def _load_rows(lse, delta, head, rows, lq):
 def _query_kernel(
     q, k, v, do, mask, lse, delta, dq,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, m_b, m_h, m_l, m_n,
-    num_heads, lq, lk, dk, dv, scale,
+    num_heads, lq, lk, dk: tl.constexpr, dv: tl.constexpr, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale dS K for BLOCK_M queries of one head."""
+    if ALIGNED:
+        q_b, q_h, q_l = multiple_of_8(q_b), multiple_of_8(q_h), multiple_of_8(q_l)
+        k_b, k_h, k_l = multiple_of_8(k_b), multiple_of_8(k_h), multiple_of_8(k_l)
+        v_b, v_h, v_l = multiple_of_8(v_b), multiple_of_8(v_h), multiple_of_8(v_l)
+        do_b, do_h, do_l = multiple_of_8(do_b), multiple_of_8(do_h), multiple_of_8(do_l)
     num_blocks = tl.cdiv(lq, BLOCK_M)
     row_start = (tl.program_id(0) % num_blocks) * BLOCK_M
     head = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -91,12 +98,17 @@ def _query_kernel(
 def _key_kernel(
     q, k, v, do, mask, lse, delta, dk_out, dv_out,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, m_b, m_h, m_l, m_n,
-    num_heads, lq, lk, dk, dv, scale,
+    num_heads, lq, lk, dk: tl.constexpr, dv: tl.constexpr, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """dK = scale dS^T Q and dV = P^T dO for BLOCK_N keys of one head."""
+    if ALIGNED:
+        q_b, q_h, q_l = multiple_of_8(q_b), multiple_of_8(q_h), multiple_of_8(q_l)
+        k_b, k_h, k_l = multiple_of_8(k_b), multiple_of_8(k_h), multiple_of_8(k_l)
+        v_b, v_h, v_l = multiple_of_8(v_b), multiple_of_8(v_h), multiple_of_8(v_l)
+        do_b, do_h, do_l = multiple_of_8(do_b), multiple_of_8(do_h), multiple_of_8(do_l)
     num_blocks = tl.cdiv(lk, BLOCK_N)
     k_start = (tl.program_id(0) % num_blocks) * BLOCK_N
     head = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -192,7 +204,7 @@ def backward(
     settings = {
         "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
         "MASK": mask_kind(bias), "CAUSAL": is_causal, "PAD_D": d != block_d, "PAD_DV": dv != block_dv,
-        "PRECISION": precision(q), "UPCAST": interpreting(),
+        "PRECISION": precision(q), "UPCAST": interpreting(), "ALIGNED": all(map(aligned, tensors)),
         "num_warps": blocks.warps, "num_stages": blocks.stages,
     }  # fmt: skip
     sizes = (num_heads, lq, lk, d, dv, scale)
@@ -222,11 +234,6 @@ def flash_applies(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causa
         and all(aligned(unit_rows(x)) for x in (q, k, v))
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
     )
-
-
-def aligned(x: Tensor) -> bool:
-    """Whether every row of x starts at a multiple of 16 bytes and of 8 elements."""
-    return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1])
 
 
 def flash_backward(

@@ -13,6 +13,12 @@ LOWEST = tl.constexpr(-3e38)  # of a finite bias in base 2
 
 
 @triton.jit
+def multiple_of_8(stride):
+    """The stride itself: tl.multiple_of has no effect on a kernel's argument."""
+    return stride // 8 * 8
+
+
+@triton.jit
 def load_tile(
     pointer, rows, columns, row_stride, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -103,6 +109,11 @@ def padded(size: int) -> int:
 def unit_rows(x: Tensor) -> Tensor:
     """x, copied only if its last dimension is strided."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether every row of x starts at a multiple of 16 bytes and of 8 elements: loads of 16 bytes at any head size."""
+    return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1])
 
 
 def mask_kind(bias: Tensor | None) -> str:
