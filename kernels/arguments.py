@@ -30,22 +30,33 @@ def normalise(
     enable_gqa: bool,
 ) -> Problem:
     """Four dimensions, heads repeated for grouped queries, leading dimensions broadcast, scale filled in."""
-    check(q, k, v, mask, dropout_p, is_causal)
+    check(q, k, v, mask, dropout_p, is_causal, enable_gqa)
+    if q.ndim > 4:
+        raise ValueError(f"q has {q.ndim} dimensions; reshape it to (B, H, L, D).")
     q, k, v = four_dimensional(q), four_dimensional(k), four_dimensional(v)
     if enable_gqa:
-        k, v = repeat_heads("k", k, q.shape[1]), repeat_heads("v", v, q.shape[1])
-    q, k, v = broadcast_leading(q, k, v)
-    if mask is not None:
-        mask = broadcastable(mask, (*q.shape[:3], k.shape[2]))
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    leading = torch.broadcast_shapes(q.shape[:2], k.shape[:2], v.shape[:2])
+    q, k, v = (x if x.shape[:2] == leading else x.expand(*leading, -1, -1) for x in (q, k, v))
+    mask = None if mask is None else four_dimensional(mask)
     return Problem(q, k, v, mask, bool(is_causal), q.shape[-1] ** -0.5 if scale is None else float(scale))
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool) -> None:
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> None:
+    """ValueError for what `attention` does not compute, for any number of dimensions from two."""
     if dropout_p != 0:
         raise ValueError(f"dropout_p is {dropout_p}: this attention has no dropout; pass dropout_p=0.0.")
     if q.dtype not in DTYPES:
         raise ValueError(f"q has dtype {q.dtype}; cast it to float16, bfloat16, float32 or float64.")
-    if not 2 <= q.ndim <= 4:
+    if q.ndim < 2:
         raise ValueError(f"q has {q.ndim} dimensions; reshape it to (B, H, L, D).")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
@@ -58,6 +69,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
         raise ValueError(f"k has head size {k.shape[-1]} and q {q.shape[-1]}; project them to one size.")
     if v.shape[-2] != k.shape[-2]:
         raise ValueError(f"v has {v.shape[-2]} positions and k {k.shape[-2]}; pass one value per key.")
+    leading = leading_shape(q, k, v, enable_gqa)
     if mask is None:
         return
     if is_causal:
@@ -66,6 +78,10 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
         raise ValueError(f"attn_mask has dtype {mask.dtype}; cast it to bool or to the dtype of q.")
     if mask.device != q.device:
         raise ValueError(f"attn_mask is on {mask.device} and q on {q.device}; move them to one device.")
+    shape = (*[1] * (4 - q.ndim), *leading, q.shape[-2], k.shape[-2])
+    extra = len(shape) - mask.ndim
+    if extra < 0 or any(m not in (1, s) for m, s in zip(mask.shape, shape[extra:], strict=True)):
+        raise ValueError(f"attn_mask has shape {tuple(mask.shape)}; pass one that broadcasts to {shape}.")
 
 
 def four_dimensional(x: Tensor) -> Tensor:
@@ -74,31 +90,37 @@ def four_dimensional(x: Tensor) -> Tensor:
     return x
 
 
-def repeat_heads(name: str, x: Tensor, num_heads: int) -> Tensor:
+def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
     """Grouped queries: head h of q sees head h // (num_heads / heads of x)."""
-    if num_heads % x.shape[1]:
-        raise ValueError(f"{name} has {x.shape[1]} heads, no divisor of q's {num_heads}; pass a divisor.")
     return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
-def broadcast_leading(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def leading_shape(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """The dimensions before (L, D) that q, k and v broadcast to."""
+    leading = [tuple(x.shape[:-2]) for x in (q, k, v)]
+    if enable_gqa and q.ndim > 2:
+        num_heads = q.shape[-3]
+        for name, x in (("k", k), ("v", v)):
+            if x.shape[-3] == 0 or num_heads % x.shape[-3]:
+                raise ValueError(
+                    f"{name} has {x.shape[-3]} heads, no divisor of q's {num_heads}; pass a divisor."
+                )
+        leading = [(*shape[:-1], num_heads) for shape in leading]
     try:
-        leading = torch.broadcast_shapes(q.shape[:2], k.shape[:2], v.shape[:2])
+        return tuple(torch.broadcast_shapes(*leading))
     except RuntimeError as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(
             f"q, k, v have shapes {shapes}, whose (B, H) do not broadcast; pass equal ones or enable_gqa=True."
         ) from error
-    expand = [x if x.shape[:2] == leading else x.expand(*leading, -1, -1) for x in (q, k, v)]
-    return expand[0], expand[1], expand[2]
 
 
-def broadcastable(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Leading ones are added; nothing is expanded, so that the gradient of a bias keeps its size."""
-    full = four_dimensional(mask)
-    if full.ndim != 4 or any(m not in (1, s) for m, s in zip(full.shape, shape, strict=True)):
-        raise ValueError(f"attn_mask has shape {tuple(mask.shape)}; pass one that broadcasts to {shape}.")
-    return full
+def autocast(x: Tensor) -> Tensor:
+    """A floating tensor in the dtype of an enabled autocast, as torch's operator takes it; float64 stays."""
+    device = x.device.type
+    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def check_tangent(name: str, tangent: Tensor | None, primal: Tensor) -> Tensor | None:

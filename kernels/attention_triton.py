@@ -14,12 +14,14 @@ from .backends import interpreting
 from .triton_tiles import (
     LN_2,
     Blocks,
+    aligned,
     device_of,
     fit,
     load_mask,
     load_tile,
     logits,
     mask_kind,
+    multiple_of_8,
     padded,
     precision,
     product,
@@ -111,13 +113,20 @@ def _forward_kernel(
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
     tq_b, tq_h, tq_l, tk_b, tk_h, tk_l, tv_b, tv_h, tv_l,
     m_b, m_h, m_l, m_n, tm_b, tm_h, tm_l, tm_n,
-    num_heads, lq, lk, dk, dv, scale,
+    num_heads, lq, lk, dk: tl.constexpr, dv: tl.constexpr, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_TQ: tl.constexpr, HAS_TK: tl.constexpr, HAS_TV: tl.constexpr, HAS_TMASK: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A program computes BLOCK_M queries of one head; consecutive programs share a head's keys in L2."""
+    if ALIGNED:
+        q_b, q_h, q_l = multiple_of_8(q_b), multiple_of_8(q_h), multiple_of_8(q_l)
+        k_b, k_h, k_l = multiple_of_8(k_b), multiple_of_8(k_h), multiple_of_8(k_l)
+        v_b, v_h, v_l = multiple_of_8(v_b), multiple_of_8(v_h), multiple_of_8(v_l)
+        tq_b, tq_h, tq_l = multiple_of_8(tq_b), multiple_of_8(tq_h), multiple_of_8(tq_l)
+        tk_b, tk_h, tk_l = multiple_of_8(tk_b), multiple_of_8(tk_h), multiple_of_8(tk_l)
+        tv_b, tv_h, tv_l = multiple_of_8(tv_b), multiple_of_8(tv_h), multiple_of_8(tv_l)
     num_row_blocks = tl.cdiv(lq, BLOCK_M)
     row_start = (tl.program_id(0) % num_row_blocks) * BLOCK_M
     head = (tl.program_id(0) // num_row_blocks).to(tl.int64)
@@ -225,7 +234,8 @@ def forward(
     block_d, block_dv = padded(d), padded(dv)
     widest = max(block_d, block_dv)
     blocks = (SINGLE_BLOCKS if q.dtype == torch.float32 else HALF_BLOCKS)[widest]
-    blocks = fit(blocks, widest, q.element_size(), shared_memory(q))
+    mask_size = sum(x.element_size() for x in (bias, tbias) if x is not None)
+    blocks = fit(blocks, widest, q.element_size(), shared_memory(q), mask_size)
     tensors = [None if x is None else unit_rows(x) for x in (q, k, v, tq, tk, tv)]
     masks = [None if x is None else x.expand(batch, num_heads, lq, lk) for x in (bias, tbias)]
     strides = [0 if x is None else x.stride(i) for x in tensors for i in range(3)]
@@ -238,7 +248,7 @@ def forward(
             BLOCK_M=blocks.rows, BLOCK_N=blocks.columns, BLOCK_D=block_d, BLOCK_DV=block_dv,
             HAS_TQ=tq is not None, HAS_TK=tk is not None, HAS_TV=tv is not None, HAS_TMASK=tbias is not None,
             MASK=mask_kind(bias), CAUSAL=is_causal, PAD_D=d != block_d, PAD_DV=dv != block_dv,
-            PRECISION=precision(q),
-            UPCAST=interpreting(), num_warps=blocks.warps, num_stages=blocks.stages,
+            PRECISION=precision(q), UPCAST=interpreting(), ALIGNED=all(x is None or aligned(x) for x in tensors),
+            num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return out, tangent, lse

@@ -9,11 +9,14 @@ from . import chunked
 from .backends import interpreting
 from .triton_tiles import (
     LOG2_E,
+    LOWEST,
     Blocks,
+    aligned,
     device_of,
     load_tile,
     logits,
     mask_kind,
+    multiple_of_8,
     padded,
     precision,
     product,
@@ -30,7 +33,7 @@ def _score_gradient(
     s = tl.zeros([q.shape[0], k.shape[0]], dtype=tl.float32)
     s = product(q, tl.trans(k), s, PRECISION, UPCAST)
     s = logits(s, rows, columns, lq, lk, mask, m_l, m_n, scale, MASK, CAUSAL, True)
-    p = tl.exp2(s - row_lse[:, None])
+    p = tl.exp2(tl.minimum(s - row_lse[:, None], 0.0))
     dp = tl.zeros([q.shape[0], k.shape[0]], dtype=tl.float32)
     dp = product(do, tl.trans(v), dp, PRECISION, UPCAST)
     ds = p * tl.where(s == float("-inf"), 0.0, dp - row_delta[:, None])
@@ -39,22 +42,28 @@ def _score_gradient(
 
 @triton.jit
 def _load_rows(lse, delta, head, rows, lq):
-    """LSE in base 2, 0 for a fully masked row, and delta."""
-    row_lse = tl.load(lse + head * lq + rows, mask=rows < lq, other=0.0) * LOG2_E
+    """LSE in base 2, 0 for a fully masked row, and delta; a row whose bias `logits` cut off is cut off too."""
+    row_lse = tl.load(lse + head * lq + rows, mask=rows < lq, other=0.0)
     row_delta = tl.load(delta + head * lq + rows, mask=rows < lq, other=0.0)
-    return tl.where(row_lse == float("-inf"), 0.0, row_lse), row_delta
+    base_2 = tl.where(row_lse < 0.69 * LOWEST, LOWEST, row_lse * LOG2_E)
+    return tl.where(row_lse == float("-inf"), 0.0, base_2), row_delta
 
 
 @triton.jit
 def _query_kernel(
     q, k, v, do, mask, lse, delta, dq,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, m_b, m_h, m_l, m_n,
-    num_heads, lq, lk, dk, dv, scale,
+    num_heads, lq, lk, dk: tl.constexpr, dv: tl.constexpr, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale dS K for BLOCK_M queries of one head."""
+    if ALIGNED:
+        q_b, q_h, q_l = multiple_of_8(q_b), multiple_of_8(q_h), multiple_of_8(q_l)
+        k_b, k_h, k_l = multiple_of_8(k_b), multiple_of_8(k_h), multiple_of_8(k_l)
+        v_b, v_h, v_l = multiple_of_8(v_b), multiple_of_8(v_h), multiple_of_8(v_l)
+        do_b, do_h, do_l = multiple_of_8(do_b), multiple_of_8(do_h), multiple_of_8(do_l)
     num_blocks = tl.cdiv(lq, BLOCK_M)
     row_start = (tl.program_id(0) % num_blocks) * BLOCK_M
     head = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -89,12 +98,17 @@ def _query_kernel(
 def _key_kernel(
     q, k, v, do, mask, lse, delta, dk_out, dv_out,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, m_b, m_h, m_l, m_n,
-    num_heads, lq, lk, dk, dv, scale,
+    num_heads, lq, lk, dk: tl.constexpr, dv: tl.constexpr, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """dK = scale dS^T Q and dV = P^T dO for BLOCK_N keys of one head."""
+    if ALIGNED:
+        q_b, q_h, q_l = multiple_of_8(q_b), multiple_of_8(q_h), multiple_of_8(q_l)
+        k_b, k_h, k_l = multiple_of_8(k_b), multiple_of_8(k_h), multiple_of_8(k_l)
+        v_b, v_h, v_l = multiple_of_8(v_b), multiple_of_8(v_h), multiple_of_8(v_l)
+        do_b, do_h, do_l = multiple_of_8(do_b), multiple_of_8(do_h), multiple_of_8(do_l)
     num_blocks = tl.cdiv(lk, BLOCK_N)
     k_start = (tl.program_id(0) % num_blocks) * BLOCK_N
     head = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -172,6 +186,7 @@ def backward(
     """
     if bias_grad:
         return chunked.backward(grad_out, q, k, v, bias, out, lse, is_causal, scale, bias_grad)
+    out, lse = out.contiguous(), lse.contiguous()
     if flash_applies(q, k, v, bias, is_causal):
         return (*flash_backward(grad_out, q, k, v, out, lse, is_causal, scale), None)
     batch, num_heads, lq, d = q.shape
@@ -181,7 +196,7 @@ def backward(
         return grads[0].zero_(), grads[1].zero_(), grads[2].zero_(), None
     tensors = [unit_rows(x) for x in (q, k, v, grad_out)]
     mask = out if bias is None else bias.expand(batch, num_heads, lq, lk)
-    delta = (grad_out.float() * out.float()).sum(-1)
+    delta = (grad_out.float() * out.float()).sum(-1).contiguous()
     strides = [x.stride(i) for x in tensors for i in range(3)]
     strides += [0 if bias is None else mask.stride(i) for i in range(4)]
     block_d, block_dv = padded(d), padded(dv)
@@ -189,7 +204,7 @@ def backward(
     settings = {
         "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
         "MASK": mask_kind(bias), "CAUSAL": is_causal, "PAD_D": d != block_d, "PAD_DV": dv != block_dv,
-        "PRECISION": precision(q), "UPCAST": interpreting(),
+        "PRECISION": precision(q), "UPCAST": interpreting(), "ALIGNED": all(map(aligned, tensors)),
         "num_warps": blocks.warps, "num_stages": blocks.stages,
     }  # fmt: skip
     sizes = (num_heads, lq, lk, d, dv, scale)
@@ -204,10 +219,11 @@ def backward(
 
 
 def flash_applies(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool) -> bool:
-    """ATen's flash kernel: 16 bits, no mask, one head size in steps of 8, Ampere or later, causal only if square."""
+    """ATen's flash kernel: 16 bits, no mask, one head size in steps of 8, aligned rows, Ampere on, causal if square."""
     return (
         q.device.type == "cuda"
         and torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
         and q.dtype != torch.float32
         and bias is None
         and q.shape[-1] == v.shape[-1]
@@ -215,6 +231,7 @@ def flash_applies(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causa
         and q.numel() > 0
         and k.numel() > 0
         and (not is_causal or q.shape[2] == k.shape[2])
+        and all(aligned(unit_rows(x)) for x in (q, k, v))
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
     )
 

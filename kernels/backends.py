@@ -67,6 +67,8 @@ def triton_obstacle(device_type: str, dtype: torch.dtype, head_size: int) -> str
         return "triton is not installed"
     if device_type != "cuda" and not interpreting():
         return f"the tensors are on {device_type}, not on a CUDA device"
+    if torch.version.hip is not None and not interpreting():
+        return "this torch is built for ROCm, where the kernel was never tried"
     if dtype == torch.float64:
         return "it has no float64"
     if head_size > MAX_TRITON_HEAD_SIZE:

@@ -103,11 +103,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dQ, dK, dV and, if `bias_grad`, dBias of the primal from its O and LSE (arXiv 2307.08691, algorithm 2).
 
-    P = exp(S - LSE), dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = scale dS K, dK = scale dS^T Q.
+    P = exp(S - LSE), dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = scale dS K, dK = scale dS^T Q. P is divided
+    by its row sum, which rounding moves from 1 where |LSE| is large (a bias of -1e9 on a whole row).
     """
     if not bias_grad and fused_cpu_applies(q, k, v, bias):
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        dq, dk, dv = fused(grad_out.contiguous(), q, k, v, out, lse, 0.0, is_causal, scale=scale)
+        saved = out.contiguous(), lse.contiguous()
+        dq, dk, dv = fused(grad_out.contiguous(), q, k, v, *saved, 0.0, is_causal, scale=scale)
         return dq.contiguous(), dk.contiguous(), dv.contiguous(), None
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dbias = None
@@ -124,6 +126,8 @@ def backward(
             p, hidden = scores.of(qc, kg[:, :n], at)
             row_lse = lse[at].unsqueeze(-1)
             p.sub_(row_lse if hidden is None else row_lse.masked_fill(row_lse == -torch.inf, 0.0)).exp_()
+            total = p.sum(-1, keepdim=True)
+            p.div_(total if hidden is None else total.masked_fill_(total == 0, 1.0))
             dvg[:, :n].baddbmm_(p.mT, do)
             ds = scores.second(p)
             scores.product(ds, do, vg[:, :n], first=True)

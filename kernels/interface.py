@@ -4,7 +4,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import check_tangent, four_dimensional, normalise, repeat_heads
+from .arguments import autocast, check, check_tangent, four_dimensional, normalise, repeat_heads
 from .autograd import differentiable, launch
 from .backends import requested
 
@@ -23,16 +23,19 @@ def attention(
 
     q (B, H, Lq, D), k (B, H, Lk, D), v (B, H, Lk, Dv) -> (B, H, Lq, Dv), any strides; scale defaults to D^-1/2. A
     boolean attn_mask shows where True, a floating one is added after scaling; both broadcast to (B, H, Lq, Lk).
-    Fully masked rows give 0. Works under autograd, torch.func.jvp, dual numbers, vmap and torch.compile; without
-    forward mode and without `use_backend` it is torch's own operator. Raises ValueError for arguments that do not
-    fit, for dropout and other dtypes, and NotImplementedError for jvp of jvp and for a gradient through the tangent.
+    Fully masked rows give 0. Works under autograd, autocast, torch.func.jvp, dual numbers, vmap and torch.compile;
+    without forward mode and without `use_backend` it is torch's own operator, which takes more dimensions. Raises
+    ValueError for arguments that do not fit, for dropout and other dtypes, and NotImplementedError for jvp of jvp and
+    for a gradient through the tangent.
     """
-    problem = normalise(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    q, k, v = autocast(q), autocast(k), autocast(v)
+    attn_mask = None if attn_mask is None else autocast(attn_mask)
     if forward_ad._current_level < 0 and requested() == "auto":
+        check(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    out, _ = differentiable(problem)
+    out, _ = differentiable(normalise(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa))
     return out.reshape(*leading(q, out), *out.shape[-2:])
 
 
@@ -55,7 +58,8 @@ def attention_jvp(
     Arguments as for `attention`; tq, tk, tv and t_attn_mask are the tangents of q, k, v and a floating attn_mask, in
     their shapes and dtype, or None for zero, which saves products. LSE (B, H, Lq) is the natural logarithm of the
     row sums, -inf for a fully masked row, in float32 (float64 for float64). O is differentiable in reverse; LSE is
-    not, and a gradient through tO raises NotImplementedError. Raises ValueError as `attention` does.
+    not, and a gradient through tO raises NotImplementedError. Autocast changes nothing here. Raises ValueError as
+    `attention` does.
     """
     tangents = [check_tangent(name, t, x) for name, t, x in (("tq", tq, q), ("tk", tk, k), ("tv", tv, v))]
     if t_attn_mask is not None and (attn_mask is None or not attn_mask.is_floating_point()):
@@ -65,12 +69,8 @@ def attention_jvp(
     full = []
     for t, primal in zip(tangents, problem[:3], strict=True):
         if t is not None:
-            t = (
-                repeat_heads("tangent", four_dimensional(t), primal.shape[1])
-                if enable_gqa
-                else four_dimensional(t)
-            )
-            t = t.expand(primal.shape)
+            t = four_dimensional(t)
+            t = (repeat_heads(t, primal.shape[1]) if enable_gqa else t).expand(primal.shape)
         full.append(t)
     tbias = None if tbias is None else four_dimensional(tbias)
     out, tangent, lse = launch(problem, (full[0], full[1], full[2], tbias))

@@ -72,8 +72,8 @@ def probabilities(
     if bias is not None:
         s = s.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else s + bias.double()
     lse = s.logsumexp(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -torch.inf)
-    finite = lse.masked_fill(lse == -torch.inf, 0.0)
-    return (s - finite.unsqueeze(-1)).exp(), lse, s == -torch.inf
+    dead = (lse == -torch.inf).unsqueeze(-1)
+    return s.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0), lse, s == -torch.inf
 
 
 def lse_dtype(q: Tensor) -> torch.dtype:

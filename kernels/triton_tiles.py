@@ -9,6 +9,13 @@ from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3e38)  # of a finite bias in base 2
+
+
+@triton.jit
+def multiple_of_8(stride):
+    """The stride itself: tl.multiple_of has no effect on a kernel's argument."""
+    return stride // 8 * 8
 
 
 @triton.jit
@@ -53,7 +60,8 @@ def logits(
     if MASK == "bool":
         s = tl.where(load_mask(mask, rows, columns, row_stride, column_stride, lq, lk) != 0, s, float("-inf"))
     if MASK == "bias":
-        s += load_mask(mask, rows, columns, row_stride, column_stride, lq, lk).to(tl.float32) * LOG2_E
+        bias = load_mask(mask, rows, columns, row_stride, column_stride, lq, lk).to(tl.float32)
+        s += tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2_E, LOWEST))
     if EDGE:
         s = tl.where((columns < lk)[None, :], s, float("-inf"))
         if CAUSAL:
@@ -68,9 +76,9 @@ class Blocks(NamedTuple):
     warps: int
 
 
-def fit(blocks: Blocks, head_size: int, item_size: int, shared_memory: int) -> Blocks:
+def fit(blocks: Blocks, head_size: int, item_size: int, shared_memory: int, mask_size: int = 0) -> Blocks:
     """Fewer stages, then keys, then queries, until the tiles of the forward fit into `shared_memory` bytes."""
-    while stage_bytes(blocks, head_size, item_size) > shared_memory and blocks[:3] != (16, 16, 1):
+    while stage_bytes(blocks, head_size, item_size, mask_size) > shared_memory and blocks[:3] != (16, 16, 1):
         if blocks.stages > 1:
             blocks = blocks._replace(stages=blocks.stages - 1)
         elif blocks.columns > 16:
@@ -80,9 +88,10 @@ def fit(blocks: Blocks, head_size: int, item_size: int, shared_memory: int) -> B
     return blocks
 
 
-def stage_bytes(blocks: Blocks, head_size: int, item_size: int) -> int:
-    """K, tK, V, tV per stage and Q, tQ once."""
-    return (4 * blocks.stages * blocks.columns + 2 * blocks.rows) * head_size * item_size
+def stage_bytes(blocks: Blocks, head_size: int, item_size: int, mask_size: int = 0) -> int:
+    """K, tK, V, tV and the masks, `mask_size` bytes per pair, per stage; Q, tQ once."""
+    rows, columns, stages, _ = blocks
+    return (4 * stages * columns + 2 * rows) * head_size * item_size + stages * rows * columns * mask_size
 
 
 def shared_memory(q: Tensor) -> int:
@@ -100,6 +109,11 @@ def padded(size: int) -> int:
 def unit_rows(x: Tensor) -> Tensor:
     """x, copied only if its last dimension is strided."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether every row of x starts at a multiple of 16 bytes and of 8 elements: loads of 16 bytes at any head size."""
+    return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1])
 
 
 def mask_kind(bias: Tensor | None) -> str:

@@ -5,8 +5,9 @@
 
 First our back end is checked against float64; if it is wrong, nothing is timed and the exit status is 1. Then each
 row runs in a process of its own: median, 20 % and 80 % quantile of the time, TFLOP/s (products only: 4, 12 and 10
-times B H Lq Lk D), time over the floor (the larger of products at the rate of a large GEMM and bytes at the rate of a
-copy, both measured in the same run), peak memory beyond the inputs, and the error of the result on 64 queries.
+times B H Lq Lk D, and 8 for central differences, which are two forwards), time over the floor (the larger of products
+at the rate of a large GEMM and bytes at the rate of a copy, both measured in the same run), peak memory beyond the
+inputs, and the error of the result on 64 queries.
 Rows that do not fit or fail say so. DIR gets results.json, results.csv and, with matplotlib, time.png and memory.png.
 """
 
@@ -218,7 +219,8 @@ def finish(row: dict[str, Any], gemm: float, copy: float) -> dict[str, Any]:
     if "failed" in row:
         return row
     b, h, lq, lk, d = SHAPES[row["shape"]]
-    flop = PRODUCTS[row["pass"]] * b * h * lq * lk * d
+    products = 2 * PRODUCTS["forward"] if row["contender"] == "differences" else PRODUCTS[row["pass"]]
+    flop = products * b * h * lq * lk * d
     tensors = {"forward": 2 * lq + 2 * lk, "jvp": 4 * lq + 4 * lk, "backward": 4 * lq + 4 * lk}[row["pass"]]
     moved = b * h * tensors * d * getattr(torch, row["dtype"]).itemsize
     median = row["seconds"]["median"]

@@ -9,7 +9,7 @@ import torch
 from attention_reference import Inputs, assert_close, explicit, gradients, inputs, oracle
 from fewstep.kernels import attention, attention_jvp, attention_triton_backward, backends, use_backend
 from fewstep.kernels import attention_triton as forward_module
-from fewstep.kernels.triton_tiles import Blocks, fit, stage_bytes
+from fewstep.kernels.triton_tiles import Blocks, aligned, fit, stage_bytes
 
 assert backends.interpreting(), "set TRITON_INTERPRET=1"
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -65,7 +65,7 @@ def test_dtypes(dtype: torch.dtype, lq: int, lk: int, d: int) -> None:
     check(inputs(1, 1, lq, lk, d, dtype=dtype))
 
 
-@pytest.mark.parametrize("d", [8, 16, 72, 80, 128, 160, 256])
+@pytest.mark.parametrize("d", [8, 12, 16, 72, 80, 128, 160, 256])
 def test_head_sizes(d: int) -> None:
     check(inputs(1, 1, 5, 20, d, dtype=torch.float32))
 
@@ -107,6 +107,30 @@ def masks() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", masks())
 def test_masks(name: str) -> None:
     check(inputs(2, 2, 20, 41, 16, dtype=torch.float32), masks()[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_huge_finite_bias_on_whole_rows(dtype: torch.dtype) -> None:
+    """O is the mean of V, as torch has it; other rows are untouched, and the gradients are finite."""
+    x = inputs(1, 1, 20, 41, 16, dtype=dtype)
+    bias = torch.zeros(20, 41, dtype=dtype)
+    bias[3:6] = torch.finfo(dtype).min
+    bias[7, :30] = torch.finfo(dtype).min
+    primals = [p.clone().requires_grad_() for p in x.primals]
+    out, tangent, lse = attention_jvp(*primals, *x.tangents, bias)
+    assert_close(
+        "O of the rows", out[:, :, 3:6], x.v.double().mean(2, True).expand(1, 1, 3, 16), TOLERANCES[dtype]
+    )
+    expected, expected_tangent = oracle(x, bias)
+    others = [i for i in range(20) if i not in (3, 4, 5)]
+    assert_close("O", out[:, :, others], expected[:, :, others], TOLERANCES[dtype])
+    assert_close("tO", tangent[:, :, others], expected_tangent[:, :, others], TOLERANCES[dtype])
+    assert lse.isfinite().all() and tangent.isfinite().all()
+    grad_out = torch.randn_like(out)
+    grad_out[:, :, 3:6] = 0
+    grads = torch.autograd.grad(out, primals, grad_out)
+    for name, grad, reference in zip(("dQ", "dK", "dV"), grads, gradients(x, grad_out, bias), strict=True):
+        assert_close(name, grad, reference, 2 * TOLERANCES[dtype])
 
 
 def test_hidden_pairs_hide_bad_keys() -> None:
@@ -176,6 +200,21 @@ def test_transforms() -> None:
         assert_close("vmap of jvp", got, oracle(y)[1], 2e-6)
 
 
+def test_cotangents_in_batches_and_layouts() -> None:
+    """One LSE, shared by stride 0, for a batch of cotangents, and dO as a (B, L, H, D) tensor."""
+    x = inputs(1, 2, 20, 24, dtype=torch.float32)
+    cotangents = torch.stack([x.tq, inputs(1, 2, 20, 24, dtype=torch.float32, seed=1).tq])
+    batches = torch.func.vmap(torch.func.vjp(attention, *x.primals)[1])(cotangents)
+    for i, cotangent in enumerate(cotangents):
+        for name, got, reference in zip(("dQ", "dK", "dV"), batches, gradients(x, cotangent), strict=True):
+            assert_close(name, got[i], reference, 4e-6)
+    y = inputs(2, 3, 20, 24, dtype=torch.float32)
+    swapped = y.tq.transpose(1, 2).contiguous().transpose(1, 2)
+    grads = torch.func.vjp(attention, *y.primals)[1](swapped)
+    for name, got, reference in zip(("dQ", "dK", "dV"), grads, gradients(y, swapped), strict=True):
+        assert_close(name, got, reference, 4e-6)
+
+
 def test_offsets_beyond_two_to_the_31() -> None:
     """Rows 2^30 elements apart in memory that is reserved, and touched only where the rows lie."""
     torch.use_deterministic_algorithms(False)
@@ -194,18 +233,51 @@ def test_empty_inputs() -> None:
         assert (out == 0).all() and (tangent == 0).all() and (lse == -torch.inf).all()
 
 
+def test_atens_flash_backward_takes_aligned_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = torch.zeros(2 * 2 * 7 * 24 + 8, dtype=torch.float16)
+    assert aligned(room.as_strided((2, 2, 7, 16), (336, 168, 24, 1)))
+    assert not aligned(room.as_strided((2, 2, 7, 16), (336, 168, 20, 1)))
+    assert not aligned(room[1:].as_strided((2, 2, 7, 16), (336, 168, 24, 1)))
+
+    class OnCuda:
+        device, dtype, shape = torch.device("cuda"), torch.float16, (2, 2, 7, 16)
+
+        def __init__(self, row: int):
+            self.rows = room.as_strided((2, 2, 7, 16), (336, 168, row, 1))
+            self.stride, self.data_ptr, self.numel = self.rows.stride, self.rows.data_ptr, self.rows.numel
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    applies = attention_triton_backward.flash_applies
+    for available in (True, False):
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda a=available: a)
+        assert applies(OnCuda(24), OnCuda(24), OnCuda(24), None, False) == available
+        assert not applies(OnCuda(24), OnCuda(20), OnCuda(24), None, False)
+
+
 def test_float64_is_refused() -> None:
     with pytest.raises(ValueError, match="'triton' cannot run: it has no float64"):
         attention_jvp(*inputs())
 
 
+@pytest.mark.parametrize("mask_size", [0, 1, 8])
 @pytest.mark.parametrize("limit", [227, 163, 99, 64])
-def test_blocks_shrink_to_the_device(limit: int) -> None:
+def test_blocks_shrink_to_the_device(limit: int, mask_size: int) -> None:
     for size, blocks in (
         (64, Blocks(128, 64, 3, 8)),
         (128, Blocks(128, 64, 2, 8)),
         (256, Blocks(64, 64, 2, 8)),
     ):
-        fitted = fit(blocks, size, 2, limit * 1024)
-        assert stage_bytes(fitted, size, 2) <= limit * 1024
-        assert fitted == blocks or stage_bytes(blocks, size, 2) > limit * 1024
+        fitted = fit(blocks, size, 2, limit * 1024, mask_size)
+        assert stage_bytes(fitted, size, 2, mask_size) <= limit * 1024
+        assert fitted == blocks or stage_bytes(blocks, size, 2, mask_size) > limit * 1024
+
+
+def test_blocks_count_a_mask_and_its_tangent(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(forward_module, "fit", lambda *a: seen.append(a[-1]) or fit(*a))
+    x, bias = inputs(dtype=torch.float16), torch.zeros(7, 9)
+    attention_jvp(*x, bias, t_attn_mask=bias)
+    attention_jvp(*x, bias.half())
+    attention_jvp(*x, bias == 0)
+    attention_jvp(*x)
+    assert seen == [8, 2, 1, 0]

@@ -88,6 +88,13 @@ def test_what_triton_cannot_do(
     assert obstacle is None if reason is None else obstacle is not None and reason in obstacle
 
 
+def test_rocm_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "triton_installed", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    obstacle = backends.triton_obstacle("cuda", torch.float16, 64)
+    assert obstacle is not None and "ROCm" in obstacle
+
+
 class OnCuda:
     """As much of a CUDA tensor as the choice looks at."""
 

@@ -111,6 +111,17 @@ def test_models_under_the_function_mode(
     assert_close("tangent", tangent, expected_tangent, tolerance)
 
 
+def test_the_mode_makes_the_inputs_of_group_norm_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = torch.group_norm
+    monkeypatch.setattr(torch, "group_norm", lambda x, *a: seen.append(x.is_contiguous()) or original(x, *a))
+    x = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    with ForwardModeAttention():
+        out = F.group_norm(x, 2)
+    assert not x.is_contiguous() and seen == [True]
+    assert_close("group norm", out, F.group_norm(x, 2), 1e-6)
+
+
 def test_without_the_mode_stock_attention_fails() -> None:
     _, call, shape = dit()
     with pytest.raises(NotImplementedError):

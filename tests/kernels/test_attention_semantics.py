@@ -56,6 +56,26 @@ def test_masks(backend: str, name: str) -> None:
         assert dead.any() and (out[dead] == 0).all() and (tangent[dead] == 0).all()
 
 
+@pytest.mark.parametrize("value", [-1e9, torch.finfo(torch.float32).min])
+def test_a_huge_finite_bias_on_whole_rows(backend: str, value: float) -> None:
+    """O is the mean of V, as torch has it, and P sums to one in the backward too."""
+    x = inputs(dtype=torch.float32)
+    x = x._replace(q=x.q / 10**4, tq=x.tq / 10**4)
+    bias = torch.zeros(7, 9)
+    bias[2:4] = value
+    primals = [p.requires_grad_() for p in x.primals]
+    out, tangent, lse = attention_jvp(*primals, *x.tangents, bias)
+    with sdpa_kernel(SDPBackend.MATH):
+        stock = F.scaled_dot_product_attention(*primals, bias)
+    grad_out = torch.randn_like(out)
+    expected = torch.autograd.grad(stock, primals, grad_out)
+    grads = torch.autograd.grad(out, primals, grad_out)
+    assert_close("O", out.detach(), stock.detach(), 1e-3)
+    assert lse.isfinite().all() and tangent.isfinite().all()
+    for name, grad, reference in zip(("dQ", "dK", "dV"), grads, expected, strict=True):
+        assert_close(name, grad, reference, 1e-3)
+
+
 def test_hidden_pairs_hide_bad_keys(backend: str) -> None:
     x = inputs()
     mask = torch.ones(9, dtype=torch.bool)
@@ -229,7 +249,7 @@ CALLS = {
     "k has dtype torch.float32 and q torch.float64": lambda x: attention(x.q, x.k.float(), x.v),
     "k has head size 4 and q 8": lambda x: attention(x.q, x.k[..., :4], x.v),
     "v has 8 positions and k 9": lambda x: attention(x.q, x.k, x.v[:, :, :8]),
-    "q has 5 dimensions": lambda x: attention(*(t[None] for t in x.primals)),
+    "q has 5 dimensions": lambda x: attention_jvp(*(t[None] for t in x)),
     "is_causal is True beside attn_mask": lambda x: attention(
         *x.primals, torch.ones(7, 9).bool(), is_causal=True
     ),
@@ -245,6 +265,63 @@ CALLS = {
     "tv is": lambda x: attention_jvp(*x.primals, None, None, x.tk[:, :1]),
     "t_attn_mask is given without": lambda x: attention_jvp(*x, t_attn_mask=torch.ones(7, 9).double()),
 }
+
+
+def test_without_forward_mode_five_dimensions_are_torchs_matter() -> None:
+    five = [t[None] for t in inputs().primals]
+    assert torch.equal(attention(*five), F.scaled_dot_product_attention(*five))
+
+
+def test_grouped_queries_outside_forward_mode_copy_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    repeats = []
+    original = torch.Tensor.repeat_interleave
+    monkeypatch.setattr(
+        torch.Tensor, "repeat_interleave", lambda *a, **k: repeats.append(a) or original(*a, **k)
+    )
+    q, few = inputs(heads=6), inputs(heads=2, seed=1)
+    out = attention(q.q, few.k, few.v, enable_gqa=True)
+    assert not repeats
+    assert torch.equal(out, F.scaled_dot_product_attention(q.q, few.k, few.v, enable_gqa=True))
+    attention_jvp(q.q, few.k, few.v, None, None, None, enable_gqa=True)
+    assert len(repeats) == 2
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    return [t.to(dtype) for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(backend: str, dtype: torch.dtype) -> None:
+    """Casts what torch's operator casts: all dtypes but float64, a floating mask too; tangents follow."""
+    x = inputs(dtype=torch.float32)
+    bias = torch.randn(7, 9)
+    mixed = (x.q, x.k, x.v.to(dtype), bias)
+    lower = Inputs(*cast(dtype, *x))
+    with torch.autocast("cpu", dtype):
+        stock = F.scaled_dot_product_attention(*mixed)
+        eager = attention(*mixed)
+        out, tangent = torch.func.jvp(lambda q, k: attention(q, k, *mixed[2:]), (x.q, x.k), (x.tq, x.tk))
+        exact = attention(*inputs().primals)
+    still = lower._replace(tv=torch.zeros_like(lower.tv))
+    expected, expected_tangent = oracle(still, bias.to(dtype))
+    assert {stock.dtype, eager.dtype, out.dtype, tangent.dtype} == {dtype} and exact.dtype == F64
+    for name, got in (("O", eager), ("O of jvp", out)):
+        assert_close(name, got, expected, 6e-3)
+    assert_close("tO", tangent, expected_tangent, 6e-3)
+
+
+def test_autocast_without_a_choice_of_back_end() -> None:
+    x = inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = attention(x.q, x.k, x.v.bfloat16())
+        tangent = torch.func.jvp(attention, x.primals, x.tangents)[1]
+        compiled = torch.compile(
+            lambda *p: torch.func.jvp(attention, p, x.tangents)[1], fullgraph=True, backend="aot_eager"
+        )(*x.primals)
+    assert mixed.dtype == tangent.dtype == compiled.dtype == torch.bfloat16
+    expected = oracle(x.to(torch.bfloat16))[1]
+    assert_close("tO", tangent, expected, 6e-3)
+    assert_close("tO compiled", compiled, expected, 6e-3)
 
 
 @pytest.mark.parametrize("message", CALLS)

@@ -59,9 +59,15 @@ def batch_of_cotangents(f: Function) -> Tensor:
     return vmap(vjp(f, *X.primals)[1])(torch.stack([X.tq, Y.tq]))[1]
 
 
+def batch_of_cotangents_of_one_item(f: Function) -> Tensor:
+    one = [p[:1] for p in X.primals]
+    return torch.cat(vmap(vjp(f, *one)[1])(torch.stack([X.tq[:1], Y.tq[:1]])), 3)
+
+
 TRANSFORMS = [
     query_jvp, value_jvp, shared_input, gradient_beside_a_jvp, batch_of_jvps, jvp_of_a_batch,
     batch_over_another_dimension, jacobian, batch_of_gradients, batch_of_cotangents,
+    batch_of_cotangents_of_one_item,
 ]  # fmt: skip
 
 

@@ -41,41 +41,56 @@ def test_interpreted() -> None:
 
 
 COMPILE = """
-import torch, triton
+import re, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fewstep.kernels import attention_triton, attention_triton_backward as backward
-from fewstep.kernels.triton_tiles import stage_bytes
+from fewstep.kernels.triton_tiles import fit, padded, stage_bytes
 
-def shared_memory(kernel, blocks, size, **settings):
+def compiled(kernel, blocks, size, dtype="bf16", mask="bf16", causal=False, **settings):
     names = kernel.arg_names
-    padded = attention_triton.padded(size)
     constants = dict(
-        BLOCK_M=blocks.rows, BLOCK_N=blocks.columns, BLOCK_D=padded, BLOCK_DV=padded, CAUSAL=False,
-        PAD_D=padded != size, PAD_DV=padded != size, PRECISION="ieee", UPCAST=False, **settings,
+        BLOCK_M=blocks.rows, BLOCK_N=blocks.columns, BLOCK_D=padded(size), BLOCK_DV=padded(size), CAUSAL=causal,
+        PAD_D=padded(size) != size, PAD_DV=padded(size) != size, PRECISION="tf32x3" if dtype == "fp32" else "ieee",
+        UPCAST=False, ALIGNED=True, dk=size, dv=size, m_n=1, **settings,
     )
-    types = {n: "i32" for n in names} | {"scale": "fp32", "lse": "*fp32", "delta": "*fp32"}
-    tensors = "q k v tq tk tv mask tmask out tangent do dq dk_out dv_out".split()
-    types |= {n: "*bf16" for n in names if n in tensors} | dict.fromkeys(constants, "constexpr")
-    lengths = {"num_heads", "lq", "lk", "scale"} | set(constants)
+    tensors = "q k v tq tk tv out tangent do dq dk_out dv_out".split()
+    types = dict.fromkeys(names, "i32") | dict.fromkeys(tensors, "*" + dtype) | dict.fromkeys(constants, "constexpr")
+    types |= {"scale": "fp32", "lse": "*fp32", "delta": "*fp32", "mask": "*" + mask, "tmask": "*" + mask}
+    strides = [x + y for x in ("q", "k", "v", "tq", "tk", "tv", "do") for y in ("_b", "_h", "_l")]
+    divisible = [n for n in names if types[n][0] == "*" or (n in strides and size % 16 == 0)]
     source = ASTSource(
         kernel, {n: types[n] for n in names}, constexprs={(names.index(n),): v for n, v in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in lengths},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
     )
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return compiled.metadata.shared
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
-ALL = dict(HAS_TQ=True, HAS_TK=True, HAS_TV=True, HAS_TMASK=False)
-for size in (64, 72, 256):
-    padded = attention_triton.padded(size)
-    blocks, smaller = attention_triton.HALF_BLOCKS[padded], backward.HALF_BLOCKS[padded]
-    used = shared_memory(attention_triton._forward_kernel, blocks, size, MASK="none", **ALL)
+def async_copies(result):
+    return len(re.findall(r"cp\\.async\\.c[ag]\\.shared\\.global[^;]*, 0x10", result.asm["ptx"]))
+
+forward = attention_triton._forward_kernel
+ALL = dict(HAS_TQ=True, HAS_TK=True, HAS_TV=True)
+for size in (40, 64, 72, 256):
+    blocks, smaller = attention_triton.HALF_BLOCKS[padded(size)], backward.HALF_BLOCKS[padded(size)]
+    result = compiled(forward, blocks, size, MASK="none", HAS_TMASK=False, **ALL)
+    used = result.metadata.shared
     assert used <= 227 * 1024, (size, blocks, used)
-    assert used <= 1.05 * stage_bytes(blocks, padded, 2), (size, blocks, used)
+    assert used <= 1.05 * stage_bytes(blocks, padded(size), 2), (size, blocks, used)
+    assert async_copies(result), ("no copies of 16 bytes", size)
     for kernel in (backward._query_kernel, backward._key_kernel):
-        used = shared_memory(kernel, smaller, size, MASK="bool")
-        assert used <= 99 * 1024, (size, smaller, used)
+        result = compiled(kernel, smaller, size, MASK="bool", mask="i1")
+        assert result.metadata.shared <= 99 * 1024, (size, smaller, result.metadata.shared)
+        assert not re.search(r"ld\\.global[^;]*b16", result.asm["ptx"]), ("loads of 2 bytes", size)
+for dtype, causal, mask_size, limit in (("bf16", True, 0, 227), ("bf16", False, 8, 227), ("fp32", False, 8, 99)):
+    item, table = (4, attention_triton.SINGLE_BLOCKS) if dtype == "fp32" else (2, attention_triton.HALF_BLOCKS)
+    blocks = fit(table[64], 64, item, limit * 1024, mask_size)
+    mask = dict(MASK="bias" if mask_size else "none", HAS_TMASK=mask_size > 0, mask="fp32")
+    used = compiled(forward, blocks, 64, dtype, causal=causal, **mask, **ALL).metadata.shared
+    assert used <= min(limit * 1024, 1.05 * stage_bytes(blocks, 64, item, mask_size)), (dtype, blocks, used)
+for kernel in (backward._query_kernel, backward._key_kernel):
+    used = compiled(kernel, backward.SINGLE_BLOCKS[64], 64, "fp32", "fp32", MASK="bias").metadata.shared
+    assert used <= 99 * 1024, used
 print("compiled")
 """
 
