@@ -56,6 +56,14 @@ def test_agrees_with_scipy_sqrtm_for_any_sizes(n: int, m: int) -> None:
     assert fd(x, y) == pytest.approx(expected, rel=1e-5 if min(n, m) <= 12 else 1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_features_of_the_caller_stay_as_they_are(dtype: torch.dtype) -> None:
+    features = torch.randn(6, 3).to(dtype)
+    before = features.clone()
+    Moments.of(features)
+    assert torch.equal(features, before)
+
+
 @pytest.mark.parametrize("n", [6, 40])
 def test_invariants(n: int) -> None:
     x, y = torch.randn(n, 8).double(), torch.randn(n + 3, 8).double() * 2 + 1
