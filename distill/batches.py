@@ -13,7 +13,7 @@ from .data import ImageData, LatentCache, PromptCache, rows_of
 from .draws import Draws, mix
 from .errors import UserError
 from .methods.base import Batch
-from .teacher import Teacher
+from .teacher import LatentTeacher, Teacher
 
 
 class Batches:
@@ -33,15 +33,20 @@ class Batches:
     ):
         self.config, self.needs, self.data, self.accelerator = config, needs, data, accelerator
         self.device = accelerator.device
-        if needs & {"latents", "prompts"} and teacher is None:
-            raise UserError("teacher: missing; latents and prompts are encoded by `teacher: {path: ...}`")
-        if "latents" in needs:
-            assert teacher is not None
-            self.latents = self._latent_cache(teacher)
-        if "prompts" in needs:
-            assert teacher is not None
-            self.prompts = self._prompt_cache(teacher)
-            self.empty = teacher.encode_prompts([""])
+        if config.data.random_flip and "images" not in needs:
+            raise UserError("data.random_flip: this method trains on cached latents; leave it off")
+        if needs & {"latents", "prompts"}:
+            if not isinstance(teacher, LatentTeacher):
+                raise UserError(
+                    "teacher: missing; latents and prompts are encoded by a latent teacher's parts"
+                )
+            if "latents" in needs:
+                self.latents = self._latent_cache(teacher)
+            if "prompts" in needs:
+                self.prompts = self._prompt_cache(teacher)
+                self.empty = teacher.encode_prompts([""])
+        if "labels" in needs:
+            self.labels = torch.tensor(data.labels)
 
     def micro_batches(self, iteration: int) -> list[Batch]:
         """This process's gradient_accumulation_steps batches of train_batch_size."""
@@ -59,14 +64,20 @@ class Batches:
     def _batch(self, rows: list[int], draws: Draws) -> Batch:
         batch = Batch(draws, captions=[self.data.captions[i] for i in rows])
         if "images" in self.needs:
-            batch.images = (self.data.images(rows).float() / 127.5 - 1).to(self.device)
+            images = (self.data.images(rows).float() / 127.5 - 1).to(self.device)
+            if self.config.data.random_flip:
+                mirrored = (draws.uniform() < 0.5).view(-1, 1, 1, 1)
+                images = torch.where(mirrored, images.flip(-1), images)
+            batch.images = images
         if "latents" in self.needs:
             batch.latents = self.latents[rows].to(self.device)
         if "prompts" in self.needs:
             batch.condition = Condition(self.prompts[batch.captions], self.empty).to(self.device)
+        if "labels" in self.needs:
+            batch.condition = Condition({"class_labels": self.labels[rows]}, {}).to(self.device)
         return batch
 
-    def _latent_cache(self, teacher: Teacher) -> LatentCache:
+    def _latent_cache(self, teacher: LatentTeacher) -> LatentCache:
         @torch.no_grad()
         def encode(images: Tensor) -> Tensor:
             return teacher.posterior(images.to(self.device))
@@ -77,7 +88,7 @@ class Batches:
             is_main=a.is_main_process, barrier=a.wait_for_everyone, progress=_bar("encoding images", a),
         )  # fmt: skip
 
-    def _prompt_cache(self, teacher: Teacher) -> PromptCache:
+    def _prompt_cache(self, teacher: LatentTeacher) -> PromptCache:
         def encode(captions: list[str]) -> dict[str, Tensor]:
             return {k: v.cpu() for k, v in teacher.encode_prompts(captions).items()}
 

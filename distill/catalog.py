@@ -5,14 +5,18 @@ from typing import Any
 
 from .errors import UserError
 from .methods.base import Method
+from .methods.ict import ICT
 from .methods.lcd import LCD
 from .pretrain.autoencoder import Autoencoder
 from .pretrain.diffusion import Diffusion
+from .pretrain.edm import EDMTraining
 from .pretrain.text_encoder import TextEncoder
 
 METHODS: dict[str, type[Method]] = {
     "lcd": LCD,
+    "ict": ICT,
     "diffusion": Diffusion,
+    "edm": EDMTraining,
     "autoencoder": Autoencoder,
     "text_encoder": TextEncoder,
 }

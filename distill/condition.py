@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -14,7 +16,8 @@ class Condition:
 
     arguments  e.g. {"encoder_hidden_states": (B, L, D)}; nested dicts of tensors are allowed
                (SDXL's added_cond_kwargs)
-    empty      the same keys with first dimension 1: what the teacher was trained to see without a prompt
+    empty      the same keys with first dimension 1: what the teacher was trained to see without a prompt; {} where it
+               was not trained without (class labels), or is told nothing
     """
 
     arguments: dict[str, Any]
@@ -25,18 +28,26 @@ class Condition:
 
     def null(self) -> "Condition":
         """Every row without its prompt."""
+        self._need_empty()
         n = len(self)
         rows = _map(lambda e: e.expand(n, *e.shape[1:]), self.empty)
         return Condition({**self.arguments, **rows}, self.empty)
 
     def drop(self, mask: Tensor) -> "Condition":
         """Rows where `mask` (B,) is true lose their prompt."""
+        self._need_empty()
 
         def choose(a: Tensor, e: Tensor) -> Tensor:
             return torch.where(mask.view(-1, *[1] * (a.ndim - 1)), e.to(a), a)
 
         rows = _map(choose, {k: self.arguments[k] for k in self.empty}, self.empty)
         return Condition({**self.arguments, **rows}, self.empty)
+
+    def _need_empty(self) -> None:
+        if not self.empty:
+            raise UserError(
+                "guidance_scale: the network was never trained without its condition; set it to 1"
+            )
 
     def with_(self, **arguments: Any) -> "Condition":
         """More keyword arguments, such as timestep_cond; they have no empty value, null() and drop() keep them."""

@@ -41,9 +41,18 @@ class TeacherSettings:
 @settings
 class StudentSettings:
     """kind: all weights, or a LoRA on the teacher's network (LCM-LoRA, arXiv 2311.05556: rank 64, alpha 64).
-    export_fused: beside lora/ also a pipeline/ with the LoRA added to the weights; a full student has its pipeline."""
+    export_fused: beside lora/ also a pipeline/ with the LoRA added to the weights; a full student has its pipeline.
+
+    init     where a method allows both: the teacher's weights, or new ones
+    network  architecture of new weights: a diffusers model's arguments and its `_class_name` (UNet2DModel where there
+             is none); null for the teacher's architecture
+    dropout  of the residual blocks while training; null for what the architecture says
+    """
 
     kind: Literal["full", "lora"] = "full"
+    init: Literal["teacher", "scratch"] = "teacher"
+    network: dict[str, Any] | None = None
+    dropout: float | None = Field(None, ge=0, lt=1)
     rank: int = Field(64, ge=1)
     lora_alpha: int = Field(64, ge=1)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
@@ -53,13 +62,15 @@ class StudentSettings:
 
 @settings
 class DataSettings:
-    """name: "emoji", "emoji-noto", "emoji-twemoji", an image folder, webdataset shards, or a hub data set."""
+    """name: "emoji", "emoji-noto", "emoji-twemoji", "fashion-mnist", "cifar10", an image folder, webdataset shards, or
+    a hub data set. random_flip: mirror every second image, for methods that train on pixels."""
 
     name: str
     split: str = "train"
     image_column: str = "image"
     caption_column: str = "text"
     center_crop: bool = True
+    random_flip: bool = False
 
 
 @settings
@@ -84,6 +95,7 @@ class RunConfig:
     train_batch_size: int = Field(16, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_train_steps: int = Field(1000, ge=1)
+    optimizer: Literal["adamw", "radam"] = "adamw"
     learning_rate: float = Field(1e-4, gt=0)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = Field(0, ge=0)
@@ -91,7 +103,7 @@ class RunConfig:
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_weight_decay: float = Field(1e-2, ge=0)
     adam_epsilon: float = Field(1e-8, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0)
     mixed_precision: Precision = "no"
     gradient_checkpointing: bool = False
     allow_tf32: bool = False

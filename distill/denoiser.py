@@ -6,21 +6,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from .condition import Condition
-from .process import NoiseProcess, per_sample
+from .errors import UserError
+from .process import EDM, NoiseProcess, per_sample
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "edm")
 
 
 @dataclass(frozen=True)
 class Prediction:
     """A network output at (x_t, t); every view is computed from it in float32 or better.
 
-    output (B, ...) of the network; kind: what the network was trained to give (diffusers' prediction_type).
+    output (B, ...) of the network; kind: what the network was trained to give (diffusers' prediction_type), or "edm":
+    F of x0 = c_skip x + c_out F (arXiv 2206.00364, eq. 7), in the EDM process alone.
     """
 
     output: Tensor
@@ -41,13 +43,17 @@ class Prediction:
             return (self.x_t - s * self.output) / a
         if self.kind == "v_prediction":
             return (a * self.x_t - s * self.output) / (a * a + s * s)
+        if self.kind == "edm":
+            assert isinstance(self.process, EDM)
+            c_skip, c_out, _ = self.process.scalings(self.t)
+            return per_sample(c_skip, self.x_t) * self.x_t + per_sample(c_out, self.x_t) * self.output
         return self.output
 
     @property
     def eps(self) -> Tensor:
         a, s = self._coefficients()
-        if self.kind == "sample":
-            return (self.x_t - a * self.output) / s
+        if self.kind in ("sample", "edm"):
+            return (self.x_t - a * self.x0) / s
         if self.kind == "v_prediction":
             return (s * self.x_t + a * self.output) / (a * a + s * s)
         return self.output
@@ -78,11 +84,22 @@ class Denoiser(nn.Module):
         super().__init__()
         if kind not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type {kind!r} is not one of {', '.join(PREDICTION_TYPES)}")
+        assert kind != "edm" or isinstance(process, EDM)
         self.network, self.process, self.kind = network, process, kind
 
     @abstractmethod
     def call(self, x_t: Tensor, t: Tensor, r: Tensor | None, condition: Condition) -> tuple[tuple, dict]:
-        """The network's own positional and keyword arguments; the one place that knows its time."""
+        """The network's own positional and keyword arguments."""
+
+    def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """State and time as the network was trained to see them: c_in x and 250 ln sigma for "edm", else as they are.
+
+        250 ln sigma is EDM's c_noise times 1,000, what diffusers' CMStochasticIterativeScheduler feeds.
+        """
+        if self.kind != "edm":
+            return x_t, t
+        assert isinstance(self.process, EDM)
+        return per_sample(self.process.scalings(t)[2], x_t) * x_t, 250 * t.double().log()
 
     def forward(
         self,
@@ -94,7 +111,7 @@ class Denoiser(nn.Module):
         features: Sequence[str] = (),
         weights: dict[str, Tensor] | None = None,
     ) -> Prediction:
-        args, kwargs = self.call(x_t, t, r, condition)
+        args, kwargs = self.call(*self.network_input(x_t, t), r, condition)
         kept: dict[str, Tensor] = {}
         with ExitStack() as stack:
             for name in features:
@@ -124,3 +141,69 @@ class UNet2DConditionDenoiser(Denoiser):
             raise ValueError("a UNet2DConditionModel has one time; r needs a two-time student")
         dtype = self.network.dtype
         return (x_t.to(dtype), t.to(torch.float32)), {**condition.to(dtype).arguments, "return_dict": False}
+
+
+class UNet2DDenoiser(Denoiser):
+    """The unconditional or class-conditional convention: (sample, timestep, class_labels=...)."""
+
+    network: UNet2DModel
+
+    def call(self, x_t: Tensor, t: Tensor, r: Tensor | None, condition: Condition) -> tuple[tuple, dict]:
+        if r is not None:
+            raise ValueError("a UNet2DModel has one time; r needs a two-time student")
+        return (x_t.to(self.network.dtype), t.to(torch.float32)), {
+            **condition.arguments,
+            "return_dict": False,
+        }
+
+
+ADAPTERS: dict[type[nn.Module], type[Denoiser]] = {
+    UNet2DConditionModel: UNet2DConditionDenoiser,
+    UNet2DModel: UNet2DDenoiser,
+}
+
+
+def denoiser_of(network: nn.Module, process: NoiseProcess, kind: str) -> Denoiser:
+    """The network behind the adapter of its calling convention. Raises UserError for a class without one."""
+    adapter = ADAPTERS.get(type(network))
+    if adapter is None:
+        known = ", ".join(c.__name__ for c in ADAPTERS)
+        raise UserError(f"network: no adapter for a {type(network).__name__}; there are some for {known}")
+    return adapter(network, process, kind)
+
+
+class DenoiserView(Denoiser):
+    """`inner` as a denoiser of another process: state and time are mapped by equal signal-to-noise ratio.
+
+    Ratios beyond the inner process's ends are cut as `NoiseProcess.map_to` says.
+    """
+
+    def __init__(self, inner: Denoiser, process: NoiseProcess):
+        nn.Module.__init__(self)
+        self.inner, self.process, self.kind = inner, process, "sample"
+
+    @property
+    def network(self) -> nn.Module:  # type: ignore[override]
+        return self.inner.network
+
+    def call(self, x_t: Tensor, t: Tensor, r: Tensor | None, condition: Condition) -> tuple[tuple, dict]:
+        return self.inner.call(*self.inner.network_input(x_t, t), r, condition)
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        r: Tensor | None = None,
+        features: Sequence[str] = (),
+        weights: dict[str, Tensor] | None = None,
+    ) -> Prediction:
+        z, s = self.process.map_to(self.inner.process, x_t, t)
+        seen = self.inner(z, s, condition, r=r, features=features, weights=weights)
+        return Prediction(seen.x0, x_t, t, self.process, self.kind, seen.features)
+
+
+def seen_in(denoiser: Denoiser, process: NoiseProcess) -> Denoiser:
+    """The denoiser itself where `process` is its own, else a view of it."""
+    return denoiser if denoiser.process is process else DenoiserView(denoiser, process)

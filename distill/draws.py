@@ -21,7 +21,7 @@ class Draws:
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Unit Gaussian, (B, *shape)."""
-        return torch.stack([torch.randn(*shape, generator=g) for g in self.generators]).to(self.device)
+        return torch.stack([torch.randn(tuple(shape), generator=g) for g in self.generators]).to(self.device)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform on [low, high), (B,)."""

@@ -22,7 +22,7 @@ from .known_teachers import Blueprint, blueprint, meta_teacher
 from .meta_memory import LiveBytes, fused_attention, nbytes
 from .methods.base import Batch, Method, Parts, Progress
 from .runner import DTYPES, Carry
-from .teacher import Teacher
+from .teacher import LatentTeacher, Teacher
 
 TITLES = {"unet": "teacher network", "vae": "autoencoder", "text_encoder": "text encoder"}
 META = torch.device("meta")
@@ -39,11 +39,11 @@ def describe(config: RunConfig) -> str:
     resolution = c.resolution or (teacher.resolution if teacher else None)
     if resolution is None:
         raise UserError("resolution: missing; without a teacher the image size must be given")
-    captions = _captions(c, resolution)
+    captions, classes = _texts(c, resolution)
     kind = method_named(c.method["name"])
     settings = kind.Settings(**{k: v for k, v in c.method.items() if k != "name"})
     with META:
-        method: Method = kind(settings, Parts(teacher, c.student, captions))
+        method: Method = kind(settings, Parts(teacher, c.student, captions, classes, resolution))
         trained = {k: p for k, p in method.named_parameters() if p.requires_grad}
         ema = EMA(trained, c.ema_decay) if c.use_ema else None
     if teacher is not None:
@@ -52,7 +52,7 @@ def describe(config: RunConfig) -> str:
         _heading(c, plan, resolution),
         _table("parameters", [(name, f"{n:,}") for name, n in parameters(method, teacher).items()]),
         _memory(c, method, teacher, ema, resolution),
-        _work(c, teacher, resolution, len(captions)),
+        _work(c, method, teacher, resolution, len(captions)),
         _downloads(c, plan, teacher),
     ]
     return "\n\n".join(sections)
@@ -141,14 +141,15 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _captions(c: RunConfig, resolution: int) -> list[str]:
-    """Those of embedded data; of other data nothing is opened."""
+def _texts(c: RunConfig, resolution: int) -> tuple[list[str], tuple[str, ...]]:
+    """Captions and classes of embedded data. Other data are not opened: whatever classes they have may fit."""
     if c.data.name not in STYLES:
-        return []
-    return load_data(
+        return [], ("unknown",)
+    data = load_data(
         c.data.name, split=c.data.split, resolution=resolution, image_column=c.data.image_column,
         caption_column=c.data.caption_column, center_crop=c.data.center_crop,
-    ).captions  # fmt: skip
+    )  # fmt: skip
+    return data.captions, data.classes
 
 
 def _batch(c: RunConfig, method: Method, teacher: Teacher | None, resolution: int) -> Batch:
@@ -157,22 +158,24 @@ def _batch(c: RunConfig, method: Method, teacher: Teacher | None, resolution: in
     if "images" in method.needs:
         batch.images = torch.empty(size, 3, resolution, resolution, device=META)
     if "latents" in method.needs:
-        assert teacher is not None
+        assert isinstance(teacher, LatentTeacher)
         batch.latents = torch.empty(size, *latent_record(teacher, resolution), device=META)
     if "prompts" in method.needs:
-        assert teacher is not None
+        assert isinstance(teacher, LatentTeacher)
         states = torch.empty(size, *prompt_record(teacher), device=META)
         batch.condition = Condition({"encoder_hidden_states": states}, {"encoder_hidden_states": states[:1]})
+    if "labels" in method.needs:
+        batch.condition = Condition({"class_labels": torch.zeros(size, dtype=torch.long, device=META)}, {})
     return batch
 
 
-def latent_record(teacher: Teacher, resolution: int) -> tuple[int, int, int]:
+def latent_record(teacher: LatentTeacher, resolution: int) -> tuple[int, int, int]:
     """Shape of an image's mean and log-variance."""
     side = resolution // teacher.pipeline.vae_scale_factor
     return (2 * teacher.vae.config.latent_channels, side, side)
 
 
-def prompt_record(teacher: Teacher) -> tuple[int, int]:
+def prompt_record(teacher: LatentTeacher) -> tuple[int, int]:
     """Shape of a prompt's text states."""
     text = teacher.pipeline.text_encoder.config
     return (text.max_position_embeddings, text.hidden_size)
@@ -212,7 +215,7 @@ def _memory(c: RunConfig, method: Method, teacher: Teacher | None, ema: EMA | No
     return _table(f"memory per device in GiB, {c.train_batch_size} images in each", rows)
 
 
-def _work(c: RunConfig, teacher: Teacher | None, resolution: int, num_rows: int) -> str:
+def _work(c: RunConfig, method: Method, teacher: Teacher | None, resolution: int, num_rows: int) -> str:
     n = num_processes()
     size = c.train_batch_size * c.gradient_accumulation_steps * n
     parts = f"{c.train_batch_size} x {c.gradient_accumulation_steps} accumulated x {n} processes"
@@ -220,8 +223,8 @@ def _work(c: RunConfig, teacher: Teacher | None, resolution: int, num_rows: int)
     if num_rows:
         seen += f", {size * c.max_train_steps / num_rows:.1f} times each of {num_rows:,}"
     rows = [("global batch", f"{size} = {parts}"), ("images seen", seen)]
-    needs = method_named(c.method["name"]).needs
-    if teacher and "latents" in needs:
+    needs = method.needs
+    if isinstance(teacher, LatentTeacher) and "latents" in needs:
         kept = 2 * torch.Size(latent_record(teacher, resolution)).numel()
         if "prompts" in needs:
             item = DTYPES[c.mixed_precision].itemsize

@@ -29,8 +29,9 @@ class EMA(nn.Module):
         return {name: getattr(self, _key(name)) for name in self._parameters_by_name}
 
     @torch.no_grad()
-    def update(self) -> None:
-        decay = self.decay
+    def update(self, decay: float | None = None) -> None:
+        """One step of the average; `decay` in place of its own for this step."""
+        decay = self.decay if decay is None else decay
         if self.warmup:
             n = int(self.updates)
             decay = min(decay, (1 + n) / (10 + n))

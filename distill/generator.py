@@ -49,7 +49,7 @@ class Generator:
     grad_steps "last", "all" or "none": through which steps gradients flow
     """
 
-    def __init__(self, function: ConsistencyFunction, times: Sequence[int], grad_steps: str = "none"):
+    def __init__(self, function: ConsistencyFunction, times: Sequence[float], grad_steps: str = "none"):
         if grad_steps not in ("last", "all", "none"):
             raise ValueError(f"grad_steps {grad_steps!r} is not last, all or none")
         self.function, self.times, self.grad_steps = function, list(times), grad_steps
@@ -76,7 +76,7 @@ class Generator:
                 x0 = self.function(x_t, t, condition, weights=weights)
                 if not last:
                     s = torch.full_like(t, float(self.times[i + 1]))
-                    x_t = process.noised(x0, fresh(x0), s)
+                    x_t = process.renoised(x0, fresh(x0), s)
         return x0
 
 

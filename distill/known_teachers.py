@@ -9,12 +9,14 @@ import diffusers
 import torch
 import transformers
 
+from ..pipelines.pipeline_edm import EDMPipeline
 from .config import TeacherSettings
 from .errors import UserError
-from .teacher import EMBEDDED, Teacher, locate
+from .teacher import EMBEDDED, KNOWN_CLASSES, LatentTeacher, PixelTeacher, Teacher, class_of, locate
 
 PARTS = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json",
          "scheduler": "scheduler_config.json"}  # fmt: skip
+PIXEL_PARTS = ("unet", "scheduler")
 WEIGHTS = (".safetensors", ".bin")
 
 # As published in the repositories' configuration files; parameters: 859,520,964 + 83,653,863 + 123,060,480.
@@ -119,21 +121,21 @@ def meta_teacher(settings: TeacherSettings, parts: dict[str, dict[str, Any]]) ->
             built[name] = (
                 cls.from_config(own) if library == "diffusers" else cls(cls.config_class.from_dict(own))
             )
+    if "vae" not in built:
+        return PixelTeacher(EDMPipeline(**built), settings.path)
     pipeline = diffusers.StableDiffusionPipeline(
         **built, tokenizer=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
-    return Teacher(pipeline, settings.path)
+    return LatentTeacher(pipeline, settings.path)
 
 
 def _read_folder(folder: Path, path: str) -> dict[str, dict[str, Any]]:
-    index = _read_json(folder / "model_index.json", path)
-    kind = index.get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise UserError(
-            f"teacher.path: {path} is a {kind}; teachers so far are StableDiffusionPipeline folders"
-        )
+    index, kind = _read_json(folder / "model_index.json", path), class_of(str(folder))
+    if kind not in ("StableDiffusionPipeline", "EDMPipeline"):
+        raise UserError(f"teacher.path: {path} is a {kind}; {KNOWN_CLASSES}")
     parts = {}
-    for name, file in PARTS.items():
+    for name in PARTS if kind == "StableDiffusionPipeline" else PIXEL_PARTS:
+        file = PARTS[name]
         if None in (index.get(name) or [None]):
             raise UserError(f"teacher.path: {path} has no {name}; save the pipeline with its {name}")
         parts[name] = {**_read_json(folder / name / file, path), "_class": tuple(index[name])}

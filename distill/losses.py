@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Distance = Literal["huber", "l2"]
@@ -13,3 +14,21 @@ def distance(kind: Distance, prediction: Tensor, target: Tensor, huber_c: float 
     if kind == "huber":
         return ((d.square() + huber_c**2).sqrt() - huber_c).mean()
     return d.square().mean()
+
+
+def pseudo_huber(prediction: Tensor, target: Tensor, c: float) -> Tensor:
+    """sqrt(|d|^2 + c^2) - c of each sample's whole difference, (B,), in float32 (arXiv 2310.14189, eq. 7).
+
+    With c = 0 the norm itself, whose gradient at no difference is 0. The sum over a sample's elements is taken inside
+    the root: c = 0.00054 sqrt(D) belongs to it, not to a mean.
+    """
+    d = (prediction.float() - target.float()).flatten(1)
+    if c == 0:
+        return torch.linalg.vector_norm(d, dim=1)
+    return (d.square().sum(1) + c**2).sqrt() - c
+
+
+def mean_distance(kind: Literal["l1", "l2"], prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean |d| or d^2 over each sample's elements, (B,), in float32."""
+    d = (prediction.float() - target.float()).flatten(1)
+    return d.abs().mean(1) if kind == "l1" else d.square().mean(1)

@@ -1,5 +1,6 @@
 """The README.md of an exported folder: what it is, the lines that load it, how it was made."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,19 @@ from typing import Any
 import diffusers
 import torch
 
-from ..pipelines.export import Export
+from ..pipelines.export import Export, is_own
 from .checkpoint import write_file
 from .config import RunConfig
 
 
 def loading_lines(export: Export, folder: str = "pipeline") -> str:
     """Python that opens the export with plain diffusers and samples with its own arguments."""
+    own = is_own(export.model)
+    note = "  # the one file of code in the folder" if own else ""
+    trust = ", trust_remote_code=True" if own else ""
     return (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{folder}")\n'
+        f'pipe = DiffusionPipeline.from_pretrained("{folder}"{trust}){note}\n'
         f"{sampling_line(export)}\n"
     )
 
@@ -38,7 +42,16 @@ def sampling_line(export: Export) -> str:
     """One call of `pipe`, in two steps where there are two."""
     call = export.sampling.get("2") or next(iter(export.sampling.values()))
     arguments = "".join(f", {k}={v}" for k, v in call.items())
-    return f'image = pipe("red apple"{arguments}, generator=torch.Generator().manual_seed(0)).images[0]'
+    arguments += ", generator=torch.Generator().manual_seed(0)"
+    takes = (
+        inspect.signature(type(export.model).__call__).parameters
+        if export.model is not None
+        else {"prompt": 0}
+    )
+    if "prompt" in takes:
+        return f'image = pipe("red apple"{arguments}).images[0]'
+    label = "class_labels=0" if export.model.unet.config.num_class_embeds is not None else ""
+    return f"image = pipe({(label + arguments) if label else arguments[2:]}).images[0]"
 
 
 def adapter_card(config: RunConfig, export: Export, step: int) -> str:

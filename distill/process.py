@@ -48,6 +48,10 @@ class NoiseProcess(ABC):
         """alpha(t) x0 + sigma(t) eps."""
         return per_sample(self.alpha(t), x0) * x0 + per_sample(self.sigma(t), eps) * eps
 
+    def renoised(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The state at t of a consistency function's output, which stands at the process's smallest time."""
+        return self.noised(x, eps, t)
+
     def map_to(self, other: "NoiseProcess", x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The state and time of `other` with the same signal-to-noise ratio.
 
@@ -124,3 +128,49 @@ class VP(NoiseProcess):
         if self.table.device != device:
             self.table = self.table.to(device)
         return self.table
+
+
+class EDM(NoiseProcess):
+    """Variance-exploding process of EDM (arXiv 2206.00364, table 1): alpha = 1, sigma(t) = t.
+
+    sigma_data is the standard deviation of the data per element, which preconditioning needs; rho bends `grid`.
+    """
+
+    def __init__(
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5, rho: float = 7.0
+    ):
+        assert 0 < sigma_min < sigma_max and sigma_data > 0 and rho > 0
+        self.sigma_data, self.rho = sigma_data, rho
+        self.t_range = (sigma_min, sigma_max)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=torch.float64)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.double()
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t, dtype=torch.float64)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=torch.float64)
+
+    def renoised(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x + sqrt(t^2 - sigma_min^2) eps (arXiv 2303.01469, algorithm 1)."""
+        return x + per_sample((t.double().square() - self.t_range[0] ** 2).clamp(min=0).sqrt(), eps) * eps
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        return torch.exp(-0.5 * log_snr.double()).clamp(*self.t_range)
+
+    def grid(self, num_points: int) -> Tensor:
+        """sigma_1 = sigma_min < ... < sigma_N = sigma_max, even in sigma^(1/rho) (eq. 5), (N,) in float64."""
+        low, high = (s ** (1 / self.rho) for s in self.t_range)
+        out = torch.linspace(low, high, num_points, dtype=torch.float64) ** self.rho
+        out[0], out[-1] = self.t_range
+        return out
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in (B,) of D(x, sigma) = c_skip x + c_out F(c_in x, .) (table 1)."""
+        sigma, sd = sigma.double(), self.sigma_data
+        norm = (sigma.square() + sd**2).sqrt()
+        return sd**2 / norm.square(), sigma * sd / norm, 1 / norm

@@ -1,5 +1,6 @@
 """The one training loop: devices, precision, players, averages, logs, checkpoints, pictures, export."""
 
+import math
 import signal
 import time
 from collections import UserDict
@@ -102,7 +103,8 @@ class Runner:
         )  # fmt: skip
         kind = method_named(c.method["name"])
         settings = kind.Settings(**{k: v for k, v in c.method.items() if k != "name"})
-        method: Method = kind(settings, Parts(teacher, c.student, data.captions))
+        parts = Parts(teacher, c.student, data.captions, data.classes, resolution)
+        method: Method = kind(settings, parts)
         if teacher is not None:
             teacher.to(device, DTYPES[c.mixed_precision])
         self._memory_savers(method)
@@ -143,10 +145,15 @@ class Runner:
 
     def _optimiser(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         c = self.config
-        return torch.optim.AdamW(
-            parameters, lr=c.learning_rate, betas=(c.adam_beta1, c.adam_beta2),
-            weight_decay=c.adam_weight_decay, eps=c.adam_epsilon,
-        )  # fmt: skip
+        shared: dict[str, Any] = {
+            "lr": c.learning_rate,
+            "betas": (c.adam_beta1, c.adam_beta2),
+            "weight_decay": c.adam_weight_decay,
+            "eps": c.adam_epsilon,
+        }
+        if c.optimizer == "radam":
+            return torch.optim.RAdam(parameters, decoupled_weight_decay=True, **shared)
+        return torch.optim.AdamW(parameters, **shared)
 
     def _loop(self, start: int) -> bool:
         """Returns whether Ctrl-C ended it early."""
@@ -197,7 +204,8 @@ class Runner:
                 for key, value in out.items():
                     name = key if len(self.players) == 1 else f"{player}/{key}"
                     values[name] = values.get(name, 0) + value.detach().float() / micro
-            norm = self.accelerator.clip_grad_norm_(self.players[player], c.max_grad_norm)
+            limit = math.inf if c.max_grad_norm is None else c.max_grad_norm
+            norm = self.accelerator.clip_grad_norm_(self.players[player], limit)
             if not torch.isfinite(norm) and c.mixed_precision != "fp16":
                 raise UserError(
                     f"step {iteration + 1}: the gradient of {player} is not finite; lower --learning_rate"

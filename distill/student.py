@@ -1,35 +1,41 @@
-"""Students: the teacher's network trained whole, or a LoRA on one shared base."""
+"""Students: the teacher's network trained whole, a new network, or a LoRA on one shared base."""
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import diffusers
+import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .config import StudentSettings
-from .denoiser import UNet2DConditionDenoiser
-from .teacher import Teacher
+from .denoiser import Denoiser, denoiser_of
+from .errors import UserError
+from .process import NoiseProcess
 
 ADAPTER = "student"
 
 
 class Student(nn.Module):
-    """The trained network behind the teacher's call.
+    """The trained network behind the call of `base`, the denoiser that it starts from.
 
     full: a float32 copy, with a guidance embedding input of `guidance_dim` where a method asks for one; its new layer
     starts at zero, so that the student is the teacher at step 0. lora: the teacher's own network with an adapter;
     `teacher_mode()` switches the adapter off, and there is no second base network.
     """
 
-    def __init__(self, teacher: Teacher, settings: StudentSettings, guidance_dim: int | None = None):
+    def __init__(self, base: Denoiser, settings: StudentSettings, guidance_dim: int | None = None):
         super().__init__()
         self.lora = settings.kind == "lora"
-        base: UNet2DConditionModel = teacher.pipeline.unet
+        network: Any = base.network
         if self.lora:
-            base.add_adapter(
+            network.add_adapter(
                 LoraConfig(
                     r=settings.rank,
                     lora_alpha=settings.lora_alpha,
@@ -38,15 +44,16 @@ class Student(nn.Module):
                 ),
                 adapter_name=ADAPTER,
             )
-            network = base
         else:
-            network = full_copy(base, guidance_dim)
-        self.denoiser = UNet2DConditionDenoiser(network, teacher.process, teacher.denoiser.kind)
+            network = full_copy(network, guidance_dim)
+        if settings.dropout is not None:
+            set_dropout(network, settings.dropout)
+        self.denoiser = denoiser_of(network, base.process, base.kind)
         for p in self.trained().values():
             p.data = p.data.float()
 
     @property
-    def network(self) -> UNet2DConditionModel:
+    def network(self) -> Any:
         return self.denoiser.network
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -75,7 +82,7 @@ class Student(nn.Module):
         weights = get_peft_model_state_dict(self.network, adapter_name=ADAPTER)
         return {k: v * scale if ".lora_B." in k else v for k, v in weights.items()}
 
-    def fused(self) -> UNet2DConditionModel:
+    def fused(self) -> Any:
         """A float32 copy with the LoRA added to its weights; the trained network stays as it is."""
         network = copy.deepcopy(self.network).float()
         network.fuse_lora(adapter_names=[ADAPTER])
@@ -83,16 +90,59 @@ class Student(nn.Module):
         return network
 
 
-def full_copy(base: UNet2DConditionModel, guidance_dim: int | None) -> UNet2DConditionModel:
+def full_copy(base: nn.Module, guidance_dim: int | None) -> nn.Module:
     """A trainable copy; `guidance_dim` adds time_embedding.cond_proj, started at zero unless the base has one."""
-    if guidance_dim is None or base.config.time_cond_proj_dim == guidance_dim:
-        network = copy.deepcopy(base)
+    if guidance_dim is None:
+        network: Any = copy.deepcopy(base)
     else:
-        config = {
-            k: v for k, v in base.config.items() if k != "_use_default_values"
-        }  # or ours would be dropped
-        network = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": guidance_dim})
-        missing, unexpected = network.load_state_dict(base.state_dict(), strict=False)
-        assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
-        nn.init.zeros_(network.time_embedding.cond_proj.weight)
+        assert isinstance(base, UNet2DConditionModel)
+        network = with_guidance_input(base, guidance_dim)
     return network.float().requires_grad_(True).train()
+
+
+def with_guidance_input(base: UNet2DConditionModel, guidance_dim: int) -> UNet2DConditionModel:
+    if base.config.time_cond_proj_dim == guidance_dim:
+        return copy.deepcopy(base)
+    config = {k: v for k, v in base.config.items() if k != "_use_default_values"}  # or ours would be dropped
+    network = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": guidance_dim})
+    missing, unexpected = network.load_state_dict(base.state_dict(), strict=False)
+    assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
+    nn.init.zeros_(network.time_embedding.cond_proj.weight)
+    return network
+
+
+def set_dropout(network: nn.Module, probability: float) -> None:
+    """The dropout of every ResnetBlock2D, where diffusers' UNets have it."""
+    blocks = [m for m in network.modules() if isinstance(m, ResnetBlock2D)]
+    if not blocks:
+        raise UserError(f"student.dropout: {type(network).__name__} has no residual blocks; leave it out")
+    for block in blocks:
+        block.dropout.p = probability
+
+
+def new_denoiser(architecture: dict[str, Any], process: NoiseProcess, kind: str) -> Denoiser:
+    """A diffusers network with new weights: its class under `_class_name`, else UNet2DModel, and its arguments."""
+    name = architecture.get("_class_name", "UNet2DModel")
+    cls = getattr(diffusers, str(name), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise UserError(f"student.network: diffusers has no model {name!r}; see _class_name in the configs")
+    config = {k: v for k, v in architecture.items() if not k.startswith("_")}
+    known = inspect.signature(cls.__init__).parameters
+    for key in config:
+        if key not in known:
+            raise UserError(f"student.network.{key}: {name} takes no such argument")
+    try:
+        network = cls(**config)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"student.network: {name} refuses this ({' '.join(str(error).split())[:160]})"
+        ) from None
+    return denoiser_of(network, process, kind)
+
+
+@torch.no_grad()
+def renewed(base: Denoiser, process: NoiseProcess, kind: str) -> Denoiser:
+    """A network of the same architecture as `base`'s with new weights."""
+    network: Any = base.network
+    config = {k: v for k, v in network.config.items() if k != "_use_default_values"}
+    return denoiser_of(type(network).from_config(config), process, kind)

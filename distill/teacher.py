@@ -1,22 +1,26 @@
 """Teachers: diffusers pipeline folders, found by embedded name, then as a folder, then as a hub id."""
 
 import json
-from collections.abc import Sequence
+from abc import ABC
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor
 
+from ..pipelines.pipeline_edm import EDMPipeline
 from .condition import Condition
 from .config import TeacherSettings
-from .denoiser import UNet2DConditionDenoiser
+from .denoiser import Denoiser, UNet2DConditionDenoiser, UNet2DDenoiser
 from .draws import Draws
 from .errors import UserError
-from .process import VP
+from .process import EDM, VP
 
-EMBEDDED = {"emoji-sd": Path(__file__).parent / "teachers" / "emoji_sd"}
+TEACHERS = Path(__file__).parent / "teachers"
+EMBEDDED = {"emoji-sd": TEACHERS / "emoji_sd", "fashion-edm": TEACHERS / "fashion_edm"}
+KNOWN_CLASSES = "teachers so far are folders of StableDiffusionPipeline and EDMPipeline"
 
 
 def locate(path: str) -> str:
@@ -36,10 +40,12 @@ def locate(path: str) -> str:
     return path
 
 
-def load_pipeline(path: str, *, key: str = "teacher.path", **kwargs: Any) -> DiffusionPipeline:
-    """DiffusionPipeline.from_pretrained with one clear line instead of a traceback."""
+def load_pipeline(
+    path: str, cls: type[DiffusionPipeline] = DiffusionPipeline, *, key: str = "teacher.path", **kwargs: Any
+) -> Any:
+    """cls.from_pretrained with one clear line instead of a traceback."""
     try:
-        return DiffusionPipeline.from_pretrained(path, **kwargs)
+        return cls.from_pretrained(path, **kwargs)
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         if Path(path).is_dir() and lacks_scheduler(Path(path)):
@@ -67,10 +73,53 @@ def lacks_scheduler(folder: Path) -> bool:
     return library is None or not (folder / "scheduler" / "scheduler_config.json").is_file()
 
 
-class Teacher:
-    """A frozen latent diffusion pipeline. Parameters need no gradient, but gradients pass through.
+class Teacher(ABC):
+    """A frozen diffusion pipeline. Parameters need no gradient, but gradients pass through.
 
-    denoiser  the network behind the common call
+    denoiser    the network behind the common call
+    shape       (C, H, W) of a sample that it denoises
+    resolution  side of its pictures in pixels
+    """
+
+    shape: tuple[int, int, int]
+    resolution: int
+
+    def __init__(self, pipeline: DiffusionPipeline, path: str, denoiser: Denoiser):
+        self.pipeline, self.path = pipeline, path
+        self.denoiser, self.process = denoiser, denoiser.process
+        for module in self.modules():
+            module.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, settings: TeacherSettings) -> "Teacher":
+        """The teacher that a path names. Raises UserError for a path, class or scheduler that will not do."""
+        folder = locate(settings.path)
+        options = {k: v for k in ("variant", "revision") if (v := getattr(settings, k)) is not None}
+        if class_of(folder) == EDMPipeline.__name__:
+            return PixelTeacher(
+                load_pipeline(folder, EDMPipeline, dtype=torch.float32, **options), settings.path
+            )
+        pipeline = load_pipeline(
+            folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False, **options
+        )
+        return LatentTeacher(pipeline, settings.path)
+
+    def modules(self) -> list[torch.nn.Module]:
+        return [m for m in self.pipeline.components.values() if isinstance(m, torch.nn.Module)]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Moves the frozen parts; an autoencoder stays in float32 where its config asks for that (force_upcast)."""
+        for module in self.modules():
+            upcast = isinstance(module, AutoencoderKL) and module.config.get("force_upcast", False)
+            module.to(device)
+            for p in module.parameters():
+                if not p.requires_grad:  # a LoRA trained on this network stays in float32
+                    p.data = p.data.to(torch.float32 if upcast else dtype)
+
+
+class LatentTeacher(Teacher):
+    """A StableDiffusionPipeline with a variance-preserving scheduler, whose process is `noise`.
+
     Latents are in the diffusion model's units: scaling_factor * (autoencoder latent - shift_factor).
     """
 
@@ -78,52 +127,17 @@ class Teacher:
         if getattr(pipeline, "scheduler", None) is None:
             raise UserError(f"teacher.path: {path} has no scheduler; save the pipeline with its scheduler")
         if not isinstance(pipeline, StableDiffusionPipeline):
-            name = type(pipeline).__name__
-            raise UserError(
-                f"teacher.path: {path} is a {name}; teachers so far are StableDiffusionPipeline folders"
-            )
-        self.pipeline, self.path = pipeline, path
-        self.process = VP.from_scheduler(pipeline.scheduler.config)
+            raise UserError(f"teacher.path: {path} is a {type(pipeline).__name__}; {KNOWN_CLASSES}")
+        self.noise = VP.from_scheduler(pipeline.scheduler.config)
         kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
-        self.denoiser = UNet2DConditionDenoiser(pipeline.unet, self.process, kind)
-        for module in self.modules():
-            module.requires_grad_(False).eval()
-
-    @classmethod
-    def load(cls, settings: TeacherSettings) -> "Teacher":
-        folder = locate(settings.path)
-        options = {"variant": settings.variant, "revision": settings.revision}
-        pipeline = load_pipeline(
-            folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False,
-            **{k: v for k, v in options.items() if v is not None},
-        )  # fmt: skip
-        return cls(pipeline, settings.path)
-
-    def modules(self) -> list[torch.nn.Module]:
-        return [m for m in self.pipeline.components.values() if isinstance(m, torch.nn.Module)]
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Moves the frozen parts; the autoencoder stays in float32 where its config asks for that (force_upcast)."""
-        upcast_vae = self.vae.config.get("force_upcast", False)
-        for module in self.modules():
-            upcast = module is self.vae and upcast_vae
-            module.to(device)
-            for p in module.parameters():
-                if not p.requires_grad:  # a LoRA trained on this network stays in float32
-                    p.data = p.data.to(torch.float32 if upcast else dtype)
+        super().__init__(pipeline, path, UNet2DConditionDenoiser(pipeline.unet, self.noise, kind))
+        config = pipeline.unet.config
+        self.shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.resolution = config.sample_size * pipeline.vae_scale_factor
 
     @property
     def vae(self) -> Any:
         return self.pipeline.vae
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        size = self.pipeline.unet.config.sample_size
-        return (self.pipeline.unet.config.in_channels, size, size)
-
-    @property
-    def resolution(self) -> int:
-        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
 
     @torch.no_grad()
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -152,3 +166,28 @@ class Teacher:
 
     def _shift(self) -> float:
         return self.vae.config.get("shift_factor") or 0.0
+
+
+class PixelTeacher(Teacher):
+    """Our EDMPipeline: an EDM-preconditioned UNet2DModel on pixels, class-conditional or not."""
+
+    def __init__(self, pipeline: EDMPipeline, path: str):
+        process = edm_of(pipeline.scheduler.config)
+        super().__init__(pipeline, path, UNet2DDenoiser(pipeline.unet, process, "edm"))
+        config = pipeline.unet.config
+        self.shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.resolution = config.sample_size
+
+
+def edm_of(config: Mapping[str, Any]) -> EDM:
+    """The process that a CMStochasticIterativeScheduler's configuration describes."""
+    return EDM(config["sigma_min"], config["sigma_max"], config["sigma_data"], config["rho"])
+
+
+def class_of(folder: str) -> str | None:
+    """The pipeline class that a folder's model_index.json names; None for a hub id or an unreadable file."""
+    try:
+        name = json.loads((Path(folder) / "model_index.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name[-1] if isinstance(name, list) else name

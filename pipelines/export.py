@@ -1,7 +1,9 @@
 """Writes what diffusers loads: a pipeline folder with sampling.json and a model card, and a LoRA folder."""
 
 import copy
+import inspect
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,13 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
+
+FOLDER = Path(__file__).parent
+
+
+def is_own(model: Any) -> bool:
+    """Whether a pipeline's class stands in a file of this folder."""
+    return Path(inspect.getfile(type(model))).parent == FOLDER
 
 
 @dataclass
@@ -44,8 +53,20 @@ def in_float32(components: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_export(export: Export, folder: Path, card: str = "") -> None:
-    """Save into the empty `folder`; no JSON in it names a path of the machine it was made on."""
+    """Save into the empty `folder`; no JSON in it names a path of the machine it was made on.
+
+    A pipeline class of ours takes its one file along, and model_index.json names it: diffusers then loads the folder
+    with trust_remote_code=True, without this project.
+    """
     export.model.save_pretrained(folder, safe_serialization=True)
+    if is_own(export.model):
+        source = Path(inspect.getfile(type(export.model)))
+        shutil.copy(source, folder / source.name)
+        index = folder / "model_index.json"
+        tree = json.loads(index.read_text())
+        index.write_text(
+            json.dumps({**tree, "_class_name": [source.stem, type(export.model).__name__]}, indent=2) + "\n"
+        )
     for part in export.beside:
         part.save_pretrained(folder)
     write_notes(export, folder, card)

@@ -67,7 +67,7 @@ def test_lora_of_rank_64_has_the_size_of_the_released_lcm_lora() -> None:
     released = (134_621_556 - 8 - 116_544) // 2 - 278
     config = load_config(read_yaml(CONFIGS / "sd15" / "lcd_lora.yaml"))
     with torch.device("meta"):
-        student = Student(meta_teacher(SD, SD15), config.student)
+        student = Student(meta_teacher(SD, SD15).denoiser, config.student)
     trained = student.trained()
     assert sum(p.numel() for p in trained.values()) == released
     assert len(trained) == 2 * 278

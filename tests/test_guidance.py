@@ -1,6 +1,7 @@
 """Guidance, boundary and distance against recorded values, diffusers' own code and closed forms."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -145,7 +146,9 @@ def test_consistency_function_has_the_recorded_values_and_the_identity_at_zero()
     at_519 = torch.tensor([[0.479421, -1.648761, 1.610743, 2.090165]])
     torch.testing.assert_close(function(STATE, torch.tensor([519]), condition), at_519, rtol=0, atol=2e-6)
     assert torch.equal(function(STATE, torch.tensor([0]), condition), STATE)
-    slow = ConsistencyFunction(denoiser, timestep_scaling=0.01)(STATE, torch.tensor([519]), condition)
+    slow = ConsistencyFunction(denoiser, partial(lcm_boundary, timestep_scaling=0.01))(
+        STATE, torch.tensor([519]), condition
+    )
     s = 5.19
     expected = 0.25 / (s**2 + 0.25) * STATE + s / math.sqrt(s**2 + 0.25) * at_519
     torch.testing.assert_close(slow, expected, rtol=0, atol=5e-6)

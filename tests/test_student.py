@@ -44,7 +44,7 @@ def storages(module: nn.Module) -> set[int]:
 
 
 def test_a_full_student_is_the_teacher_at_step_0_whatever_omega(teacher: Teacher) -> None:
-    student = Student(teacher, StudentSettings(), guidance_dim=32)
+    student = Student(teacher.denoiser, StudentSettings(), guidance_dim=32)
     x, t, condition = inputs(teacher)
     embedded = condition.with_(timestep_cond=torch.randn(2, 32))
     start = output(student.denoiser, (x, t, embedded))
@@ -57,7 +57,7 @@ def test_a_full_student_is_the_teacher_at_step_0_whatever_omega(teacher: Teacher
 
 
 def test_a_full_student_is_a_copy_that_trains_whole(teacher: Teacher) -> None:
-    student = Student(teacher, StudentSettings(), guidance_dim=32)
+    student = Student(teacher.denoiser, StudentSettings(), guidance_dim=32)
     assert not storages(student.network) & storages(teacher.pipeline.unet)
     assert set(student.trained()) == {k for k, _ in student.network.named_parameters()}
     extra = set(student.trained()) - {k for k, _ in teacher.pipeline.unet.named_parameters()}
@@ -73,7 +73,7 @@ def test_a_full_student_is_a_copy_that_trains_whole(teacher: Teacher) -> None:
 
 
 def test_without_a_guidance_embedding_the_copy_is_plain(teacher: Teacher) -> None:
-    student = Student(teacher, StudentSettings())
+    student = Student(teacher.denoiser, StudentSettings())
     assert student.network.config.time_cond_proj_dim is None
     given = inputs(teacher)
     assert torch.equal(output(student.denoiser, given), output(teacher.denoiser, given))
@@ -90,14 +90,14 @@ def test_a_teacher_that_knows_omega_hands_its_embedding_layer_on(teacher: Teache
 def test_a_full_student_of_a_half_precision_teacher_is_float32(teacher: Teacher) -> None:
     teacher.to(torch.device("cpu"), torch.bfloat16)
     for dim in (None, 32):
-        student = Student(teacher, StudentSettings(), guidance_dim=dim)
+        student = Student(teacher.denoiser, StudentSettings(), guidance_dim=dim)
         assert {p.dtype for p in student.network.parameters()} == {torch.float32}
     assert {p.dtype for p in teacher.pipeline.unet.parameters()} == {torch.bfloat16}
 
 
 def test_a_lora_shares_the_one_network_of_the_teacher(teacher: Teacher) -> None:
     before = storages(teacher.pipeline.unet)
-    student = Student(teacher, LORA)
+    student = Student(teacher.denoiser, LORA)
     assert student.network is teacher.pipeline.unet is teacher.denoiser.network
     added = storages(student.network) - before
     assert before < storages(student.network)
@@ -112,7 +112,7 @@ def test_only_the_adapter_is_trained_and_its_size_is_that_of_its_rank(teacher: T
         if any(name.endswith("." + t) or name == t for t in LORA_TARGETS) and hasattr(layer, "weight"):
             fan_out, *fan_in = layer.weight.shape
             expected += 4 * (fan_out + torch.Size(fan_in).numel())
-    student = Student(teacher, LORA)
+    student = Student(teacher.denoiser, LORA)
     assert all(".lora_A." in k or ".lora_B." in k for k in student.trained())
     numbers = 0
     for name, p in student.trained().items():
@@ -125,7 +125,7 @@ def test_only_the_adapter_is_trained_and_its_size_is_that_of_its_rank(teacher: T
 def test_adapter_off_is_the_teacher_bit_for_bit(teacher: Teacher) -> None:
     given = inputs(teacher)
     before = output(teacher.denoiser, given)
-    student = Student(teacher, LORA)
+    student = Student(teacher.denoiser, LORA)
     assert torch.equal(output(student.denoiser, given), before)
     shaken(student.trained())
     moved = output(student.denoiser, given)
@@ -137,7 +137,7 @@ def test_adapter_off_is_the_teacher_bit_for_bit(teacher: Teacher) -> None:
 
 
 def test_the_adapter_comes_back_trainable_even_after_an_error(teacher: Teacher) -> None:
-    student = Student(teacher, LORA)
+    student = Student(teacher.denoiser, LORA)
     shaken(student.trained())
     names = set(student.trained())
     given = inputs(teacher)
@@ -150,7 +150,7 @@ def test_the_adapter_comes_back_trainable_even_after_an_error(teacher: Teacher) 
 
 def test_a_gradient_taken_before_teacher_mode_still_arrives(teacher: Teacher) -> None:
     """The order of a distillation step: the student's pass, the teacher's on the same network, backward."""
-    student = Student(teacher, LORA)
+    student = Student(teacher.denoiser, LORA)
     shaken(student.trained())
     given = inputs(teacher)
     student.denoiser(*given).output.square().sum().backward()
@@ -166,7 +166,7 @@ def test_a_gradient_taken_before_teacher_mode_still_arrives(teacher: Teacher) ->
 
 
 def test_the_adapter_stays_in_float32_on_a_half_precision_base(teacher: Teacher) -> None:
-    student = Student(teacher, LORA)
+    student = Student(teacher.denoiser, LORA)
     shaken(student.trained())
     given = inputs(teacher)
     full = output(student.denoiser, given)
@@ -181,7 +181,7 @@ def test_the_adapter_stays_in_float32_on_a_half_precision_base(teacher: Teacher)
 
 
 def test_the_average_of_a_lora_holds_the_adapter_alone_and_can_be_evaluated(teacher: Teacher) -> None:
-    student = Student(teacher, LORA)
+    student = Student(teacher.denoiser, LORA)
     ema = EMA(student.trained(), 0.5)
     assert set(ema.tensors()) == set(student.trained())
     given = inputs(teacher)
@@ -197,7 +197,7 @@ def test_the_average_of_a_lora_holds_the_adapter_alone_and_can_be_evaluated(teac
 def test_stock_diffusers_loads_the_adapter_at_any_alpha(
     alpha: int, teacher: Teacher, tiny_pipeline: Path, tmp_path: Path
 ) -> None:
-    student = Student(teacher, StudentSettings(kind="lora", rank=4, lora_alpha=alpha))
+    student = Student(teacher.denoiser, StudentSettings(kind="lora", rank=4, lora_alpha=alpha))
     shaken(student.trained())
     given = inputs(teacher)
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=student.lora_weights())
@@ -210,7 +210,7 @@ def test_stock_diffusers_loads_the_adapter_at_any_alpha(
 
 
 def test_the_fused_network_is_the_student_without_an_adapter(teacher: Teacher) -> None:
-    student = Student(teacher, StudentSettings(kind="lora", rank=4, lora_alpha=8))
+    student = Student(teacher.denoiser, StudentSettings(kind="lora", rank=4, lora_alpha=8))
     shaken(student.trained())
     given = inputs(teacher)
     before = output(student.denoiser, given)

@@ -12,7 +12,7 @@ from ..condition import Condition
 from ..config import StudentSettings
 from ..draws import Draws
 from ..errors import UserError
-from ..teacher import Teacher
+from ..teacher import LatentTeacher, Teacher
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Batch:
 
     images    (B, 3, H, W) in [-1, 1]
     latents   (B, 2C, h, w) posterior mean and log-variance of the autoencoder, unscaled
-    condition the prompts as the network's keyword arguments
+    condition the prompts or class labels as the network's keyword arguments
     captions  B strings
     draws     this batch's random numbers
     """
@@ -59,28 +59,44 @@ class Published:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a method is built from. captions: those of the training data, in its order."""
+    """What a method is built from.
+
+    captions    those of the training data, in its order
+    classes     names of the data's classes in the order of their labels, empty where there are none
+    resolution  side of the training images in pixels
+    """
 
     teacher: Teacher | None
     student: StudentSettings
     captions: list[str]
+    classes: tuple[str, ...] = ()
+    resolution: int | None = None
 
     def need_teacher(self) -> Teacher:
         if self.teacher is None:
             raise UserError("teacher: missing; this method needs `teacher: {path: ...}`")
         return self.teacher
 
+    def need_latent_teacher(self) -> LatentTeacher:
+        teacher = self.need_teacher()
+        if not isinstance(teacher, LatentTeacher):
+            raise UserError(
+                f"teacher.path: {teacher.path} works on pixels; this method needs a StableDiffusionPipeline"
+            )
+        return teacher
+
 
 class Method(nn.Module, ABC):
     """A loss and the state it owns. Knows tensors, a student and perhaps a teacher; never devices or files.
 
-    Subclasses set `Settings`, `needs` (the batch fields they read: images, latents, prompts) and, for comparisons,
-    `published`; they take (settings, parts), and implement `players`, `forward`, `pictures` and `export`.
+    Subclasses set `Settings`, `needs` (what they read of a batch: images, latents, prompts, labels; at the latest in
+    their constructor) and, for comparisons, `published`; they take (settings, parts), and implement `players`,
+    `forward`, `pictures` and `export`.
     What a checkpoint holds: parameters that require a gradient, and every persistent buffer.
     """
 
     Settings: ClassVar[type]
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     published: ClassVar[tuple[Published, ...]] = ()
 
     def __init__(self, settings: Any, parts: Parts):

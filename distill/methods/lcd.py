@@ -1,5 +1,6 @@
 """Latent consistency distillation (LCM, arXiv 2310.04378; with a LoRA student LCM-LoRA, arXiv 2311.05556)."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ...pipelines.export import Adapter, Export, in_float32
 from ..condition import Condition
 from ..config import settings
-from ..consistency import ConsistencyFunction
+from ..consistency import ConsistencyFunction, lcm_boundary
 from ..ema import EMA
 from ..errors import UserError
 from ..generator import Generator, fresh_from, lcm_timesteps, seeded
@@ -77,8 +78,8 @@ class LCD(Method):
             raise UserError(
                 f"method.w_export: {s.w_export} is outside the trained range {s.w_min}..{s.w_max}"
             )
-        self.teacher = parts.need_teacher()
-        self.process = self.teacher.process
+        self.teacher = parts.need_latent_teacher()
+        self.process = self.teacher.noise
         self.total = len(self.process.abar)
         if self.total % s.num_ddim_timesteps:
             raise UserError(
@@ -90,8 +91,11 @@ class LCD(Method):
         except ValueError as error:
             raise UserError(f"method.sampling_power: {error}; lower it") from None
         lora = parts.student.kind == "lora"
-        self.student = Student(self.teacher, parts.student, guidance_dim=None if lora else s.guidance_dim)
-        self.function = ConsistencyFunction(self.student.denoiser, s.timestep_scaling)
+        self.student = Student(
+            self.teacher.denoiser, parts.student, guidance_dim=None if lora else s.guidance_dim
+        )
+        boundary = partial(lcm_boundary, timestep_scaling=s.timestep_scaling)
+        self.function = ConsistencyFunction(self.student.denoiser, boundary)
         decay = None if lora else s.target_decay
         self.target = None if decay is None else EMA(self.student.trained(), decay)
 
@@ -150,7 +154,7 @@ class LCD(Method):
         guidance = torch.full((len(captions),), w, device=self.teacher.vae.device)
         fresh = fresh_from(generators)
         device = self.teacher.vae.device
-        noise = fresh(torch.empty(len(captions), *self.teacher.latent_shape, device=device))
+        noise = fresh(torch.empty(len(captions), *self.teacher.shape, device=device))
         return self.generator(num_steps)(noise, self.embedded(condition, guidance), fresh)
 
     def pictures(self, captions: list[str], seed: int) -> dict[str, Tensor]:

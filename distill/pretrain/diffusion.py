@@ -33,8 +33,8 @@ class Diffusion(Method):
 
     def __init__(self, settings: DiffusionSettings, parts: Parts):
         super().__init__(settings, parts)
-        self.teacher = parts.need_teacher()
-        self.student = Student(self.teacher, parts.student)
+        self.teacher = parts.need_latent_teacher()
+        self.student = Student(self.teacher.denoiser, parts.student)
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"student": list(self.student.trained().values())}
@@ -61,7 +61,7 @@ class Diffusion(Method):
         generators = seeded(len(captions), seed)
         z = ddim_sample(
             self.student.denoiser,
-            self.teacher.latent_shape,
+            self.teacher.shape,
             condition,
             20,
             self.settings.guidance_scale,

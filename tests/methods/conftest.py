@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from fewstep.distill.config import StudentSettings
 from fewstep.distill.methods.base import Parts
 from fewstep.distill.methods.lcd import LCD, LCDSettings
-from fewstep.distill.teacher import Teacher
+from fewstep.distill.teacher import LatentTeacher
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def build_lcd(tiny_pipeline: Path) -> Callable[..., LCD]:
     ) -> LCD:
         pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
         pipeline.scheduler.register_to_config(prediction_type=prediction)
-        parts = Parts(Teacher(pipeline, str(tiny_pipeline)), student or StudentSettings(), [])
+        parts = Parts(LatentTeacher(pipeline, str(tiny_pipeline)), student or StudentSettings(), [])
         method = LCD(LCDSettings(**{"guidance_dim": 16, **settings}), parts)
         generator = torch.Generator().manual_seed(3)
         averages = [] if method.target is None else list(method.target.tensors().values())

@@ -1,0 +1,88 @@
+"""Trains a pixel teacher from data: EDM (arXiv 2206.00364), class-conditional where the network is."""
+
+from typing import Any
+
+import torch
+from diffusers import CMStochasticIterativeScheduler
+from pydantic import Field
+from torch import Tensor, nn
+
+from ...pipelines.export import Export
+from ...pipelines.pipeline_edm import EDMPipeline
+from ..config import settings
+from ..errors import UserError
+from ..generator import seeded
+from ..methods.base import Batch, Method, Parts, Progress
+from ..process import EDM, per_sample
+from ..space import pixel_space
+from ..student import Student, new_denoiser
+
+
+@settings
+class EDMSettings:
+    """Defaults are EDM's (table 1): ln sigma is normal with mean p_mean and standard deviation p_std in training;
+    sampling runs from sigma_max to sigma_min on a grid bent by rho. num_inference_steps: of Heun, in pictures and
+    sampling.json."""
+
+    p_mean: float = -1.2
+    p_std: float = Field(1.2, gt=0)
+    sigma_min: float = Field(0.002, gt=0)
+    sigma_max: float = Field(80.0, gt=0)
+    sigma_data: float = Field(0.5, gt=0)
+    rho: float = Field(7.0, gt=0)
+    num_inference_steps: int = Field(18, ge=1)
+
+
+class EDMTraining(Method):
+    """E (sigma^2 + sd^2) / (sigma sd)^2 |D(x0 + sigma eps, sigma) - x0|^2 (eq. 2 with table 1's weight)."""
+
+    Settings = EDMSettings
+
+    def __init__(self, settings: EDMSettings, parts: Parts):
+        super().__init__(settings, parts)
+        if parts.student.network is None:
+            raise UserError("student.network: missing; give the arguments of a UNet2DModel")
+        s = settings
+        self.process = EDM(s.sigma_min, s.sigma_max, s.sigma_data, s.rho)
+        self.student = Student(new_denoiser(parts.student.network, self.process, "edm"), parts.student)
+        self.space = pixel_space(self.student.network, parts)
+        self.needs = self.space.needs
+
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        return {"student": list(self.student.trained().values())}
+
+    def forward(
+        self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        s, draws = self.settings, batch.draws
+        x0 = self.space.samples(batch)
+        sigma = (s.p_mean + s.p_std * draws.normal(()).double()).exp()
+        x_t = self.process.noised(x0, draws.normal(x0.shape[1:]), sigma)
+        error = self.student.denoiser(x_t, sigma, self.space.told(batch)).x0 - x0
+        weight = (sigma.square() + s.sigma_data**2) / (sigma * s.sigma_data).square()
+        return {"loss": (per_sample(weight, error) * error.square()).mean()}
+
+    def pictures(self, captions: list[str], seed: int) -> dict[str, Tensor]:
+        pipeline = self.pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        device = next(self.student.parameters()).device
+        labels = self.space.condition(captions).arguments.get("class_labels")
+        rows = {}
+        for n in (4, self.settings.num_inference_steps):
+            images = pipeline.to(device)(
+                len(captions), labels, n, generator=seeded(len(captions), seed), output_type="pt"
+            ).images
+            rows[f"{n} steps"] = self.space.decode(images * 2 - 1)
+        return rows
+
+    def pipeline(self) -> EDMPipeline:
+        s = self.settings
+        scheduler = CMStochasticIterativeScheduler(
+            sigma_min=s.sigma_min, sigma_max=s.sigma_max, sigma_data=s.sigma_data, rho=s.rho
+        )
+        return EDMPipeline(self.student.network, scheduler)
+
+    @torch.no_grad()
+    def export(self) -> Export:
+        steps = self.settings.num_inference_steps
+        return Export(self.pipeline(), sampling={"default": {"num_inference_steps": steps}})
