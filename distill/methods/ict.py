@@ -298,7 +298,7 @@ class ICT(Method):
         """Refuses noise levels that a network trained in another process has never seen."""
         if isinstance(denoiser, DenoiserView):
             inner, (low, high) = denoiser.inner.process, self.process.t_range
-            ends = torch.tensor(inner.t_range, dtype=torch.float64)
+            ends = torch.tensor(inner.t_range, dtype=torch.float64, device="cpu")  # also in a dry run
             least, most = (inner.sigma(ends) / inner.alpha(ends)).tolist()
             if low < least * (1 - 1e-3) or high > most * (1 + 1e-3):
                 raise UserError(

@@ -8,48 +8,73 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ...pipelines.export import Export, sampling_of, write_export
+from ...pipelines.pipeline_edm import EDMPipeline
 from ..checkpoint import write_folder
 from ..config import RunConfig, load_config
 from ..data import load_data
 from ..errors import UserError
 from ..runner import Runner
-from .card import write_card
+from ..teacher import class_of
+from .card import write_card, write_pixel_card
 
 STAGES = ("autoencoder", "text_encoder", "diffusion")
+PIXEL_STAGES = ("pixels",)
 
 
 def train(tree: dict[str, Any]) -> Path:
     """The stages of a teacher configuration, each a run folder below output_dir that resumes by itself.
 
-    tree: output_dir, stages {autoencoder, text_encoder, diffusion} (run configurations without output_dir), network
-    (UNet2DConditionModel's arguments), scheduler (DDIMScheduler's arguments). Returns the pipeline folder, in float16.
+    tree: output_dir and stages, run configurations without output_dir: either {pixels}; or {autoencoder, text_encoder,
+    diffusion}, beside network (UNet2DConditionModel's arguments) and scheduler (DDIMScheduler's arguments).
+    Returns the pipeline folder, in float16. Raises UserError for missing and unknown keys.
     """
-    for key in ("output_dir", "stages", "network", "scheduler"):
-        if key not in tree:
-            raise UserError(f"{key}: missing; see configs/emoji/teacher.yaml")
-    unknown = sorted(set(tree) - {"output_dir", "stages", "network", "scheduler"}) + sorted(
-        set(tree["stages"]) - set(STAGES)
-    )
-    if unknown:
-        raise UserError(f"{unknown[0]}: no such key; the stages are {', '.join(STAGES)}")
+    for key in ("output_dir", "stages"):
+        if not tree.get(key):
+            raise UserError(
+                f"{key}: missing; see configs/emoji/teacher.yaml and configs/fashion/teacher.yaml"
+            )
+    if not isinstance(tree["stages"], dict):
+        raise UserError(f"stages: {tree['stages']!r} has no keys; write `stages: {{pixels: ...}}`")
+    pixels = "pixels" in tree["stages"]
+    _check_keys("", tree, ("output_dir", "stages", *(() if pixels else ("network", "scheduler"))))
+    _check_keys("stages.", tree["stages"], PIXEL_STAGES if pixels else STAGES)
     root = Path(tree["output_dir"])
+    last = root / (_train_pixels if pixels else _train_latents)(root, tree)
+    pipeline = halve(last / "pipeline", root / "pipeline")
+    (write_pixel_card if pixels else write_card)(pipeline)
+    return pipeline
+
+
+def _check_keys(prefix: str, tree: dict[str, Any], wanted: tuple[str, ...]) -> None:
+    for key in wanted:
+        if key not in tree:
+            raise UserError(
+                f"{prefix}{key}: missing; see configs/emoji/teacher.yaml and configs/fashion/teacher.yaml"
+            )
+    for key in tree:
+        if key not in wanted:
+            raise UserError(f"{prefix}{key}: no such key; there are {', '.join(wanted)}")
+
+
+def _train_pixels(root: Path, tree: dict[str, Any]) -> str:
+    finish(load_config({**tree["stages"]["pixels"], "output_dir": str(root / "pixels")}))
+    return "pixels"
+
+
+def _train_latents(root: Path, tree: dict[str, Any]) -> str:
     runs = {s: load_config({**tree["stages"][s], "output_dir": str(root / s)}) for s in STAGES[:2]}
     for config in runs.values():
         finish(config)
     start = root / "start"
     if not start.is_dir():
         write_folder(start, lambda folder: assemble(runs["autoencoder"], root, tree).save_pretrained(folder))
-    last = load_config(
-        {
-            **tree["stages"]["diffusion"],
-            "output_dir": str(root / "diffusion"),
-            "teacher": {"path": str(start)},
-        }
-    )
-    finish(last)
-    pipeline = halve(root / "diffusion" / "pipeline", root / "pipeline")
-    write_card(pipeline)
-    return pipeline
+    stage = {
+        **tree["stages"]["diffusion"],
+        "output_dir": str(root / "diffusion"),
+        "teacher": {"path": str(start)},
+    }
+    finish(load_config(stage))
+    return "diffusion"
 
 
 def finish(config: RunConfig) -> None:
@@ -86,7 +111,8 @@ def assemble(autoencoder: RunConfig, root: Path, tree: dict[str, Any]) -> Stable
 
 def halve(source: Path, target: Path) -> Path:
     """The same pipeline in float16 safetensors, with its sampling.json and card."""
-    pipeline = StableDiffusionPipeline.from_pretrained(source, dtype=torch.float16)
+    cls = EDMPipeline if class_of(str(source)) == EDMPipeline.__name__ else StableDiffusionPipeline
+    pipeline = cls.from_pretrained(source, dtype=torch.float16)
     card = (source / "README.md").read_text()
     export = Export(pipeline, sampling=sampling_of(source))
     write_folder(target, lambda folder: write_export(export, folder, card))
