@@ -85,7 +85,7 @@ def held_bytes(method: Method, teacher: Teacher | None, ema: EMA | None) -> dict
     rest = [t for t in tensors_of(method) if id(t) not in counted]
     out["trained weights, float32"] = nbytes(trained)
     out["gradients"] = nbytes(trained)
-    out["AdamW's two moments"] = 2 * nbytes(trained)
+    out["the optimiser's two moments"] = 2 * nbytes(trained)
     out["moving targets and other state of the method"] = nbytes(rest)
     if ema is not None:
         out["average of the trained weights (use_ema)"] = nbytes(ema.buffers())
@@ -184,9 +184,11 @@ def prompt_record(teacher: LatentTeacher) -> tuple[int, int]:
 def _heading(c: RunConfig, plan: Blueprint | None, resolution: int) -> str:
     s = c.student
     kind = "all weights" if s.kind == "full" else f"LoRA of rank {s.rank}, alpha {s.lora_alpha:g}"
-    rows = [("method", c.method["name"])]
+    if s.network is not None:
+        kind += f", new {s.network.get('_class_name', 'UNet2DModel')}"
+    rows = [("method", c.method["name"]), ("student", kind)]
     if c.teacher and plan:
-        rows += [("student", kind), ("teacher", f"{c.teacher.path} (architecture from {plan.origin})")]
+        rows.append(("teacher", f"{c.teacher.path} (architecture from {plan.origin})"))
     rows += [("data", f"{c.data.name}, split {c.data.split}, {resolution} px"), ("output_dir", c.output_dir)]
     return _table("", rows)
 

@@ -82,7 +82,7 @@ def test_sd15_recipes_pass(name: str, trained: int, capsys: pytest.CaptureFixtur
     assert rows(text, "parameters")["trained"] == f"{trained:,}"
     memory = rows(text, "memory")
     assert memory["teacher network, float16"] == "1.60"  # 859,520,964 * 2 / 2^30
-    assert memory["AdamW's two moments"] == dry_run.gib(8 * trained)
+    assert memory["the optimiser's two moments"] == dry_run.gib(8 * trained)
     assert ("moving targets and other state of the method" in memory) == (name == "lcd")
     low, high = (float(memory["activations, estimate"].split()[i]) for i in (0, 2))
     assert 0.5 < high < 20 and low == pytest.approx(high / 2, abs=0.01)
