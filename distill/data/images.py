@@ -26,14 +26,26 @@ class ImageData(ABC):
 
     captions  N strings, "" where there is none
     rows      N dicts with what else is known: category, subcategory, style, unified (code points)
+    classes   names of the categories in label order; empty where the data set does not say
+    name      how messages call the data set
     """
 
-    def __init__(self, captions: list[str], rows: list[dict[str, str]], resolution: int, center_crop: bool):
+    def __init__(
+        self,
+        captions: list[str],
+        rows: list[dict[str, str]],
+        resolution: int,
+        center_crop: bool,
+        classes: tuple[str, ...] = (),
+        name: str = "data",
+    ):
         assert len(captions) == len(rows)
         self.captions = captions
         self.rows = rows
         self.resolution = resolution
         self.center_crop = center_crop
+        self.classes = classes
+        self.name = name
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -45,6 +57,22 @@ class ImageData(ABC):
     @abstractmethod
     def hash_content(self, digest: Any) -> None:
         """Feed what identifies the images, in order, to a hashlib object."""
+
+    @cached_property
+    def labels(self) -> list[int]:
+        """The class of every row as its place in `classes`. UserError where a row has none."""
+        if not self.classes:
+            raise UserError(
+                f"{self.name}: has no class labels: give a data set with classes, such as fashion-mnist, a folder "
+                'with one subfolder per class, or a table with a ClassLabel column "label"'
+            )
+        places = {name: i for i, name in enumerate(self.classes)}
+        labels = [places.get(row.get("category", "")) for row in self.rows]
+        if None in labels:
+            raise UserError(
+                f"{self.name}: row {labels.index(None)} has no class labels: give it one or remove it"
+            )
+        return [label for label in labels if label is not None]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -66,9 +94,11 @@ class MemoryImages(ImageData):
         *,
         resolution: int,
         center_crop: bool = True,
+        classes: tuple[str, ...] = (),
+        name: str = "data",
     ):
         assert pixels.dtype == torch.uint8 and len(pixels) == len(captions)
-        super().__init__(captions, rows, resolution, center_crop)
+        super().__init__(captions, rows, resolution, center_crop, classes, name)
         self.pixels = pixels
 
     def images(self, indices: Sequence[int] | None = None) -> Tensor:
@@ -98,8 +128,10 @@ class TableImages(ImageData):
         *,
         resolution: int,
         center_crop: bool = True,
+        classes: tuple[str, ...] = (),
+        name: str = "data",
     ):
-        super().__init__(captions, rows, resolution, center_crop)
+        super().__init__(captions, rows, resolution, center_crop, classes, name)
         self.table = table
 
     def images(self, indices: Sequence[int] | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import UserError
 from .embedded import STYLES, load_emoji
 from .images import ImageData, TableImages
+from .named import NAMED, load_class_folder, load_named
 from .tables import no_captions, open_folder, open_hub, open_shards
 
 
@@ -21,9 +22,10 @@ def load_data(
 ) -> ImageData:
     """Captioned images, resized and cut to `resolution` x `resolution`, RGB over white.
 
-    name            "emoji", "emoji-noto", "emoji-twemoji"; else a folder of images (with metadata.jsonl for
-                    captions; images that it does not list are left out), of webdataset shards or of parquet
-                    files; else a shard or a pattern such as "shards/{000..099}.tar"; else an id on the Hub
+    name            "emoji", "emoji-noto", "emoji-twemoji"; "fashion-mnist" (named.py says where it is looked
+                    for); else a folder of IDX files (idx.py), of images (with metadata.jsonl for captions;
+                    images that it does not list are left out), of webdataset shards or of parquet files;
+                    else a shard or a pattern such as "shards/{000..099}.tar"; else an id on the Hub
     split           a folder's splits are its subfolders (train, holdout, ...); without any it is all "train"
     caption_column  where the captions are; a column of class labels gives the class names. None: no captions.
                     Shards have them in their .txt files, or under this key in their .json files
@@ -34,13 +36,22 @@ def load_data(
     """
     if resolution < 1:
         raise UserError(f"resolution: {resolution} is no size in pixels: give a positive number")
-    if name in STYLES:
+    path, captions_expected = Path(name).expanduser(), True
+    how: Any = {
+        "split": split,
+        "resolution": resolution,
+        "caption_column": caption_column,
+        "center_crop": center_crop,
+    }
+    known = None
+    if name in STYLES or name in NAMED:
+        known = (load_emoji if name in STYLES else load_named)(name, **how)
+    elif path.is_dir():
+        known = load_class_folder(path, **how)
+    if known is not None:
         if image_column != "image":
             raise UserError(f"{name}: has no image column {image_column!r}: set image_column to image")
-        return load_emoji(
-            name, split=split, resolution=resolution, caption_column=caption_column, center_crop=center_crop
-        )
-    path, captions_expected = Path(name).expanduser(), True
+        return known
     if path.is_dir():
         table, captions_expected = open_folder(path, split, caption_column)
     elif path.is_file() or re.search(r"[*?\[{]", name):
