@@ -70,7 +70,7 @@ class ImageData(ABC):
         labels = [places.get(row.get("category", "")) for row in self.rows]
         if None in labels:
             raise UserError(
-                f"{self.name}: row {labels.index(None)} has no class label: give it one of {self.classes} or remove it"
+                f"{self.name}: row {labels.index(None)} has no class label: give it one or remove it"
             )
         return [label for label in labels if label is not None]
 
