@@ -14,6 +14,7 @@ from .condition import Condition
 from .config import RunConfig
 from .data import load_data
 from .data.embedded import STYLES
+from .data.named import NAMED, find_named
 from .data.tables import expand_braces
 from .draws import Draws
 from .ema import EMA
@@ -252,6 +253,8 @@ def missing_data(name: str) -> list[str]:
     path = Path(name).expanduser()
     if name in STYLES or path.exists():
         return []
+    if name in NAMED:
+        return [] if find_named(name) else [f"{NAMED[name].size}, fetched on first use"]
     if re.search(r"[*?\[{]", name):
         shards = list(expand_braces(str(path)))
         lacking = [s for s in shards if not glob(s, recursive=True)]

@@ -40,7 +40,15 @@ def load_emoji(
             captions.append("" if caption_column is None else entry[columns[caption_column]])
             rows.append({k: entry[k] for k in ("category", "subcategory", "unified")} | {"style": style})
     pixels = torch.cat([cells(style)[kept] for style in STYLES[name]])
-    return MemoryImages(pixels, captions, rows, resolution=resolution, center_crop=center_crop)
+    return MemoryImages(
+        pixels,
+        captions,
+        rows,
+        resolution=resolution,
+        center_crop=center_crop,
+        classes=tuple(sorted({entry["category"] for entry in entries()})),
+        name=name,
+    )
 
 
 @cache

@@ -109,8 +109,10 @@ def read_idx(path: Path, num_axes: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def _read_pair(images: Path, _: int, labels: Path, __: int) -> tuple[Tensor, tuple[int, ...]]:
-    """The pictures and labels of two files, each followed by its time of change."""
+def _read_pair(
+    images: Path, images_changed: int, labels: Path, labels_changed: int
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The pictures and labels of two files; their times of change only tell calls apart."""
     pictures, numbers = read_idx(images, 3), read_idx(labels, 1)
     if pictures.shape[1:] != (SIDE, SIDE) or not len(pictures):
         size = " x ".join(map(str, pictures.shape))

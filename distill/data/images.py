@@ -60,7 +60,7 @@ class ImageData(ABC):
 
     @cached_property
     def labels(self) -> list[int]:
-        """The class of every row as its place in `classes`. UserError where a row has none."""
+        """The class of every row by its place in `classes`. UserError without classes or where a row has none."""
         if not self.classes:
             raise UserError(
                 f"{self.name}: has no class labels: give a data set with classes, such as fashion-mnist, a folder "
@@ -70,7 +70,7 @@ class ImageData(ABC):
         labels = [places.get(row.get("category", "")) for row in self.rows]
         if None in labels:
             raise UserError(
-                f"{self.name}: row {labels.index(None)} has no class labels: give it one or remove it"
+                f"{self.name}: row {labels.index(None)} has no class label: give it one or remove it"
             )
         return [label for label in labels if label is not None]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .cache import cache_directory
+from .cifar import find_cifar10
 from .idx import find_fashion, find_idx
 from .images import ImageData, MemoryImages
 
@@ -42,12 +43,14 @@ class Named:
 
     find         its files in a folder, None without any
     torchvision  the class of torchvision.datasets that fetches it
+    size         of the download
     installed    the folder of its Debian package
     install      the command that makes that folder
     """
 
     find: Callable[[Path], ClassFiles | None]
     torchvision: str
+    size: str
     installed: Path | None = None
     install: str | None = None
 
@@ -56,45 +59,54 @@ NAMED = {
     "fashion-mnist": Named(
         find_fashion,
         "FashionMNIST",
+        "31 MB",
         Path("/usr/share/datasets/fashion-mnist"),
         "apt install dataset-fashion-mnist",
     ),
+    "cifar10": Named(find_cifar10, "CIFAR10", "170 MB"),
 }
 
 
 def load_named(
     name: str, *, split: str, resolution: int, caption_column: str | None, center_crop: bool
 ) -> ImageData:
-    """ "fashion-mnist" from $FEWSTEP_DATA/<name>, its Debian package, the cache or the network.
+    """One split, "train" or "test", of "fashion-mnist" or "cifar10"; where it is not here, it is fetched.
 
     caption_column  "text" or "label" for the name of the class, None for no captions
     """
-    return _labelled(name, locate(name), split, resolution, caption_column, center_crop)
+    files = find_named(name) or _fetch(name)
+    return _labelled(name, files, split, resolution, caption_column, center_crop)
 
 
 def load_class_folder(
     folder: Path, *, split: str, resolution: int, caption_column: str | None, center_crop: bool
 ) -> ImageData | None:
-    """The data set whose IDX files a folder holds (idx.py); None if it does not."""
-    files = find_idx(folder)
-    return files and _labelled(str(folder), files, split, resolution, caption_column, center_crop)
+    """The data set whose IDX files (idx.py) or CIFAR-10 batches (cifar.py) a folder holds; None without any."""
+    files = find_idx(folder) or find_cifar10(folder)
+    if files is None:
+        return None
+    return _labelled(str(folder), files, split, resolution, caption_column, center_crop)
 
 
-def locate(name: str) -> ClassFiles:
-    """The files of a named data set, fetched if need be. UserError when they are nowhere to be had."""
-    source = NAMED[name]
-    chosen = os.environ.get("FEWSTEP_DATA")
-    own = Path(chosen).expanduser() / name if chosen else None
-    places = [own, source.installed, cache_directory() / "data" / name]
-    for folder in places:
-        files = source.find(folder) if folder and folder.is_dir() else None
-        if files:
+def find_named(name: str) -> ClassFiles | None:
+    """The files of a named data set on this machine: in $FEWSTEP_DATA/<name>, its Debian package, or the cache.
+
+    Raises UserError when $FEWSTEP_DATA is no folder, or its <name> holds other things.
+    """
+    source, chosen = NAMED[name], os.environ.get("FEWSTEP_DATA")
+    if chosen:
+        own = Path(chosen).expanduser()
+        if not own.is_dir():
+            raise UserError(f"FEWSTEP_DATA: {own} is no folder: make it or unset the variable")
+        if (own / name).is_dir():
+            files = source.find(own / name)
+            if files is None:
+                raise UserError(
+                    f"{own / name}: holds no files of {name}: put them there or remove the folder"
+                )
             return files
-        if folder and folder == own and folder.is_dir():
-            raise UserError(f"{folder}: holds no files of {name}: put them there or unset FEWSTEP_DATA")
-    files = source.find(_fetch(name, source))
-    assert files is not None
-    return files
+    places = [folder for folder in (source.installed, _cached(name)) if folder]
+    return next(filter(None, map(source.find, places)), None)
 
 
 def _labelled(
@@ -122,35 +134,42 @@ def _labelled(
     )
 
 
-def _fetch(name: str, source: Named) -> Path:
-    """The folder in the cache into which torchvision fetched the files: all of them, or there is no folder."""
-    folder = cache_directory() / "data" / name
+def _cached(name: str) -> Path:
+    return cache_directory() / "data" / name
+
+
+def _fetch(name: str) -> ClassFiles:
+    """Fetched by torchvision, which checks the MD5, into the cache: all of the files or no folder at all."""
+    source, folder = NAMED[name], _cached(name)
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise UserError(_missing(name, source, "HF_HUB_OFFLINE forbids to fetch it"))
-    import torchvision
+        raise UserError(_missing(name, "HF_HUB_OFFLINE forbids to fetch it"))
+    from torchvision import datasets
 
     part = folder.with_name(f"{name}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{name}.lock")), _timeout():
             if not folder.is_dir():
-                log.warning("%s: not on this machine: fetching it into %s", name, folder)
-                shutil.rmtree(part, ignore_errors=True)
-                getattr(torchvision.datasets, source.torchvision)(part, download=True)
-                part.replace(folder)
+                log.warning("%s: not on this machine: fetching %s into %s", name, source.size, folder)
+                shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+                try:
+                    getattr(datasets, source.torchvision)(part, download=True)
+                    part.replace(folder)
+                finally:
+                    shutil.rmtree(part, ignore_errors=True)
     except (OSError, RuntimeError, HTTPException) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(_missing(name, source, f"it cannot be fetched ({reason})")) from error
-    return folder
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(_missing(name, f"it cannot be fetched ({reason})")) from error
+    files = source.find(folder)
+    if files is None:
+        raise UserError(f"{folder}: holds no files of {name}: remove it, and it is fetched again")
+    return files
 
 
-def _missing(name: str, source: Named, reason: str) -> str:
-    remedies = [source.install] if source.install else []
-    remedies += [
-        f"put its files into {name}/ in a folder that FEWSTEP_DATA names",
-        "give their folder as name",
-    ]
+def _missing(name: str, reason: str) -> str:
+    install = NAMED[name].install
+    remedies = [install] if install else []
+    remedies += [f"put its files into $FEWSTEP_DATA/{name}", "give the path of their folder as data.name"]
     return f"{name}: is not on this machine, and {reason}: {', or '.join(remedies)}"
 
 

@@ -22,10 +22,11 @@ def load_data(
 ) -> ImageData:
     """Captioned images, resized and cut to `resolution` x `resolution`, RGB over white.
 
-    name            "emoji", "emoji-noto", "emoji-twemoji"; "fashion-mnist" (named.py says where it is looked
-                    for); else a folder of IDX files (idx.py), of images (with metadata.jsonl for captions;
-                    images that it does not list are left out), of webdataset shards or of parquet files;
-                    else a shard or a pattern such as "shards/{000..099}.tar"; else an id on the Hub
+    name            "emoji", "emoji-noto", "emoji-twemoji"; "fashion-mnist", "cifar10" (named.py says where they
+                    are looked for); else a folder of IDX files, of CIFAR-10's batches, of images (with
+                    metadata.jsonl for captions; images that it does not list are left out), of webdataset
+                    shards or of parquet files; else a shard or a pattern such as "shards/{000..099}.tar";
+                    else an id on the Hub
     split           a folder's splits are its subfolders (train, holdout, ...); without any it is all "train"
     caption_column  where the captions are; a column of class labels gives the class names. None: no captions.
                     Shards have them in their .txt files, or under this key in their .json files
@@ -37,15 +38,14 @@ def load_data(
     if resolution < 1:
         raise UserError(f"resolution: {resolution} is no size in pixels: give a positive number")
     path, captions_expected = Path(name).expanduser(), True
-    how: Any = {
-        "split": split,
-        "resolution": resolution,
-        "caption_column": caption_column,
-        "center_crop": center_crop,
-    }
+    how: Any = dict(
+        split=split, resolution=resolution, caption_column=caption_column, center_crop=center_crop
+    )
     known = None
-    if name in STYLES or name in NAMED:
-        known = (load_emoji if name in STYLES else load_named)(name, **how)
+    if name in STYLES:
+        known = load_emoji(name, **how)
+    elif name in NAMED:
+        known = load_named(name, **how)
     elif path.is_dir():
         known = load_class_folder(path, **how)
     if known is not None:
@@ -71,7 +71,13 @@ def load_data(
         captions = _captions(name, table, caption_column)
     kept = [c for c in ("image", "__url__") if c in table.column_names]
     return TableImages(
-        table.select_columns(kept), captions, _rows(table), resolution=resolution, center_crop=center_crop
+        table.select_columns(kept),
+        captions,
+        _rows(table),
+        resolution=resolution,
+        center_crop=center_crop,
+        classes=_classes(table),
+        name=name,
     )
 
 
@@ -127,7 +133,7 @@ def _rows(table: Any) -> list[dict[str, str]]:
     import datasets
 
     out: list[dict[str, str]] = [{} for _ in range(len(table))]
-    for column, feature in table.features.items():
+    for column, feature in sorted(table.features.items(), key=lambda item: item[0] == "label"):
         label = column == "label" and isinstance(feature, datasets.ClassLabel)
         text = column in ("category", "subcategory", "style") and feature == datasets.Value("string")
         if label or text:
@@ -136,6 +142,14 @@ def _rows(table: Any) -> list[dict[str, str]]:
                 if known is not None:
                     row["category" if label else column] = known
     return out
+
+
+def _classes(table: Any) -> tuple[str, ...]:
+    """The names in a column "label" of class labels, empty without one."""
+    import datasets
+
+    feature = table.features.get("label")
+    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
 
 
 def _class_name(feature: Any, value: int | None) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import UserError
 from .embedded import STYLES
+from .named import NAMED
 
 SPLIT_FOLDERS = ("train", "validation", "test", "reward", "score", "holdout")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -167,7 +168,7 @@ def _offline() -> Iterator[None]:
 
 
 def _not_local(name: str) -> str:
-    near = get_close_matches(name, STYLES, n=1)
+    near = get_close_matches(name, (*STYLES, *NAMED), n=1)
     return "no local folder" + (f" (did you mean {near[0]}?)" if near else "")
 
 
