@@ -122,7 +122,7 @@ def test_values_that_do_not_go_together(arguments: list[str], line: str, refused
 
 def test_a_missing_teacher_folder(refused: Refused, tmp_path: Path) -> None:
     assert refused("--teacher.path", f"{tmp_path}/none") == (
-        f"teacher.path: no folder {tmp_path}/none; give a pipeline folder, a hub id or one of: emoji-sd"
+        f"teacher.path: no folder {tmp_path}/none; give a pipeline folder, a hub id or one of: emoji-sd, fashion-edm"
     )
     (tmp_path / "empty").mkdir()
     line = refused("--teacher.path", f"{tmp_path}/empty", output_dir=tmp_path / "other")
