@@ -26,14 +26,23 @@ class ImageData(ABC):
 
     captions  N strings, "" where there is none
     rows      N dicts with what else is known: category, subcategory, style, unified (code points)
+    classes   names of the categories in label order; empty where the data set does not say
     """
 
-    def __init__(self, captions: list[str], rows: list[dict[str, str]], resolution: int, center_crop: bool):
+    def __init__(
+        self,
+        captions: list[str],
+        rows: list[dict[str, str]],
+        resolution: int,
+        center_crop: bool,
+        classes: tuple[str, ...] = (),
+    ):
         assert len(captions) == len(rows)
         self.captions = captions
         self.rows = rows
         self.resolution = resolution
         self.center_crop = center_crop
+        self.classes = classes
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -45,6 +54,13 @@ class ImageData(ABC):
     @abstractmethod
     def hash_content(self, digest: Any) -> None:
         """Feed what identifies the images, in order, to a hashlib object."""
+
+    @property
+    def labels(self) -> list[int]:
+        """The class of every row as its place in `classes`. UserError where there are none."""
+        if not self.classes:
+            raise UserError("data: has no class labels: give a data set with classes")
+        return [self.classes.index(row["category"]) for row in self.rows]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -66,9 +82,10 @@ class MemoryImages(ImageData):
         *,
         resolution: int,
         center_crop: bool = True,
+        classes: tuple[str, ...] = (),
     ):
         assert pixels.dtype == torch.uint8 and len(pixels) == len(captions)
-        super().__init__(captions, rows, resolution, center_crop)
+        super().__init__(captions, rows, resolution, center_crop, classes)
         self.pixels = pixels
 
     def images(self, indices: Sequence[int] | None = None) -> Tensor:
@@ -98,8 +115,9 @@ class TableImages(ImageData):
         *,
         resolution: int,
         center_crop: bool = True,
+        classes: tuple[str, ...] = (),
     ):
-        super().__init__(captions, rows, resolution, center_crop)
+        super().__init__(captions, rows, resolution, center_crop, classes)
         self.table = table
 
     def images(self, indices: Sequence[int] | None = None) -> Tensor:
