@@ -18,6 +18,7 @@ from ..measure import PeakMemory
 from .features import Extractor, make_extractor
 from .folder_source import FolderSource
 from .generation import Generation, Made
+from .inputs import Inputs
 from .judges import DataJudge, Judge, StandardJudge
 from .neighbours import match_share
 from .pipeline_source import SEED_STRIDE, PipelineSource
@@ -71,9 +72,9 @@ def evaluate(
     interrupted call goes on and an equal one is quick. Under torchrun or `accelerate launch` the processes share
     the pictures; the first scores them and writes the report, the others return {}.
 
-    Picture i uses the caption of reference row i (fixed random order, repeated if it is short) and the noise
-    seed seed_block * 1_000_000 + i. Seconds are the median over full batches of the pipeline call alone,
-    after one batch of warm-up. Raises UserError for whatever the caller can mend.
+    Picture i uses the caption or class label of reference row i (fixed random order, repeated if it is short), as
+    the pipeline wants, and the noise seed seed_block * 1_000_000 + i. Seconds are the median over full batches of
+    the pipeline call alone, after one batch of warm-up. Raises UserError for whatever the caller can mend.
     """
     _check_counts(num_images, seeds, batch_size)
     if output is not None:
@@ -89,11 +90,14 @@ def evaluate(
             get_standard(protocol).check_count(num_images)
             judge = StandardJudge(protocol, where, batch_size, progress)
     source.quantise_by(judge.quantise, judge.quantisation)
-    prompts = judge.prompts(num_images) if source.conditioning == "caption" else []
+    inputs = judge.inputs(source.conditioning, num_images)
+    if source.num_classes is not None and inputs.num_classes > source.num_classes:
+        raise UserError(
+            f"{pipeline}: knows {source.num_classes} classes, {data} has {inputs.num_classes}; give the data that "
+            "it was trained on"
+        )
     scorer, measure = make_scorer(clip) if clip is not None else (None, None)
-    if source.conditioning == "caption" and not prompts:
-        raise UserError(f"protocol: {protocol} has no captions for the text-to-image pipeline {pipeline}")
-    if scorer is not None and not any(prompts):
+    if scorer is not None and not any(inputs.captions):
         raise UserError(f"clip: {pipeline} has no captions to score pictures with; leave it out")
     generation = Generation(
         source,
@@ -113,12 +117,12 @@ def evaluate(
         for n, arguments in calls.items():
             bar.set_description("files" if n is None else f"{n} steps")
             for seed in range(seeds):
-                made[n].append(generation.make(prompts, num_images, seed, arguments, bar, fresh=fresh))
+                made[n].append(generation.make(inputs, num_images, seed, arguments, bar, fresh=fresh))
     if rank > 0:
         return {}
     rows = []
     for n, arguments in calls.items():
-        setting = _setting(source, judge.network, num_images, prompts, made[n][0].side, judge.crop_rule)
+        setting = _setting(source, judge.network, num_images, inputs, made[n][0], judge.crop_rule)
         scores = judge.scores([m.features for m in made[n]], setting)
         if scorer is not None and measure is not None:
             cosines = [m.cosines for m in made[n] if m.cosines is not None]
@@ -175,11 +179,10 @@ def caption_match(
         raise UserError(f"data {data}: split {split!r} has no captions to tell apart; set its caption_column")
     generation = Generation(source, network, batch_size=batch_size, device=where, warm_up=arguments)
     with tqdm(total=len(prompts), unit="image", disable=not progress) as bar:
-        made = generation.make(prompts, len(prompts), 0, arguments, bar)
-    features, size = made.features, made.side
-    real = load_reference(network, data, split, size, batch_size=batch_size, data_options=data_options)
-    share = match_share(features, prompts, real.features, real.captions)
-    setting = _setting(source, network, len(prompts), prompts, size)
+        made = generation.make(Inputs.of_captions(prompts), len(prompts), 0, arguments, bar)
+    real = load_reference(network, data, split, made.side, batch_size=batch_size, data_options=data_options)
+    share = match_share(made.features, prompts, real.features, real.captions)
+    setting = _setting(source, network, len(prompts), Inputs.of_captions(prompts), made)
     return setting.score("caption match", real, [share.value], share.interval)
 
 
@@ -215,7 +218,7 @@ def real_floor(
         (first, train.features[half:], f"{train.name}, second half"),
     ):
         rule = f"real pictures of {name}"
-        setting = Setting(network, len(features), (), "none", rule, "uint8, real pictures", image_size)
+        setting = Setting(network, len(features), Inputs(), rule, "uint8, real pictures", image_size)
         out.append(setting.score("KID", real, [real.kid(features)]))
         out.append(setting.score("FD", real, [real.frechet(features)]))
     return out
@@ -236,24 +239,12 @@ def open_source(pipeline: str, device: torch.device) -> Source:
 
 
 def _setting(
-    source: Source,
-    network: Extractor,
-    n_gen: int,
-    prompts: Sequence[str],
-    image_size: int,
-    crop_rule: str = "none",
+    source: Source, network: Extractor, n_gen: int, inputs: Inputs, made: Made, crop_rule: str = "none"
 ) -> Setting:
-    conditioning = "caption" if any(prompts) else "none"
-    quantisation = source.quantisation + ("" if crop_rule == "none" else f"; crop: {crop_rule}")
-    return Setting(
-        network,
-        n_gen,
-        list(prompts) if any(prompts) else [],
-        conditioning,
-        source.seed_rule,
-        quantisation,
-        image_size,
-    )
+    grey = "; grey repeated to RGB" if made.grey else ""
+    crop = "" if crop_rule == "none" else f"; crop: {crop_rule}"
+    rule = source.quantisation + grey + crop
+    return Setting(network, n_gen, inputs, source.seed_rule, rule, made.side)
 
 
 def _check_counts(num_images: int, seeds: int, batch_size: int) -> None:

@@ -10,11 +10,12 @@ from torch import Tensor
 from ..errors import UserError
 from .features import Extractor, make_extractor
 from .frechet import INFINITY_RATIO, Moments, frechet_distance, frechet_infinity
+from .inputs import Inputs
 from .kid import mean_sd
 from .pipeline_source import QUANTISATION, quantise
 from .prepare import open_standard
 from .protocol import Score
-from .reference import captions_of, load_reference
+from .reference import captions_of, labels_of, load_reference
 from .scoring import Setting, score_all
 from .verify import is_verified
 
@@ -38,8 +39,8 @@ class Judge(ABC):
     def quantise(self, images: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def prompts(self, count: int) -> list[str]:
-        """Captions of pictures 0 to count - 1."""
+    def inputs(self, conditioning: str, count: int) -> Inputs:
+        """What pictures 0 to count - 1 are made from. Raises UserError if there is nothing of the kind."""
 
     @abstractmethod
     def check_side(self, side: int) -> None:
@@ -55,7 +56,7 @@ class Judge(ABC):
 
 
 class DataJudge(Judge):
-    """Splits of a data set: KID and its kin to `split`, whose captions are the prompts, beside `holdout`."""
+    """Splits of a data set: KID and its kin to `split`, whose captions or labels are the inputs, beside `holdout`."""
 
     quantisation = QUANTISATION
 
@@ -87,9 +88,14 @@ class DataJudge(Judge):
     def check_side(self, side: int) -> None:
         pass  # real pictures are read at any size
 
-    def prompts(self, count: int) -> list[str]:
-        captions = captions_of(self.data, self.split, self.options)
-        return [captions[i % len(captions)] for i in range(count)]
+    def inputs(self, conditioning: str, count: int) -> Inputs:
+        if conditioning == "caption":
+            captions = captions_of(self.data, self.split, self.options)
+            return Inputs.of_captions([captions[i % len(captions)] for i in range(count)])
+        if conditioning == "class":
+            labels, classes = labels_of(self.data, self.split, self.options)
+            return Inputs.of_labels([labels[i % len(labels)] for i in range(count)], classes)
+        return Inputs()
 
     def scores(self, runs: Sequence[Tensor], setting: Setting) -> list[Score]:
         train, unseen = (
@@ -123,8 +129,17 @@ class StandardJudge(Judge):
     def quantise(self, images: Tensor) -> Tensor:
         return self.standard.quantise(images.float() * 2 - 1)
 
-    def prompts(self, count: int) -> list[str]:
-        return self.opened.prompts[:count]
+    def inputs(self, conditioning: str, count: int) -> Inputs:
+        name = self.standard.name
+        if conditioning == "caption":
+            if not self.opened.prompts:
+                raise UserError(
+                    f"protocol: {name} has no captions for the text-to-image pipeline; choose another"
+                )
+            return Inputs.of_captions(self.opened.prompts[:count])
+        if conditioning == "class":
+            raise UserError(f"protocol: {name} has no labels for the class-conditional pipeline; use --data")
+        return Inputs()
 
     def check_side(self, side: int) -> None:
         self.standard.check(self.standard.num_images.value, side)

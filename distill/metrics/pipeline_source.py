@@ -23,6 +23,7 @@ from .source import Source, first_line, hash_files, short, side
 
 SEED_STRIDE = 1_000_000
 QUANTISATION = "uint8, pipeline output in [0, 1] times 255, rounded and clipped"
+KEYWORDS = {"caption": "prompt", "class": "class_labels"}
 
 
 class PipelineSource(Source):
@@ -32,7 +33,7 @@ class PipelineSource(Source):
     quantisation = QUANTISATION
 
     def __init__(self, pipeline: str, device: torch.device):
-        """Raises UserError if it cannot be loaded or needs inputs other than a prompt."""
+        """Raises UserError if it cannot be loaded or needs inputs other than a prompt or a class label."""
         self.name = pipeline
         self.device = device
         self.quantise: Callable[[Tensor], Tensor] = quantise
@@ -46,12 +47,22 @@ class PipelineSource(Source):
         if denoiser is not None:
             denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
         self.parameters = inspect.signature(type(self.pipe).__call__).parameters
-        self.conditioning = "caption" if "prompt" in self.parameters else "none"
-        for p in self.parameters.values():
-            given = p.name in ("self", "prompt") or p.default is not p.empty
-            if not given and p.kind is p.POSITIONAL_OR_KEYWORD:
-                kind = type(self.pipe).__name__
-                raise UserError(f"{pipeline}: {kind} needs {p.name!r}; only prompts and noise can be given")
+        needed = [
+            p.name
+            for p in self.parameters.values()
+            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"
+        ]
+        self.num_classes = _num_classes(denoiser)
+        if "prompt" in self.parameters:
+            self.conditioning = "caption"
+        elif "class_labels" in self.parameters and (self.num_classes or "class_labels" in needed):
+            self.conditioning = "class"
+        for name in needed:
+            if name != KEYWORDS.get(self.conditioning):
+                raise UserError(
+                    f"{pipeline}: {type(self.pipe).__name__} needs {name!r}; only prompts or class labels "
+                    "and noise can be given"
+                )
 
     def calls(
         self, steps: Sequence[int], seeds: int, guidance_scale: float | None, num_images: int
@@ -85,19 +96,23 @@ class PipelineSource(Source):
         return self.evaluated
 
     def pictures(
-        self, rows: range, prompts: Sequence[str], seed_block: int, arguments: dict[str, Any]
+        self,
+        rows: range,
+        values: Sequence[str] | Sequence[int],
+        seed_block: int,
+        arguments: dict[str, Any],
     ) -> tuple[Tensor, float]:
-        """Picture i has the noise seed seed_block * 1_000_000 + i and prompts[i % len(prompts)]."""
+        """Picture i has the noise seed seed_block * 1_000_000 + i and values[i % len(values)]."""
         generators = [torch.Generator().manual_seed(seed_block * SEED_STRIDE + i) for i in rows]
         inputs: dict[str, Any] = {"generator": generators, "output_type": "pt", **arguments}
-        if self.conditioning == "caption":
-            inputs["prompt"] = [prompts[i % len(prompts)] for i in rows]
-        else:
+        if self.conditioning in KEYWORDS:
+            inputs[KEYWORDS[self.conditioning]] = [values[i % len(values)] for i in rows]
+        if self.conditioning == "none" or (self.conditioning == "class" and "batch_size" in self.parameters):
             inputs["batch_size"] = len(rows)
         start = time.perf_counter()
         try:
             images = getattr(self.pipe(**inputs), "images", None)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, IndexError) as error:  # the last: a label beyond the network's
             kind = type(self.pipe).__name__
             raise UserError(f"{self.name}: {kind} refuses the call ({first_line(error)})") from error
         if self.device.type != "cpu":
@@ -121,17 +136,17 @@ class PipelineSource(Source):
         self.evaluated += next(x for x in inputs if x is not None).shape[0]
 
     def _quantise(self, images: Any) -> Tensor:
-        if isinstance(images, np.ndarray):  # DDPMPipeline and its kin know no "pt": (B, H, W, 3) in [0, 1]
+        if isinstance(images, np.ndarray) and images.ndim == 4:  # DDPMPipeline and its kin know no "pt"
             images = torch.from_numpy(images).permute(0, 3, 1, 2)
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
-            raise UserError(
-                f"{self.name}: {type(self.pipe).__name__} gives no RGB pictures; nothing to score"
-            )
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
+            kind = type(self.pipe).__name__
+            raise UserError(f"{self.name}: {kind} gives neither RGB nor grey pictures; nothing to score")
         if not images.isfinite().all():
             raise UserError(
                 f"{self.name}: the pictures hold NaN or infinity; its weights or precision are unfit"
             )
-        return self.quantise(images).cpu()
+        self.grey = images.shape[1] == 1
+        return self.quantise(images).cpu().expand(-1, 3, -1, -1).contiguous()
 
     def describe(self) -> dict[str, Any]:
         folder = Path(self.name)
@@ -141,6 +156,12 @@ class PipelineSource(Source):
             "pipeline_class": type(self.pipe).__name__,
             "scheduler": type(self.pipe.scheduler).__name__,
         }
+
+
+def _num_classes(denoiser: Any) -> int | None:
+    """Labels that a network knows by its configuration; None without."""
+    config = getattr(denoiser, "config", None) or {}
+    return config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
 
 
 def hash_parts(pipe: Any) -> str:

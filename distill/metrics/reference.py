@@ -40,6 +40,15 @@ def captions_of(data: str, split: str, data_options: Mapping[str, Any] | None = 
     return [rows.captions[i] for i in order]
 
 
+def labels_of(
+    data: str, split: str, data_options: Mapping[str, Any] | None = None
+) -> tuple[list[int], tuple[str, ...]]:
+    """The class labels of `reference`, and the names of the classes. Raises UserError if the data have none."""
+    rows, order = _ordered(data, split, 1, data_options)
+    labels = rows.labels
+    return [labels[i] for i in order], rows.classes
+
+
 def _ordered(
     data: str, split: str, resolution: int, data_options: Mapping[str, Any] | None
 ) -> tuple[ImageData, list[int]]:

@@ -9,11 +9,12 @@ from .features import Extractor
 from .frechet import INFINITY_RATIO, frechet_infinity
 from .image_text import Measure, Scorer, image_text_protocol
 from .inception import frechet_label
+from .inputs import Inputs
 from .kid import DEFINITION as KID_DEFINITION
 from .kid import mean_sd
 from .manifold import COVERAGE_NEIGHBOURS, PRECISION_NEIGHBOURS, density_coverage, precision_recall
 from .neighbours import Share, match_share, neighbour_ratio
-from .protocol import Protocol, Score, hash_prompts
+from .protocol import Protocol, Score
 from .reference import Reference
 
 DEFINITIONS = {
@@ -31,15 +32,11 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all scores of one set of pictures have in common; the fields are those of Protocol.
-
-    prompts  the captions that the pictures were made from, in order; empty if from none
-    """
+    """What all scores of one set of pictures have in common; fields as in Protocol, inputs: of the pictures."""
 
     network: Extractor
     n_gen: int
-    prompts: Sequence[str]
-    conditioning: str
+    inputs: Inputs
     seed_rule: str
     quantisation: str
     image_size: int
@@ -73,8 +70,8 @@ class Setting:
             reference_sha256=reference_sha256,
             n_ref=n_ref,
             n_gen=n_gen or self.n_gen,
-            prompts_sha256=hash_prompts(self.prompts),
-            conditioning=self.conditioning,
+            conditioning=self.inputs.conditioning,
+            prompts_sha256=self.inputs.sha256,
             seed_rule=self.seed_rule,
             image_size=self.image_size,
         )
@@ -111,8 +108,9 @@ def score_all(
     if holdout is not None:
         ratios = [neighbour_ratio(x, train.features, holdout.features) for x in runs]
         out.append(setting.score("NN ratio", join(train, holdout), ratios))
-    if setting.prompts and train.captioned:
-        shares = [match_share(x, setting.prompts, train.features, train.captions) for x in runs]
+    if setting.inputs.conditioning == "caption" and train.captioned:
+        captions = setting.inputs.captions
+        shares = [match_share(x, captions, train.features, train.captions) for x in runs]
         typical = Share(round(sum(s.hits for s in shares) / len(shares)), shares[0].trials)
         out.append(
             setting.score(
@@ -123,16 +121,17 @@ def score_all(
 
 
 def image_text_score(runs: Sequence[Tensor], scorer: Scorer, measure: Measure, setting: Setting) -> Score:
-    """Score of the cosines (N,) of each seed's pictures with their captions."""
+    """Score of the cosines (N,) of each seed's pictures with their captions or the names of their classes."""
     protocol = image_text_protocol(
         scorer,
         measure,
-        captions=setting.prompts,
+        captions=setting.inputs.captions,
         input=setting.quantisation,
-        conditioning=setting.conditioning,
+        conditioning=setting.inputs.conditioning,
         seed_rule=setting.seed_rule,
         image_size=setting.image_size,
     )
+    protocol = replace(protocol, prompts_sha256=setting.inputs.sha256)
     return Score(measure.label(scorer), *mean_sd([measure.of(x) for x in runs]), protocol)
 
 
