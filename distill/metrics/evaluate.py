@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..measure import PeakMemory
+from ..teacher import EMBEDDED
 from .features import Extractor, make_extractor
 from .folder_source import FolderSource
 from .generation import Generation, Made
@@ -52,10 +53,12 @@ def evaluate(
     fresh: bool = False,
     clip: str | None = None,
     protocol: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Scores and seconds per image for each number of steps: the report, which is also written to `output`.
 
-    pipeline            a diffusers pipeline folder or hub id; or a folder of images: then no steps, 1 seed
+    pipeline            a diffusers pipeline folder or hub id, or the name of an embedded teacher; or a folder of
+                        images: then no steps, 1 seed
     num_images, seeds   pictures in one value; values of disjoint noise, whose mean and sd are reported
     split, holdout      reference of KID, FD and prompts; unseen real pictures, None where there are none
     device              None: cuda if there is one, else cpu
@@ -64,6 +67,7 @@ def evaluate(
     clip                also an image-text score, by a name of `scorers.make_scorer`
     protocol            a named protocol in place of data, split, holdout and extractor
     fresh               make and time all pictures again, whatever the cache holds
+    trust_remote_code   run code that the pipeline brings; code of ours, byte for byte, runs without it
 
     A row's `steps` is what was asked for; its `nfe` the evaluations of the network per image, counted; its peak
     memory that of making the pictures.
@@ -80,7 +84,7 @@ def evaluate(
     if output is not None:
         check_writable(output)
     where, rank, processes = _place(device)
-    source = open_source(pipeline, where)
+    source = open_source(pipeline, where, trust_remote_code)
     calls = source.calls(steps, seeds, guidance_scale, num_images)
     judge: Judge
     with PartialState().main_process_first() if processes > 1 else nullcontext():
@@ -93,8 +97,8 @@ def evaluate(
     inputs = judge.inputs(source.conditioning, num_images)
     if source.num_classes is not None and inputs.num_classes > source.num_classes:
         raise UserError(
-            f"{pipeline}: knows {source.num_classes} classes, {data} has {inputs.num_classes}; give the data that "
-            "it was trained on"
+            f"{pipeline}: knows {source.num_classes} classes, {protocol or data} has {inputs.num_classes}; give "
+            "the data that it was trained on"
         )
     scorer, measure = make_scorer(clip) if clip is not None else (None, None)
     if scorer is not None and not any(inputs.captions):
@@ -160,6 +164,7 @@ def caption_match(
     guidance_scale: float | None = None,
     data_options: Mapping[str, Any] | None = None,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> Score:
     """Share of a split's captions whose picture is nearer to its own caption's than to another's.
 
@@ -169,7 +174,7 @@ def caption_match(
     """
     _check_counts(2, 1, batch_size)
     where = choose_device(device)
-    source = open_source(pipeline, where)
+    source = open_source(pipeline, where, trust_remote_code)
     ((_, arguments),) = source.calls([steps], 1, guidance_scale, 2).items()
     if source.conditioning != "caption":
         raise UserError(f"{pipeline}: takes no prompts, so its pictures have no captions to match")
@@ -224,18 +229,18 @@ def real_floor(
     return out
 
 
-def open_source(pipeline: str, device: torch.device) -> Source:
-    """A pipeline folder, a folder of images or a hub id. Raises UserError if it is none of them."""
-    path = Path(pipeline)
+def open_source(pipeline: str, device: torch.device, trust_remote_code: bool = False) -> Source:
+    """An embedded teacher, a pipeline folder, a folder of images or a hub id. Raises UserError if it is none."""
+    path = EMBEDDED.get(pipeline, Path(pipeline))
     if path.is_dir():
         if (path / "model_index.json").is_file():
-            return PipelineSource(pipeline, device)
+            return PipelineSource(str(path), device, trust_remote_code=trust_remote_code)
         if (path / "pipeline" / "model_index.json").is_file():
             raise UserError(f"{path}: this is a run folder; give {path / 'pipeline'}")
         return FolderSource(path)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", pipeline):
         raise UserError(f"{pipeline}: no such folder; give a pipeline folder, a folder of images or a hub id")
-    return PipelineSource(pipeline, device)
+    return PipelineSource(pipeline, device, trust_remote_code=trust_remote_code)
 
 
 def _setting(

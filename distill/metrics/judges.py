@@ -19,6 +19,8 @@ from .reference import captions_of, labels_of, load_reference
 from .scoring import Setting, score_all
 from .verify import is_verified
 
+LABEL_SEED = 0
+
 
 class Judge(ABC):
     """A network, what reaches it, and the scores of its features.
@@ -115,7 +117,10 @@ class DataJudge(Judge):
 
 
 class StandardJudge(Judge):
-    """A named protocol (see `standards`), prepared by `fewstep prepare-data`: FD to its statistics."""
+    """A named protocol (see `standards`), prepared by `fewstep prepare-data`: FD to its statistics.
+
+    Labels are uniform at random, all from seed 0.
+    """
 
     def __init__(self, name: str, device: torch.device, batch_size: int, progress: bool):
         self.opened = open_standard(name, device=device, batch_size=batch_size, progress=progress)
@@ -138,7 +143,14 @@ class StandardJudge(Judge):
                 )
             return Inputs.of_captions(self.opened.prompts[:count])
         if conditioning == "class":
-            raise UserError(f"protocol: {name} has no labels for the class-conditional pipeline; use --data")
+            if self.standard.num_classes is None:
+                raise UserError(
+                    f"protocol: {name} has no classes for the class-conditional pipeline; choose another"
+                )
+            number = self.standard.num_classes.value
+            draw = torch.Generator().manual_seed(LABEL_SEED)
+            labels = torch.randint(number, (count,), generator=draw).tolist()
+            return Inputs("class", labels, num_classes=number)
         return Inputs()
 
     def check_side(self, side: int) -> None:

@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
+from .loading import load_pipeline
 from .source import Source, first_line, hash_files, short, side
 
 SEED_STRIDE = 1_000_000
@@ -32,12 +30,12 @@ class PipelineSource(Source):
     seed_rule = f"one CPU torch.Generator per image, seed_block * {SEED_STRIDE} + i"
     quantisation = QUANTISATION
 
-    def __init__(self, pipeline: str, device: torch.device):
+    def __init__(self, pipeline: str, device: torch.device, *, trust_remote_code: bool = False):
         """Raises UserError if it cannot be loaded or needs inputs other than a prompt or a class label."""
         self.name = pipeline
         self.device = device
         self.quantise: Callable[[Tensor], Tensor] = quantise
-        self.pipe, self.sampling = _load(pipeline)
+        self.pipe, self.sampling = load_pipeline(pipeline, trust_remote_code)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         if getattr(self.pipe, "safety_checker", None) is not None:
@@ -190,45 +188,6 @@ def quiet() -> None:
 def quantise(images: Tensor) -> Tensor:
     """[0, 1] -> uint8, rounded to the nearest level and clipped."""
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def _load(pipeline: str) -> tuple[Any, dict[str, dict[str, Any]]]:
-    local = Path(pipeline).is_dir()
-    try:
-        pipe = DiffusionPipeline.from_pretrained(pipeline, local_files_only=local, dtype=torch.float32)
-    except Exception as error:  # whatever diffusers, transformers or safetensors say about these files
-        remedy = "complete the folder" if local else "no such folder here; check the spelling and the network"
-        raise UserError(
-            f"{pipeline}: cannot be loaded as a pipeline ({first_line(error)}); {remedy}"
-        ) from None
-    if getattr(pipe, "scheduler", None) is None:
-        raise UserError(
-            f"{pipeline}: the pipeline has no scheduler; add a scheduler folder and name it in model_index"
-        )
-    path = Path(pipeline) / "sampling.json" if local else _sampling_of_hub(pipeline)
-    return pipe, read_sampling(path) if path and path.is_file() else {}
-
-
-def _sampling_of_hub(repository: str) -> Path | None:
-    try:
-        return Path(hf_hub_download(repository, "sampling.json"))
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"{repository}: no network to ask for its sampling.json; give the folder of its snapshot"
-        ) from None
-    except EntryNotFoundError:
-        return None
-
-
-def read_sampling(path: Path) -> dict[str, dict[str, Any]]:
-    """sampling.json. Raises UserError if it is cut short or something else."""
-    try:
-        sampling = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({first_line(error)}); export the pipeline again") from None
-    if not isinstance(sampling, dict) or not all(isinstance(v, dict) for v in sampling.values()):
-        raise UserError(f"{path}: must map a number of steps to call arguments; export the pipeline again")
-    return sampling
 
 
 def _files(folder: Path) -> list[Path]:
