@@ -15,7 +15,7 @@ from .kid import mean_sd
 from .pipeline_source import QUANTISATION, quantise
 from .prepare import open_standard
 from .protocol import Score
-from .reference import captions_of, labels_of, load_reference
+from .reference import Reference, captions_of, labels_of, load_reference
 from .scoring import Setting, score_all
 from .verify import is_verified
 
@@ -80,6 +80,7 @@ class DataJudge(Judge):
             if name is not None:
                 captions_of(data, name, data_options)
         self.network = make_extractor(extractor).to(device)
+        self.references: dict[int, tuple[Reference, Reference | None]] = {}
 
     def crop(self, images: Tensor) -> Tensor:
         return images
@@ -100,17 +101,16 @@ class DataJudge(Judge):
         return Inputs()
 
     def scores(self, runs: Sequence[Tensor], setting: Setting) -> list[Score]:
-        train, unseen = (
-            load_reference(
-                self.network, self.data, split, setting.image_size, batch_size=self.batch_size,
-                data_options=self.options,
-            )
-            if split is not None
-            else None
-            for split in (self.split, self.holdout)
-        )  # fmt: skip
-        assert train is not None
-        return score_all(runs, train, unseen, setting)
+        if setting.image_size not in self.references:
+            train = self._load(self.split, setting.image_size)
+            unseen = None if self.holdout is None else self._load(self.holdout, setting.image_size)
+            self.references[setting.image_size] = train, unseen
+        return score_all(runs, *self.references[setting.image_size], setting)
+
+    def _load(self, split: str, side: int) -> Reference:
+        return load_reference(
+            self.network, self.data, split, side, batch_size=self.batch_size, data_options=self.options
+        )
 
     def record(self) -> dict[str, Any]:
         return {"verified": is_verified(self.network)}

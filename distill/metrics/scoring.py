@@ -11,8 +11,8 @@ from .image_text import Measure, Scorer, image_text_protocol
 from .inception import frechet_label
 from .inputs import Inputs
 from .kid import DEFINITION as KID_DEFINITION
-from .kid import mean_sd
-from .manifold import COVERAGE_NEIGHBOURS, PRECISION_NEIGHBOURS, density_coverage, precision_recall
+from .kid import mean_sd, within
+from .manifold import COVERAGE_NEIGHBOURS, PRECISION_NEIGHBOURS, manifold
 from .neighbours import Share, match_share, neighbour_ratio
 from .protocol import Protocol, Score
 from .reference import Reference
@@ -97,16 +97,20 @@ def score_all(
     pictures as generated ones; KID to `holdout` and NN ratio where there is one; caption match where the pictures
     were made from captions that can be told apart, with the interval for one seed's number of captions.
     """
-    out = [setting.score("KID", train, [train.kid(x) for x in runs])]
-    if holdout is not None:
-        out.append(setting.score("KID", holdout, [holdout.kid(x) for x in runs]))
+    own = [within(x) for x in runs]
+    out = [
+        setting.score("KID", real, [real.kid(x, k) for x, k in zip(runs, own, strict=True)])
+        for real in (train, holdout)
+        if real is not None
+    ]
     out.append(setting.score("FD", train, [train.frechet(x) for x in runs]))
     if setting.n_gen >= INFINITY_RATIO * setting.network.num_features:
         limits = [frechet_infinity(x, train.moments) for x in runs]
         out.append(setting.score("FD-infinity", train, limits))
     out += manifold_scores(runs, train, setting)
     if holdout is not None:
-        ratios = [neighbour_ratio(x, train.features, holdout.features) for x in runs]
+        unseen = train.distance_of(holdout)
+        ratios = [neighbour_ratio(x, train.features, unseen) for x in runs]
         out.append(setting.score("NN ratio", join(train, holdout), ratios))
     if setting.inputs.conditioning == "caption" and train.captioned:
         captions = setting.inputs.captions
@@ -140,8 +144,8 @@ def manifold_scores(runs: Sequence[Tensor], train: Reference, setting: Setting) 
     n = min(setting.n_gen, len(train.features))
     if n <= max(PRECISION_NEIGHBOURS, COVERAGE_NEIGHBOURS):
         return []
-    real = replace(train, name=f"{train.name}, first {n}", features=train.features[:n])
-    found = [(*precision_recall(real.features, x[:n]), *density_coverage(real.features, x[:n])) for x in runs]
+    real = train.head(n)
+    found = [manifold(real.features, x[:n], reach=real.reach) for x in runs]
     names = ("precision", "recall", "density", "coverage")
     return [
         setting.score(k, real, values, n_gen=n)
