@@ -113,7 +113,7 @@ def compare(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fewstep compare",
         description="Score students of one teacher alike: compare.json, compare.md and compare.html.",
-        epilog="Further flags go to `fewstep evaluate` (--batch_size, --clip, --extractor, ...).",
+        epilog="Further flags go to `fewstep evaluate` (--batch_size, --clip, --trust_remote_code, ...).",
     )
     parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument(

@@ -120,7 +120,7 @@ def compare(
     steps          of students; those that an export does not offer are left out
     teacher        scored at teacher_steps; None: the one that the runs name, "none": no row
     device         None: cuda if there is one, else cpu
-    options        further flags of `evaluate` (--batch_size 32, --clip lite0-minilm, ...)
+    options        further flags of `evaluate` (--batch_size 32, --clip lite0-minilm, --trust_remote_code, ...)
 
     Each model is scored in a process of its own, so that its peak memory is its own; what was scored before comes
     from the cache. The record of compare.json is returned. Raises UserError for whatever the caller can mend, among

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 from fewstep.distill import teacher
 from fewstep.distill.cli import main
+from fewstep.distill.data import load_data
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics import compare as comparing
 from fewstep.distill.metrics import loading, reference, remote_code
@@ -225,3 +226,24 @@ def test_an_embedded_teacher_with_code_is_evaluated_and_compared(
         assert (alone - drawn).abs().max() <= 1
     assert "conditioning: class" in (tmp_path / "out" / "compare.md").read_text()
     assert open_source("tiny-classes", CPU).identity() == open_source(str(folder), CPU).identity()
+
+
+def test_compare_hands_the_trust_on(
+    folder: Path, data_folder: Path, modules: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """From its command line to the process that scores, and to the one that draws."""
+    monkeypatch.setattr(reference, "load_data", load_data)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(modules))
+    code = CODE.replace("class_labels, num_", "batch_size, num_").replace("len(class_labels)", "batch_size")
+    code = code.replace("labels = torch.tensor(class_labels)", "labels = torch.zeros(batch_size).long()")
+    code = code.replace("batch_size, num_", "batch_size=1, num_")
+    (folder / "pipeline_tiny.py").write_text(code)
+    flags = ["--data", str(data_folder), "--num_images", "4", "--seeds", "1", "--steps", "1"]
+    command = ["compare", str(folder), "--output", str(tmp_path / "out"), "--teacher", "none", *flags]
+    assert main([*command, "--device", "cpu"]) == 2
+    assert "own: " in (said := capfd.readouterr().err) and "give --trust_remote_code if you trust it" in said
+    assert main([*command, "--device", "cpu", "--trust_remote_code"]) == 0
+    record = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [p["file"] for p in record["pictures"]] == ["pictures/own-1.png"]
+    assert record["captions"] == [{"text": "", "seen": True}] * 8
