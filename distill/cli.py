@@ -69,6 +69,9 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--protocol", help="cifar10-50k, coco2014-30k, ...: in place of data and extractor")
     parser.add_argument("--device")
     parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run code that the pipeline brings; ours runs anyway"
+    )
+    parser.add_argument(
         "--fresh", action="store_true", help="make and time every picture anew, cached or not"
     )
     parser.add_argument("--output", type=Path)
@@ -94,6 +97,7 @@ def evaluate(arguments: list[str]) -> int:
         args.pipeline, **own, num_images=args.num_images, steps=args.steps, seeds=args.seeds,
         batch_size=args.batch_size, device=args.device, output=args.output,
         guidance_scale=args.guidance_scale, fresh=args.fresh, clip=args.clip, protocol=args.protocol,
+        trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     if not report:  # another process of the launch has it
         return 0
@@ -109,7 +113,7 @@ def compare(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fewstep compare",
         description="Score students of one teacher alike: compare.json, compare.md and compare.html.",
-        epilog="Further flags go to `fewstep evaluate` (--batch_size, --clip, --extractor, ...).",
+        epilog="Further flags go to `fewstep evaluate` (--batch_size, --clip, --trust_remote_code, ...).",
     )
     parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument(

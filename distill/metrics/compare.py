@@ -5,29 +5,24 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from ..catalog import METHODS
-from ..checkpoint import write_file, writing
+from ..checkpoint import write_file
 from ..errors import UserError
-from ..grid import strip
 from ..run_folder import CONFIG, EXPORTED
 from ..teacher import EMBEDDED
-from .evaluate import choose_device
+from .evaluate import choose_device, open_source
+from .loading import read_sampling
 from .page import page
-from .pipeline_source import PipelineSource, quiet, read_sampling
-from .prepare import load_prompts
-from .reference import captions_of
+from .pipeline_source import quiet
+from .remote_code import own_code
 from .report import check_writable, read_report
-from .standards import get_standard
+from .strips import draw_strips, strip_inputs
 from .table import by_column, columns_of, markdown, protocol_notes
-
-SEEN, UNSEEN = 8, 4
 
 
 @dataclass(frozen=True)
@@ -97,10 +92,8 @@ def kind_of(folder: Path) -> str | None:
     index = folder / "model_index.json"
     if not index.is_file():
         return None
-    tree = json.loads(index.read_text())
-    classes = [tree.get("_class_name"), *(v for k, v in tree.items() if not k.startswith("_"))]
-    own = [c for c in classes if isinstance(c, list) and any(folder.rglob(f"{c[0]}.py"))]
-    return "remote code" if own or isinstance(classes[0], list) else "stock"
+    own = isinstance(json.loads(index.read_text()).get("_class_name"), list) or own_code(folder)
+    return "remote code" if own else "stock"
 
 
 def size_of(folder: Path) -> int:
@@ -127,7 +120,7 @@ def compare(
     steps          of students; those that an export does not offer are left out
     teacher        scored at teacher_steps; None: the one that the runs name, "none": no row
     device         None: cuda if there is one, else cpu
-    options        further flags of `evaluate` (--batch_size 32, --clip lite0-minilm, ...)
+    options        further flags of `evaluate` (--batch_size 32, --clip lite0-minilm, --trust_remote_code, ...)
 
     Each model is scored in a process of its own, so that its peak memory is its own; what was scored before comes
     from the cache. The record of compare.json is returned. Raises UserError for whatever the caller can mend, among
@@ -139,7 +132,7 @@ def compare(
     if len(set(slugs)) < len(slugs):
         twice = next(s for s in slugs if slugs.count(s) > 1)
         raise UserError(f"{twice}: two entries have this name; give one as NAME=PATH")
-    captions, seen = _captions(data, options)
+    strip_inputs("caption", data, options)  # refuses data that cannot be read before the long work
     check_writable(output / "compare.json")
     quiet()
     jobs = [(m, _offered(m, steps)) for m in models]
@@ -153,13 +146,20 @@ def compare(
         report = _score(model, count, shared, output / "reports")
         rows += _rows(model, report)
     columns_of(rows)  # refuses mixed protocols before the pictures are made
+    conditioning = next(iter(by_column(rows[0]).values())).protocol.conditioning
+    inputs, seen = strip_inputs(conditioning, data, options)
+    trust = "--trust_remote_code" in options
     for model, _ in jobs:
+        if model.pipeline is None:
+            continue
         calls = {row["steps"]: row["arguments"] for row in rows if row["model"] == model.name}
-        pictures += _pictures(model, calls, captions, output / "pictures", choose_device(device))
+        source = open_source(model.pipeline, choose_device(device), trust)
+        files = draw_strips(source, calls, inputs, output / "pictures", _slug(model.name))
+        pictures += [{"model": model.name, "steps": n, "file": file} for n, file in files.items()]
     record = {
         "title": title or "Few-step students" + (f" of {Path(origin.pipeline or '').name}" if origin else ""),
         "call": {"data": data, "num_images": num_images, "seeds": seeds, "options": list(options)},
-        "captions": [{"text": c, "seen": i < seen} for i, c in enumerate(captions)],
+        "captions": [{"text": c, "seen": i < seen} for i, c in enumerate(inputs.captions)],
         "rows": rows,
         "pictures": pictures,
         "published": published(rows),
@@ -245,45 +245,6 @@ def published(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     same.append(score.name == paper.metric and reference == paper.benchmark)
             if here:
                 out.append({"method": name, **asdict(paper), "here": here, "same_protocol": all(same)})
-    return out
-
-
-def _captions(data: str, options: Sequence[str]) -> tuple[list[str], int]:
-    """Captions for pictures, and how many of them are of the training split; empty ones where data has none."""
-    given = dict(pairwise(options))
-    if "--protocol" in given:
-        prompts = load_prompts(get_standard(given["--protocol"]))[:SEEN]
-        return prompts or [""] * SEEN, SEEN
-    seen = captions_of(data, given.get("--split", "train"))
-    if not any(seen):
-        return [""] * SEEN, SEEN
-    seen = list(dict.fromkeys(seen))[:SEEN]
-    try:
-        unseen = list(dict.fromkeys(captions_of(data, given.get("--holdout", "holdout"))))[:UNSEEN]
-    except UserError:  # data without a hold-out split
-        unseen = []
-    return seen + unseen, len(seen)
-
-
-def _pictures(
-    model: Entry,
-    calls: Mapping[int, dict[str, Any]],
-    captions: Sequence[str],
-    folder: Path,
-    device: torch.device,
-) -> list[dict[str, Any]]:
-    """One strip of pictures for each scored call: caption i from noise seed i, for every model alike."""
-    if model.pipeline is None:
-        return []
-    source = PipelineSource(str(EMBEDDED.get(model.pipeline, model.pipeline)), device)
-    out = []
-    for n, arguments in calls.items():
-        images, _ = source.pictures(range(len(captions)), captions, 0, arguments)
-        path = folder / f"{_slug(model.name)}-{n}.png"
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            strip(images).save(path)
-        out.append({"model": model.name, "steps": n, "file": f"{folder.name}/{path.name}"})
     return out
 
 

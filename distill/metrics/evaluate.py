@@ -15,9 +15,11 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..measure import PeakMemory
+from ..teacher import EMBEDDED
 from .features import Extractor, make_extractor
 from .folder_source import FolderSource
 from .generation import Generation, Made
+from .inputs import Inputs
 from .judges import DataJudge, Judge, StandardJudge
 from .neighbours import match_share
 from .pipeline_source import SEED_STRIDE, PipelineSource
@@ -51,10 +53,12 @@ def evaluate(
     fresh: bool = False,
     clip: str | None = None,
     protocol: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Scores and seconds per image for each number of steps: the report, which is also written to `output`.
 
-    pipeline            a diffusers pipeline folder or hub id; or a folder of images: then no steps, 1 seed
+    pipeline            a diffusers pipeline folder or hub id, or the name of an embedded teacher; or a folder of
+                        images: then no steps, 1 seed
     num_images, seeds   pictures in one value; values of disjoint noise, whose mean and sd are reported
     split, holdout      reference of KID, FD and prompts; unseen real pictures, None where there are none
     device              None: cuda if there is one, else cpu
@@ -63,6 +67,7 @@ def evaluate(
     clip                also an image-text score, by a name of `scorers.make_scorer`
     protocol            a named protocol in place of data, split, holdout and extractor
     fresh               make and time all pictures again, whatever the cache holds
+    trust_remote_code   run code that the pipeline brings; code of ours, byte for byte, runs without it
 
     A row's `steps` is what was asked for; its `nfe` the evaluations of the network per image, counted; its peak
     memory that of making the pictures.
@@ -71,15 +76,15 @@ def evaluate(
     interrupted call goes on and an equal one is quick. Under torchrun or `accelerate launch` the processes share
     the pictures; the first scores them and writes the report, the others return {}.
 
-    Picture i uses the caption of reference row i (fixed random order, repeated if it is short) and the noise
-    seed seed_block * 1_000_000 + i. Seconds are the median over full batches of the pipeline call alone,
-    after one batch of warm-up. Raises UserError for whatever the caller can mend.
+    Picture i uses the caption or class label of reference row i (fixed random order, repeated if it is short), as
+    the pipeline wants, and the noise seed seed_block * 1_000_000 + i. Seconds are the median over full batches of
+    the pipeline call alone, after one batch of warm-up. Raises UserError for whatever the caller can mend.
     """
     _check_counts(num_images, seeds, batch_size)
     if output is not None:
         check_writable(output)
     where, rank, processes = _place(device)
-    source = open_source(pipeline, where)
+    source = open_source(pipeline, where, trust_remote_code)
     calls = source.calls(steps, seeds, guidance_scale, num_images)
     judge: Judge
     with PartialState().main_process_first() if processes > 1 else nullcontext():
@@ -89,11 +94,14 @@ def evaluate(
             get_standard(protocol).check_count(num_images)
             judge = StandardJudge(protocol, where, batch_size, progress)
     source.quantise_by(judge.quantise, judge.quantisation)
-    prompts = judge.prompts(num_images) if source.conditioning == "caption" else []
+    inputs = judge.inputs(source.conditioning, num_images)
+    if source.num_classes is not None and inputs.num_classes > source.num_classes:
+        raise UserError(
+            f"{pipeline}: knows {source.num_classes} classes, {protocol or data} has {inputs.num_classes}; give "
+            "the data that it was trained on"
+        )
     scorer, measure = make_scorer(clip) if clip is not None else (None, None)
-    if source.conditioning == "caption" and not prompts:
-        raise UserError(f"protocol: {protocol} has no captions for the text-to-image pipeline {pipeline}")
-    if scorer is not None and not any(prompts):
+    if scorer is not None and not any(inputs.captions):
         raise UserError(f"clip: {pipeline} has no captions to score pictures with; leave it out")
     generation = Generation(
         source,
@@ -113,12 +121,12 @@ def evaluate(
         for n, arguments in calls.items():
             bar.set_description("files" if n is None else f"{n} steps")
             for seed in range(seeds):
-                made[n].append(generation.make(prompts, num_images, seed, arguments, bar, fresh=fresh))
+                made[n].append(generation.make(inputs, num_images, seed, arguments, bar, fresh=fresh))
     if rank > 0:
         return {}
     rows = []
     for n, arguments in calls.items():
-        setting = _setting(source, judge.network, num_images, prompts, made[n][0].side, judge.crop_rule)
+        setting = _setting(source, judge.network, num_images, inputs, made[n][0], judge.crop_rule)
         scores = judge.scores([m.features for m in made[n]], setting)
         if scorer is not None and measure is not None:
             cosines = [m.cosines for m in made[n] if m.cosines is not None]
@@ -156,6 +164,7 @@ def caption_match(
     guidance_scale: float | None = None,
     data_options: Mapping[str, Any] | None = None,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> Score:
     """Share of a split's captions whose picture is nearer to its own caption's than to another's.
 
@@ -165,7 +174,7 @@ def caption_match(
     """
     _check_counts(2, 1, batch_size)
     where = choose_device(device)
-    source = open_source(pipeline, where)
+    source = open_source(pipeline, where, trust_remote_code)
     ((_, arguments),) = source.calls([steps], 1, guidance_scale, 2).items()
     if source.conditioning != "caption":
         raise UserError(f"{pipeline}: takes no prompts, so its pictures have no captions to match")
@@ -175,11 +184,10 @@ def caption_match(
         raise UserError(f"data {data}: split {split!r} has no captions to tell apart; set its caption_column")
     generation = Generation(source, network, batch_size=batch_size, device=where, warm_up=arguments)
     with tqdm(total=len(prompts), unit="image", disable=not progress) as bar:
-        made = generation.make(prompts, len(prompts), 0, arguments, bar)
-    features, size = made.features, made.side
-    real = load_reference(network, data, split, size, batch_size=batch_size, data_options=data_options)
-    share = match_share(features, prompts, real.features, real.captions)
-    setting = _setting(source, network, len(prompts), prompts, size)
+        made = generation.make(Inputs.of_captions(prompts), len(prompts), 0, arguments, bar)
+    real = load_reference(network, data, split, made.side, batch_size=batch_size, data_options=data_options)
+    share = match_share(made.features, prompts, real.features, real.captions)
+    setting = _setting(source, network, len(prompts), Inputs.of_captions(prompts), made)
     return setting.score("caption match", real, [share.value], share.interval)
 
 
@@ -215,45 +223,33 @@ def real_floor(
         (first, train.features[half:], f"{train.name}, second half"),
     ):
         rule = f"real pictures of {name}"
-        setting = Setting(network, len(features), (), "none", rule, "uint8, real pictures", image_size)
+        setting = Setting(network, len(features), Inputs(), rule, "uint8, real pictures", image_size)
         out.append(setting.score("KID", real, [real.kid(features)]))
         out.append(setting.score("FD", real, [real.frechet(features)]))
     return out
 
 
-def open_source(pipeline: str, device: torch.device) -> Source:
-    """A pipeline folder, a folder of images or a hub id. Raises UserError if it is none of them."""
-    path = Path(pipeline)
+def open_source(pipeline: str, device: torch.device, trust_remote_code: bool = False) -> Source:
+    """An embedded teacher, a pipeline folder, a folder of images or a hub id. Raises UserError if it is none."""
+    path = EMBEDDED.get(pipeline, Path(pipeline))
     if path.is_dir():
         if (path / "model_index.json").is_file():
-            return PipelineSource(pipeline, device)
+            return PipelineSource(str(path), device, trust_remote_code=trust_remote_code)
         if (path / "pipeline" / "model_index.json").is_file():
             raise UserError(f"{path}: this is a run folder; give {path / 'pipeline'}")
         return FolderSource(path)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", pipeline):
         raise UserError(f"{pipeline}: no such folder; give a pipeline folder, a folder of images or a hub id")
-    return PipelineSource(pipeline, device)
+    return PipelineSource(pipeline, device, trust_remote_code=trust_remote_code)
 
 
 def _setting(
-    source: Source,
-    network: Extractor,
-    n_gen: int,
-    prompts: Sequence[str],
-    image_size: int,
-    crop_rule: str = "none",
+    source: Source, network: Extractor, n_gen: int, inputs: Inputs, made: Made, crop_rule: str = "none"
 ) -> Setting:
-    conditioning = "caption" if any(prompts) else "none"
-    quantisation = source.quantisation + ("" if crop_rule == "none" else f"; crop: {crop_rule}")
-    return Setting(
-        network,
-        n_gen,
-        list(prompts) if any(prompts) else [],
-        conditioning,
-        source.seed_rule,
-        quantisation,
-        image_size,
-    )
+    grey = "; grey repeated to RGB" if made.grey else ""
+    crop = "" if crop_rule == "none" else f"; crop: {crop_rule}"
+    rule = source.quantisation + grey + crop
+    return Setting(network, n_gen, inputs, source.seed_rule, rule, made.side)
 
 
 def _check_counts(num_images: int, seeds: int, batch_size: int) -> None:

@@ -49,7 +49,11 @@ class FolderSource(Source):
         return {None: {}}
 
     def pictures(
-        self, rows: range, prompts: Sequence[str], seed_block: int, arguments: dict[str, Any]
+        self,
+        rows: range,
+        values: Sequence[str] | Sequence[int],
+        seed_block: int,
+        arguments: dict[str, Any],
     ) -> tuple[Tensor, float]:
         """The files at `rows`; UserError if one is unreadable or not as large as the first."""
         start = time.perf_counter()

@@ -1,7 +1,7 @@
 """Features of generated pictures, made once and kept: an interrupted evaluation goes on where it stopped."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from statistics import median
@@ -16,6 +16,7 @@ from ..data.cache import Records, cache_directory
 from ..measure import PeakMemory
 from .features import Extractor, extract
 from .image_text import Scorer, pair_cosines
+from .inputs import Inputs
 from .protocol import hash_prompts
 from .report import LIBRARIES, device_name
 from .source import Source
@@ -26,11 +27,12 @@ class Made:
     """What is known of `count` pictures.
 
     features  (N, D) float32
-    cosines   (N,) float64 of each picture with its caption, None without a scorer
+    cosines   (N,) float64 of each picture with its caption or the name of its class, None without a scorer
     seconds   seconds per image (median over full batches of the call alone)
     nfe       evaluations of the denoising network per image, counted; guidance takes two a step
     memory    peak bytes while the pictures were made, None where the system cannot tell
     side      pixels
+    grey      whether the pictures had one channel
     """
 
     features: Tensor
@@ -39,6 +41,7 @@ class Made:
     nfe: int
     memory: int | None
     side: int
+    grey: bool
 
 
 class Generation:
@@ -72,7 +75,7 @@ class Generation:
 
     def make(
         self,
-        prompts: Sequence[str],
+        inputs: Inputs,
         count: int,
         seed_block: int,
         arguments: dict[str, Any],
@@ -83,11 +86,11 @@ class Generation:
         """Pictures 0 to count - 1 of a seed block.
 
         Each process makes a share of its own, all return the whole. What the cache holds under the same source,
-        call, prompts, networks, batch size, device and versions is not made again unless `fresh`.
+        call, inputs, networks, batch size, device and versions is not made again unless `fresh`.
         """
         share = -(-count // self.num_processes)
         rows = range(min(self.rank * share, count), min((self.rank + 1) * share, count))
-        records = self._records(rows, prompts, seed_block, arguments)
+        records = self._records(rows, inputs, seed_block, arguments)
         if fresh:
             records.forget()
         seen = 0
@@ -98,7 +101,7 @@ class Generation:
             seen = done
 
         def fill(start: int, stop: int) -> dict[str, Tensor]:
-            return self._batch(rows[start:stop], prompts, seed_block, arguments)
+            return self._batch(rows[start:stop], inputs, seed_block, arguments)
 
         records.build(fill, self.batch_size, step, True, lambda: None)
         step(len(rows), len(rows))
@@ -114,38 +117,39 @@ class Generation:
             nfe=int(whole["nfe"][0]),
             memory=int(whole["memory"].max()) or None,
             side=int(whole["side"][0]),
+            grey=bool(whole["grey"][0]),
         )
 
     def _batch(
-        self, rows: range, prompts: Sequence[str], seed_block: int, arguments: dict[str, Any]
+        self, rows: range, inputs: Inputs, seed_block: int, arguments: dict[str, Any]
     ) -> dict[str, Tensor]:
         if not self.warm or (len(rows) == self.batch_size and len(rows) not in self.warm):
-            self.source.pictures(range(len(rows)), prompts or [""], 0, self.warm_up)
+            self.source.pictures(range(len(rows)), inputs.values, 0, self.warm_up)
             self.warm.add(len(rows))
         before = self.source.evaluations()
         with PeakMemory(self.device) as peak:
-            images, taken = self.source.pictures(rows, prompts, seed_block, arguments)
+            images, taken = self.source.pictures(rows, inputs.values, seed_block, arguments)
         self.check_side(images.shape[-1])
         nfe = (self.source.evaluations() - before) // len(rows)
         out = {"features": extract(self.network, self.crop(images), self.batch_size)}
         if self.scorer is not None:
-            captions = [prompts[i % len(prompts)] for i in rows]
+            captions = [inputs.captions[i % len(inputs.captions)] for i in rows]
             out["cosines"] = pair_cosines(self.scorer, images, captions, self.batch_size)[:, None]
         out["seconds"] = torch.full((len(rows), 1), taken / len(rows))
         out["nfe"] = torch.full((len(rows), 1), nfe, dtype=torch.int32)
         out["memory"] = torch.full((len(rows), 1), peak.bytes or 0, dtype=torch.int64)
         out["side"] = torch.full((len(rows), 1), images.shape[-1], dtype=torch.int32)
+        out["grey"] = torch.full((len(rows), 1), self.source.grey, dtype=torch.uint8)
         return out
 
-    def _records(
-        self, rows: range, prompts: Sequence[str], seed_block: int, arguments: dict[str, Any]
-    ) -> Records:
-        network = self.network
+    def _records(self, rows: range, inputs: Inputs, seed_block: int, arguments: dict[str, Any]) -> Records:
+        network, values = self.network, inputs.values
+        own = [values[i % len(values)] for i in rows] if values else []
         key = {
             "source": self.source.identity(),
             "rules": [self.source.seed_rule, self.source.quantisation, self.crop_rule],
             "arguments": arguments,
-            "prompts": hash_prompts([prompts[i % len(prompts)] for i in rows] if prompts else []),
+            "inputs": [inputs.conditioning, hash_prompts(own)],
             "rows": [rows.start, rows.stop, seed_block],
             "network": [network.name, network.weights_sha256, network.resize, network.layer],
             "scorer": self.scorer.identity if self.scorer is not None else None,

@@ -10,13 +10,16 @@ from torch import Tensor
 from ..errors import UserError
 from .features import Extractor, make_extractor
 from .frechet import INFINITY_RATIO, Moments, frechet_distance, frechet_infinity
+from .inputs import Inputs
 from .kid import mean_sd
 from .pipeline_source import QUANTISATION, quantise
 from .prepare import open_standard
 from .protocol import Score
-from .reference import captions_of, load_reference
+from .reference import Reference, captions_of, labels_of, load_reference
 from .scoring import Setting, score_all
 from .verify import is_verified
+
+LABEL_SEED = 0
 
 
 class Judge(ABC):
@@ -38,8 +41,8 @@ class Judge(ABC):
     def quantise(self, images: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def prompts(self, count: int) -> list[str]:
-        """Captions of pictures 0 to count - 1."""
+    def inputs(self, conditioning: str, count: int) -> Inputs:
+        """What pictures 0 to count - 1 are made from. Raises UserError if there is nothing of the kind."""
 
     @abstractmethod
     def check_side(self, side: int) -> None:
@@ -55,7 +58,7 @@ class Judge(ABC):
 
 
 class DataJudge(Judge):
-    """Splits of a data set: KID and its kin to `split`, whose captions are the prompts, beside `holdout`."""
+    """Splits of a data set: KID and its kin to `split`, whose captions or labels are the inputs, beside `holdout`."""
 
     quantisation = QUANTISATION
 
@@ -77,6 +80,7 @@ class DataJudge(Judge):
             if name is not None:
                 captions_of(data, name, data_options)
         self.network = make_extractor(extractor).to(device)
+        self.references: dict[int, tuple[Reference, Reference | None]] = {}
 
     def crop(self, images: Tensor) -> Tensor:
         return images
@@ -87,29 +91,36 @@ class DataJudge(Judge):
     def check_side(self, side: int) -> None:
         pass  # real pictures are read at any size
 
-    def prompts(self, count: int) -> list[str]:
-        captions = captions_of(self.data, self.split, self.options)
-        return [captions[i % len(captions)] for i in range(count)]
+    def inputs(self, conditioning: str, count: int) -> Inputs:
+        if conditioning == "caption":
+            captions = captions_of(self.data, self.split, self.options)
+            return Inputs.of_captions([captions[i % len(captions)] for i in range(count)])
+        if conditioning == "class":
+            labels, classes = labels_of(self.data, self.split, self.options)
+            return Inputs.of_labels([labels[i % len(labels)] for i in range(count)], classes)
+        return Inputs()
 
     def scores(self, runs: Sequence[Tensor], setting: Setting) -> list[Score]:
-        train, unseen = (
-            load_reference(
-                self.network, self.data, split, setting.image_size, batch_size=self.batch_size,
-                data_options=self.options,
-            )
-            if split is not None
-            else None
-            for split in (self.split, self.holdout)
-        )  # fmt: skip
-        assert train is not None
-        return score_all(runs, train, unseen, setting)
+        if setting.image_size not in self.references:
+            train = self._load(self.split, setting.image_size)
+            unseen = None if self.holdout is None else self._load(self.holdout, setting.image_size)
+            self.references[setting.image_size] = train, unseen
+        return score_all(runs, *self.references[setting.image_size], setting)
+
+    def _load(self, split: str, side: int) -> Reference:
+        return load_reference(
+            self.network, self.data, split, side, batch_size=self.batch_size, data_options=self.options
+        )
 
     def record(self) -> dict[str, Any]:
         return {"verified": is_verified(self.network)}
 
 
 class StandardJudge(Judge):
-    """A named protocol (see `standards`), prepared by `fewstep prepare-data`: FD to its statistics."""
+    """A named protocol (see `standards`), prepared by `fewstep prepare-data`: FD to its statistics.
+
+    Labels are uniform at random, all from seed 0.
+    """
 
     def __init__(self, name: str, device: torch.device, batch_size: int, progress: bool):
         self.opened = open_standard(name, device=device, batch_size=batch_size, progress=progress)
@@ -123,8 +134,24 @@ class StandardJudge(Judge):
     def quantise(self, images: Tensor) -> Tensor:
         return self.standard.quantise(images.float() * 2 - 1)
 
-    def prompts(self, count: int) -> list[str]:
-        return self.opened.prompts[:count]
+    def inputs(self, conditioning: str, count: int) -> Inputs:
+        name = self.standard.name
+        if conditioning == "caption":
+            if not self.opened.prompts:
+                raise UserError(
+                    f"protocol: {name} has no captions for the text-to-image pipeline; choose another"
+                )
+            return Inputs.of_captions(self.opened.prompts[:count])
+        if conditioning == "class":
+            if self.standard.num_classes is None:
+                raise UserError(
+                    f"protocol: {name} has no classes for the class-conditional pipeline; choose another"
+                )
+            number = self.standard.num_classes.value
+            draw = torch.Generator().manual_seed(LABEL_SEED)
+            labels = torch.randint(number, (count,), generator=draw).tolist()
+            return Inputs("class", labels, num_classes=number)
+        return Inputs()
 
     def check_side(self, side: int) -> None:
         self.standard.check(self.standard.num_images.value, side)

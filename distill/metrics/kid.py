@@ -37,8 +37,13 @@ def within(x: Tensor, *, block: int = 4096) -> float:
     """Mean kernel value over ordered pairs of different rows of x (N, D)."""
     _check(x)
     diagonal = (x.double().square().sum(1) / x.shape[1] + 1).pow(3).sum()
-    n = len(x)
-    return float((_kernel_sum(x, x, block) - diagonal) / (n * (n - 1)))
+    total, n = -diagonal, len(x)
+    pieces = x.split(block)
+    for i, piece in enumerate(pieces):  # the kernel is symmetric: pairs of two pieces count twice
+        total += _kernel_sum(piece, piece, block)
+        for other in pieces[i + 1 :]:
+            total += 2 * _kernel_sum(piece, other, block)
+    return float(total / (n * (n - 1)))
 
 
 def between(x: Tensor, y: Tensor, *, block: int = 4096) -> float:

@@ -20,15 +20,20 @@ def nearest_distance(x: Tensor, reference: Tensor, *, block: int = 4096) -> Tens
     return torch.cat(parts)
 
 
-def neighbour_ratio(generated: Tensor, train: Tensor, holdout: Tensor) -> float:
-    """Median distance generated -> train over median distance of unseen real pictures -> train.
-
-    Well below 1 the pictures lie nearer to the training set than real pictures do: the model memorises.
-    """
+def unseen_distance(holdout: Tensor, train: Tensor) -> float:
+    """Median distance of unseen real pictures (N, D) -> train (M, D). Raises ValueError if half of them are in it."""
     unseen = nearest_distance(holdout, train).median()
     if unseen <= 1e-6 * train.double().norm(dim=1).median():
         raise ValueError("half of the hold-out pictures are training pictures: there is no real distance")
-    return float(nearest_distance(generated, train).median() / unseen)
+    return float(unseen)
+
+
+def neighbour_ratio(generated: Tensor, train: Tensor, unseen: float) -> float:
+    """Median distance generated -> train over `unseen_distance` of the hold-out.
+
+    Well below 1 the pictures lie nearer to the training set than real pictures do: the model memorises.
+    """
+    return float(nearest_distance(generated, train).median()) / unseen
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
+from .loading import load_pipeline
 from .source import Source, first_line, hash_files, short, side
 
 SEED_STRIDE = 1_000_000
 QUANTISATION = "uint8, pipeline output in [0, 1] times 255, rounded and clipped"
+KEYWORDS = {"caption": "prompt", "class": "class_labels"}
 
 
 class PipelineSource(Source):
@@ -31,12 +30,12 @@ class PipelineSource(Source):
     seed_rule = f"one CPU torch.Generator per image, seed_block * {SEED_STRIDE} + i"
     quantisation = QUANTISATION
 
-    def __init__(self, pipeline: str, device: torch.device):
-        """Raises UserError if it cannot be loaded or needs inputs other than a prompt."""
+    def __init__(self, pipeline: str, device: torch.device, *, trust_remote_code: bool = False):
+        """Raises UserError if it cannot be loaded or needs inputs other than a prompt or a class label."""
         self.name = pipeline
         self.device = device
         self.quantise: Callable[[Tensor], Tensor] = quantise
-        self.pipe, self.sampling = _load(pipeline)
+        self.pipe, self.sampling = load_pipeline(pipeline, trust_remote_code)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         if getattr(self.pipe, "safety_checker", None) is not None:
@@ -46,12 +45,22 @@ class PipelineSource(Source):
         if denoiser is not None:
             denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
         self.parameters = inspect.signature(type(self.pipe).__call__).parameters
-        self.conditioning = "caption" if "prompt" in self.parameters else "none"
-        for p in self.parameters.values():
-            given = p.name in ("self", "prompt") or p.default is not p.empty
-            if not given and p.kind is p.POSITIONAL_OR_KEYWORD:
-                kind = type(self.pipe).__name__
-                raise UserError(f"{pipeline}: {kind} needs {p.name!r}; only prompts and noise can be given")
+        needed = [
+            p.name
+            for p in self.parameters.values()
+            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"
+        ]
+        self.num_classes = _num_classes(denoiser)
+        if "prompt" in self.parameters:
+            self.conditioning = "caption"
+        elif "class_labels" in self.parameters and (self.num_classes or "class_labels" in needed):
+            self.conditioning = "class"
+        for name in needed:
+            if name != KEYWORDS.get(self.conditioning):
+                raise UserError(
+                    f"{pipeline}: {type(self.pipe).__name__} needs {name!r}; only prompts or class labels "
+                    "and noise can be given"
+                )
 
     def calls(
         self, steps: Sequence[int], seeds: int, guidance_scale: float | None, num_images: int
@@ -85,19 +94,23 @@ class PipelineSource(Source):
         return self.evaluated
 
     def pictures(
-        self, rows: range, prompts: Sequence[str], seed_block: int, arguments: dict[str, Any]
+        self,
+        rows: range,
+        values: Sequence[str] | Sequence[int],
+        seed_block: int,
+        arguments: dict[str, Any],
     ) -> tuple[Tensor, float]:
-        """Picture i has the noise seed seed_block * 1_000_000 + i and prompts[i % len(prompts)]."""
+        """Picture i has the noise seed seed_block * 1_000_000 + i and values[i % len(values)]."""
         generators = [torch.Generator().manual_seed(seed_block * SEED_STRIDE + i) for i in rows]
         inputs: dict[str, Any] = {"generator": generators, "output_type": "pt", **arguments}
-        if self.conditioning == "caption":
-            inputs["prompt"] = [prompts[i % len(prompts)] for i in rows]
-        else:
+        if self.conditioning in KEYWORDS:
+            inputs[KEYWORDS[self.conditioning]] = [values[i % len(values)] for i in rows]
+        if self.conditioning == "none" or (self.conditioning == "class" and "batch_size" in self.parameters):
             inputs["batch_size"] = len(rows)
         start = time.perf_counter()
         try:
             images = getattr(self.pipe(**inputs), "images", None)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, IndexError) as error:  # the last: a label beyond the network's
             kind = type(self.pipe).__name__
             raise UserError(f"{self.name}: {kind} refuses the call ({first_line(error)})") from error
         if self.device.type != "cpu":
@@ -121,17 +134,17 @@ class PipelineSource(Source):
         self.evaluated += next(x for x in inputs if x is not None).shape[0]
 
     def _quantise(self, images: Any) -> Tensor:
-        if isinstance(images, np.ndarray):  # DDPMPipeline and its kin know no "pt": (B, H, W, 3) in [0, 1]
+        if isinstance(images, np.ndarray) and images.ndim == 4:  # DDPMPipeline and its kin know no "pt"
             images = torch.from_numpy(images).permute(0, 3, 1, 2)
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
-            raise UserError(
-                f"{self.name}: {type(self.pipe).__name__} gives no RGB pictures; nothing to score"
-            )
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
+            kind = type(self.pipe).__name__
+            raise UserError(f"{self.name}: {kind} gives neither RGB nor grey pictures; nothing to score")
         if not images.isfinite().all():
             raise UserError(
                 f"{self.name}: the pictures hold NaN or infinity; its weights or precision are unfit"
             )
-        return self.quantise(images).cpu()
+        self.grey = images.shape[1] == 1
+        return self.quantise(images).cpu().expand(-1, 3, -1, -1).contiguous()
 
     def describe(self) -> dict[str, Any]:
         folder = Path(self.name)
@@ -141,6 +154,12 @@ class PipelineSource(Source):
             "pipeline_class": type(self.pipe).__name__,
             "scheduler": type(self.pipe.scheduler).__name__,
         }
+
+
+def _num_classes(denoiser: Any) -> int | None:
+    """Labels that a network knows by its configuration; None without."""
+    config = getattr(denoiser, "config", None) or {}
+    return config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
 
 
 def hash_parts(pipe: Any) -> str:
@@ -169,45 +188,6 @@ def quiet() -> None:
 def quantise(images: Tensor) -> Tensor:
     """[0, 1] -> uint8, rounded to the nearest level and clipped."""
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def _load(pipeline: str) -> tuple[Any, dict[str, dict[str, Any]]]:
-    local = Path(pipeline).is_dir()
-    try:
-        pipe = DiffusionPipeline.from_pretrained(pipeline, local_files_only=local, dtype=torch.float32)
-    except Exception as error:  # whatever diffusers, transformers or safetensors say about these files
-        remedy = "complete the folder" if local else "no such folder here; check the spelling and the network"
-        raise UserError(
-            f"{pipeline}: cannot be loaded as a pipeline ({first_line(error)}); {remedy}"
-        ) from None
-    if getattr(pipe, "scheduler", None) is None:
-        raise UserError(
-            f"{pipeline}: the pipeline has no scheduler; add a scheduler folder and name it in model_index"
-        )
-    path = Path(pipeline) / "sampling.json" if local else _sampling_of_hub(pipeline)
-    return pipe, read_sampling(path) if path and path.is_file() else {}
-
-
-def _sampling_of_hub(repository: str) -> Path | None:
-    try:
-        return Path(hf_hub_download(repository, "sampling.json"))
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"{repository}: no network to ask for its sampling.json; give the folder of its snapshot"
-        ) from None
-    except EntryNotFoundError:
-        return None
-
-
-def read_sampling(path: Path) -> dict[str, dict[str, Any]]:
-    """sampling.json. Raises UserError if it is cut short or something else."""
-    try:
-        sampling = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({first_line(error)}); export the pipeline again") from None
-    if not isinstance(sampling, dict) or not all(isinstance(v, dict) for v in sampling.values()):
-        raise UserError(f"{path}: must map a number of steps to call arguments; export the pipeline again")
-    return sampling
 
 
 def _files(folder: Path) -> list[Path]:

@@ -21,8 +21,8 @@ class Protocol:
     input                    dtype and quantisation of the pictures before the extractor
     reference .. n_ref       real pictures: data set and split, hash of pixels and captions, how many
     n_gen                    pictures (prompts for a caption match) in one value; seeds repeat it
-    prompts_sha256           hash of the captions in order; empty without captions
-    conditioning             "caption": picture i is made from the caption of reference row i; "none"
+    conditioning             "caption" or "class": picture i is made from that of reference row i; "none"
+    prompts_sha256           hash of the captions or class labels in order; empty without
     seed_rule, image_size    start noise of picture i; side of the generated pictures in pixels
     """
 
@@ -38,8 +38,8 @@ class Protocol:
     reference_sha256: str
     n_ref: int
     n_gen: int
-    prompts_sha256: str
     conditioning: str
+    prompts_sha256: str
     seed_rule: str
     image_size: int
 
@@ -107,6 +107,6 @@ def hash_pictures(chunks: Iterable[Tensor], shape: tuple[int, ...], captions: Se
     return digest.hexdigest()
 
 
-def hash_prompts(captions: Sequence[str]) -> str:
-    """sha256 of the captions in order; empty if there are none."""
-    return hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest() if captions else ""
+def hash_prompts(prompts: Sequence[str | int]) -> str:
+    """sha256 of the captions or class labels in order; empty if there are none."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest() if prompts else ""

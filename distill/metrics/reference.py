@@ -1,7 +1,8 @@
 """The real pictures that generated ones are measured against."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,9 @@ from ..data.cache import Records, cache_directory
 from ..errors import UserError
 from .features import Extractor, extract
 from .frechet import Moments, frechet_distance
-from .kid import between, within
+from .kid import DEFINITION, between, within
+from .manifold import COVERAGE_NEIGHBOURS, PRECISION_NEIGHBOURS, radii
+from .neighbours import unseen_distance
 from .protocol import hash_pictures
 from .report import LIBRARIES
 
@@ -40,6 +43,15 @@ def captions_of(data: str, split: str, data_options: Mapping[str, Any] | None = 
     return [rows.captions[i] for i in order]
 
 
+def labels_of(
+    data: str, split: str, data_options: Mapping[str, Any] | None = None
+) -> tuple[list[int], tuple[str, ...]]:
+    """The class labels of `reference`, and the names of the classes. Raises UserError if the data have none."""
+    rows, order = _ordered(data, split, 1, data_options)
+    labels = rows.labels
+    return [labels[i] for i in order], rows.classes
+
+
 def _ordered(
     data: str, split: str, resolution: int, data_options: Mapping[str, Any] | None
 ) -> tuple[ImageData, list[int]]:
@@ -62,16 +74,38 @@ class Reference:
 
     @cached_property
     def within(self) -> float:
-        return within(self.features)
+        return _remembered(f"KID within, {DEFINITION}", [self.features], lambda: within(self.features))
+
+    @cached_property
+    def reach(self) -> Tensor:
+        """Radii of the balls of precision and recall, and of density and coverage: float64 (2, N)."""
+        return radii(self.features, (PRECISION_NEIGHBOURS, COVERAGE_NEIGHBOURS))
+
+    @cached_property
+    def _heads(self) -> dict[int, "Reference"]:
+        return {}
+
+    def head(self, n: int) -> "Reference":
+        """The first n pictures: the same object for the same n, so that what it computed is kept."""
+        if n not in self._heads:
+            first = replace(self, name=f"{self.name}, first {n}", features=self.features[:n])
+            self._heads[n] = first
+        return self._heads[n]
+
+    def distance_of(self, unseen: "Reference") -> float:
+        """Median distance of unseen real pictures to their nearest ones here."""
+        parts = [unseen.features, self.features]
+        return _remembered("NN distance", parts, lambda: unseen_distance(*parts))
 
     @property
     def captioned(self) -> bool:
         """Whether there are captions to tell apart."""
         return len(set(self.captions)) > 1
 
-    def kid(self, generated: Tensor) -> float:
-        """KID of features (M, D) to this split."""
-        return self.within + within(generated) - 2 * between(self.features, generated)
+    def kid(self, generated: Tensor, own: float | None = None) -> float:
+        """KID of features (M, D) to this split; `own`: kid.within of them where it is at hand."""
+        own = within(generated) if own is None else own
+        return self.within + own - 2 * between(self.features, generated)
 
     def frechet(self, generated: Tensor) -> float:
         """Frechet distance of features (M, D) to this split."""
@@ -107,3 +141,18 @@ def load_reference(
     records.build(features, batch_size, None, True, lambda: None)
     name = f"{Path(data).name}/{split}"
     return Reference(name, sha256, captions, records.read(range(len(rows)))["features"])
+
+
+def _remembered(name: str, features: Sequence[Tensor], compute: Callable[[], float]) -> float:
+    """A number of real pictures alone, computed once and kept under the hash of their features."""
+    digest = hashlib.sha256()
+    for x in features:
+        digest.update(x.contiguous().numpy())
+    key = f"{name} {digest.hexdigest()} torch {version('torch')}"
+    records = Records(cache_directory() / "features", key, 1)
+
+    def fill(start: int, stop: int) -> dict[str, Tensor]:
+        return {"value": torch.tensor([[compute()]], dtype=torch.float64)}
+
+    records.build(fill, 1, None, True, lambda: None)
+    return float(records.read(range(1))["value"])

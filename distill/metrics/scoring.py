@@ -9,11 +9,12 @@ from .features import Extractor
 from .frechet import INFINITY_RATIO, frechet_infinity
 from .image_text import Measure, Scorer, image_text_protocol
 from .inception import frechet_label
+from .inputs import Inputs
 from .kid import DEFINITION as KID_DEFINITION
-from .kid import mean_sd
-from .manifold import COVERAGE_NEIGHBOURS, PRECISION_NEIGHBOURS, density_coverage, precision_recall
+from .kid import mean_sd, within
+from .manifold import COVERAGE_NEIGHBOURS, PRECISION_NEIGHBOURS, manifold
 from .neighbours import Share, match_share, neighbour_ratio
-from .protocol import Protocol, Score, hash_prompts
+from .protocol import Protocol, Score
 from .reference import Reference
 
 DEFINITIONS = {
@@ -31,15 +32,11 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all scores of one set of pictures have in common; the fields are those of Protocol.
-
-    prompts  the captions that the pictures were made from, in order; empty if from none
-    """
+    """What all scores of one set of pictures have in common; fields as in Protocol, inputs: of the pictures."""
 
     network: Extractor
     n_gen: int
-    prompts: Sequence[str]
-    conditioning: str
+    inputs: Inputs
     seed_rule: str
     quantisation: str
     image_size: int
@@ -73,8 +70,8 @@ class Setting:
             reference_sha256=reference_sha256,
             n_ref=n_ref,
             n_gen=n_gen or self.n_gen,
-            prompts_sha256=hash_prompts(self.prompts),
-            conditioning=self.conditioning,
+            conditioning=self.inputs.conditioning,
+            prompts_sha256=self.inputs.sha256,
             seed_rule=self.seed_rule,
             image_size=self.image_size,
         )
@@ -100,19 +97,24 @@ def score_all(
     pictures as generated ones; KID to `holdout` and NN ratio where there is one; caption match where the pictures
     were made from captions that can be told apart, with the interval for one seed's number of captions.
     """
-    out = [setting.score("KID", train, [train.kid(x) for x in runs])]
-    if holdout is not None:
-        out.append(setting.score("KID", holdout, [holdout.kid(x) for x in runs]))
+    own = [within(x) for x in runs]
+    out = [
+        setting.score("KID", real, [real.kid(x, k) for x, k in zip(runs, own, strict=True)])
+        for real in (train, holdout)
+        if real is not None
+    ]
     out.append(setting.score("FD", train, [train.frechet(x) for x in runs]))
     if setting.n_gen >= INFINITY_RATIO * setting.network.num_features:
         limits = [frechet_infinity(x, train.moments) for x in runs]
         out.append(setting.score("FD-infinity", train, limits))
     out += manifold_scores(runs, train, setting)
     if holdout is not None:
-        ratios = [neighbour_ratio(x, train.features, holdout.features) for x in runs]
+        unseen = train.distance_of(holdout)
+        ratios = [neighbour_ratio(x, train.features, unseen) for x in runs]
         out.append(setting.score("NN ratio", join(train, holdout), ratios))
-    if setting.prompts and train.captioned:
-        shares = [match_share(x, setting.prompts, train.features, train.captions) for x in runs]
+    if setting.inputs.conditioning == "caption" and train.captioned:
+        captions = setting.inputs.captions
+        shares = [match_share(x, captions, train.features, train.captions) for x in runs]
         typical = Share(round(sum(s.hits for s in shares) / len(shares)), shares[0].trials)
         out.append(
             setting.score(
@@ -123,16 +125,17 @@ def score_all(
 
 
 def image_text_score(runs: Sequence[Tensor], scorer: Scorer, measure: Measure, setting: Setting) -> Score:
-    """Score of the cosines (N,) of each seed's pictures with their captions."""
+    """Score of the cosines (N,) of each seed's pictures with their captions or the names of their classes."""
     protocol = image_text_protocol(
         scorer,
         measure,
-        captions=setting.prompts,
+        captions=setting.inputs.captions,
         input=setting.quantisation,
-        conditioning=setting.conditioning,
+        conditioning=setting.inputs.conditioning,
         seed_rule=setting.seed_rule,
         image_size=setting.image_size,
     )
+    protocol = replace(protocol, prompts_sha256=setting.inputs.sha256)
     return Score(measure.label(scorer), *mean_sd([measure.of(x) for x in runs]), protocol)
 
 
@@ -141,8 +144,8 @@ def manifold_scores(runs: Sequence[Tensor], train: Reference, setting: Setting) 
     n = min(setting.n_gen, len(train.features))
     if n <= max(PRECISION_NEIGHBOURS, COVERAGE_NEIGHBOURS):
         return []
-    real = replace(train, name=f"{train.name}, first {n}", features=train.features[:n])
-    found = [(*precision_recall(real.features, x[:n]), *density_coverage(real.features, x[:n])) for x in runs]
+    real = train.head(n)
+    found = [manifold(real.features, x[:n], reach=real.reach) for x in runs]
     names = ("precision", "recall", "density", "coverage")
     return [
         setting.score(k, real, values, n_gen=n)

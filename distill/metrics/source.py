@@ -14,12 +14,16 @@ from ..errors import UserError
 class Source(ABC):
     """Pictures to be scored.
 
-    conditioning  "caption" if picture i is made from a caption, else "none"
+    conditioning  what picture i is made from: "caption", "class" or "none"
+    num_classes   labels that the network knows, a null class perhaps among them; None if it does not say
     seed_rule     where the start noise of picture i comes from
     quantisation  how a picture becomes uint8; `quantise_by` sets another rule where there is a choice
+    grey          whether the pictures made last had one channel
     """
 
     conditioning: str = "none"
+    num_classes: int | None = None
+    grey: bool = False
     seed_rule: ClassVar[str]
     quantisation: str
 
@@ -31,11 +35,17 @@ class Source(ABC):
 
     @abstractmethod
     def pictures(
-        self, rows: range, prompts: Sequence[str], seed_block: int, arguments: dict[str, Any]
+        self,
+        rows: range,
+        values: Sequence[str] | Sequence[int],
+        seed_block: int,
+        arguments: dict[str, Any],
     ) -> tuple[Tensor, float]:
         """Pictures `rows` as uint8 (B, 3, H, H) on the CPU and the seconds that they took.
 
-        Raises UserError if they are not square.
+        values  captions or labels, as `conditioning` says; picture i is made from values[i % len(values)]
+
+        Grey pictures are repeated to three channels. Raises UserError if they are not square.
         """
 
     @abstractmethod

@@ -94,6 +94,7 @@ class Standard:
     n_ref                   pictures in the reference
     conditioning            what picture i is made from
     prompts, prompts_rule   file of the captions and key of PROMPT_RULES; None without captions
+    num_classes             labels that class-conditional pipelines are given; None without
     others                  references of the same name elsewhere, not interchangeable with this one
     """
 
@@ -110,6 +111,7 @@ class Standard:
     members: Stated[str] | None = None
     prompts: Stated[RemoteFile] | None = None
     prompts_rule: Stated[str] | None = None
+    num_classes: Stated[int] | None = None
     others: str = ""
 
     @property

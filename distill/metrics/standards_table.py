@@ -33,6 +33,7 @@ CIFAR10 = Standard(
     keys=("mu", "sigma"),
     n_ref=Stated(50_000, "all of CIFAR-10's training split: " + EDM),
     conditioning=Stated("label uniform at random from picture i's seed, or none", EDM),
+    num_classes=Stated(10, "CIFAR-10"),
     others="clean-fid publishes cifar10_{clean,legacy_tensorflow,legacy_pytorch}_{train,test}_32.npz",
 )
 
@@ -54,6 +55,7 @@ IMAGENET64 = Standard(
     conditioning=Stated(
         "label uniform at random from picture i's seed", EDM + "; other papers balance the classes", False
     ),
+    num_classes=Stated(1000, "ImageNet"),
     others="EDM2's dataset-refs/img64.pkl (FastGen, sCM) and ADM's VIRTUAL_imagenet64_labeled.npz (consistency "
     "models, CTM) are other references, EDM's imagenet-64x64-baseline.npz that of ADM's model",
 )
@@ -83,6 +85,7 @@ IMAGENET256 = Standard(
     conditioning=Stated(
         "label uniform at random", MEANFLOW + "; other papers make 50 of each class", established=False
     ),
+    num_classes=Stated(1000, "ImageNet"),
     others="MeanFlow in JAX uses statistics of its own (keys ref_mu, ref_sigma)",
 )
 

@@ -117,7 +117,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def protocol_notes(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The line below a table: how many pictures and seeds, which reference, whose protocol each column follows."""
+    """The line below a table: how many pictures, seeds, made from what, which reference, each column's protocol."""
     columns = score_columns(rows)
     seeds = sorted({row["seeds"] for row in rows})
     repeats = " to ".join(str(s) for s in dict.fromkeys((seeds[0], seeds[-1])))
@@ -127,7 +127,7 @@ def protocol_notes(rows: Sequence[Mapping[str, Any]]) -> str:
     plural = "" if seeds == [1] else "s"
     return (
         f"{first.n_gen} pictures a value (precision, recall, coverage: at most as many as the reference), "
-        f"{repeats} seed{plural} (mean ± sd); "
+        f"{repeats} seed{plural} (mean ± sd), conditioning: {first.conditioning}; "
         f"reference {first.reference} ({first.n_ref}); KID not x1000. Protocols: {ids}.\n"
     )
 

@@ -20,7 +20,7 @@ from fewstep.distill.metrics.evaluate import caption_match, evaluate, open_sourc
 from fewstep.distill.metrics.features import EfficientNetLite0, extract
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
 from fewstep.distill.metrics.kid import kid
-from fewstep.distill.metrics.manifold import density_coverage, precision_recall
+from fewstep.distill.metrics.manifold import manifold
 from fewstep.distill.metrics.pipeline_source import PipelineSource, hash_parts, quantise
 from fewstep.distill.metrics.protocol import Score
 from fewstep.distill.metrics.report import read_report
@@ -128,7 +128,7 @@ def test_evaluate_reports_what_its_parts_give(
         "coverage",
     ]
     assert [s.name for s in scores] == [*names, "NN ratio", "caption match"]
-    equal = [precision_recall(real, x[:12]) + density_coverage(real, x[:12]) for x in runs]
+    equal = [manifold(real, x[:12]) for x in runs]
     assert [s.value for s in scores[3:7]] == pytest.approx(np.mean(equal, 0).tolist())
     assert [(s.protocol.n_ref, s.protocol.n_gen) for s in scores[3:7]] == [(12, 12)] * 4
     assert scores[3].protocol.reference.endswith("first 12")

@@ -147,3 +147,18 @@ def test_missing_or_foreign_weights_say_what_to_install(
         EfficientNetLite0()
     with pytest.raises(UserError, match="'vgg'; available: efflite0-128"):
         make_extractor("vgg")
+
+
+def test_many_pictures_go_through_in_pieces_of_equal_features(extractor: EfficientNetLite0) -> None:
+    images = torch.randint(0, 256, (40, 3, 24, 24), dtype=torch.uint8)
+    sizes: list[int] = []
+    with torch.no_grad():
+        hook = extractor.network.conv_stem.register_forward_pre_hook(lambda _, x: sizes.append(len(x[0])))
+        found = [extractor(images[:count]) for count in (40, 31, 5)]
+        assert sizes == [20, 20, 31, 5]
+        hook.remove()
+        x = F.interpolate(images / 255, (128, 128), mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1
+        x = x.contiguous(memory_format=torch.channels_last)
+        whole = extractor.network.forward_head(extractor.network.forward_features(x), pre_logits=True)
+    for features in found:
+        assert (features - whole[: len(features)]).abs().max() <= 1e-5 * whole.abs().max()

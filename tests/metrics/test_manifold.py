@@ -2,8 +2,16 @@
 
 import pytest
 import torch
-from fewstep.distill.metrics.manifold import density_coverage, precision_recall, radii
+from fewstep.distill.metrics.manifold import manifold, radii
 from torch import Tensor
+
+
+def precision_recall(real: Tensor, generated: Tensor, block: int = 2048) -> tuple[float, float]:
+    return manifold(real, generated, block=block)[:2]
+
+
+def density_coverage(real: Tensor, generated: Tensor, block: int = 2048) -> tuple[float, float]:
+    return manifold(real, generated, block=block)[2:]
 
 
 def sets(seed: int = 0, n: int = 41, m: int = 29, shift: float = 0.7) -> tuple[Tensor, Tensor]:
@@ -67,15 +75,21 @@ def test_copies_are_all_inside_and_strangers_all_outside() -> None:
 
 
 def test_radius_leaves_the_point_itself_out() -> None:
-    assert radii(torch.tensor([[0.0], [1.0], [3.0], [7.0]]), 2).tolist() == [3, 2, 3, 6]
+    assert radii(torch.tensor([[0.0], [1.0], [3.0], [7.0]]), (2, 1)).tolist() == [[3, 2, 3, 6], [1, 1, 2, 4]]
 
 
 def test_unfit_features_are_refused() -> None:
     real, generated = sets()
     for a, b, message in (
-        (real[:3], generated, "3 neighbours need more"),
+        (real[:5], generated, "5 neighbours need more"),
         (real, generated[:, :3], "dimensions have no distance"),
         (real * torch.nan, generated, "not finite"),
     ):
         with pytest.raises(ValueError, match=message):
-            precision_recall(a, b)
+            manifold(a, b)
+
+
+def test_radii_at_hand_change_nothing() -> None:
+    real, generated = sets()
+    assert manifold(real, generated, reach=radii(real, (3, 5))) == manifold(real, generated)
+    assert manifold(real, generated, neighbours=(2, 4))[0] < manifold(real, generated, neighbours=(4, 4))[0]

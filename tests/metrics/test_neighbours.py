@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from fewstep.distill.metrics.neighbours import Share, match_share, nearest_distance, neighbour_ratio
+from fewstep.distill.metrics.neighbours import (
+    Share,
+    match_share,
+    nearest_distance,
+    neighbour_ratio,
+    unseen_distance,
+)
 from scipy.stats import beta
 
 
@@ -14,11 +20,13 @@ def test_nearest_distance_on_a_line_in_blocks() -> None:
 
 def test_ratio_tells_copies_from_new_pictures() -> None:
     train, holdout, fresh = (torch.randn(200, 8) for _ in range(3))
-    assert neighbour_ratio(train[:50], train, holdout) == 0
-    assert neighbour_ratio(train + 1e-3, train, holdout) < 0.01
-    assert neighbour_ratio(fresh, train, holdout) == pytest.approx(1, abs=0.1)
+    unseen = unseen_distance(holdout, train)
+    assert unseen == nearest_distance(holdout, train).median()
+    assert neighbour_ratio(train[:50], train, unseen) == 0
+    assert neighbour_ratio(train + 1e-3, train, unseen) < 0.01
+    assert neighbour_ratio(fresh, train, unseen) == pytest.approx(1, abs=0.1)
     with pytest.raises(ValueError, match="hold-out pictures are training pictures"):
-        neighbour_ratio(fresh, train, train)
+        unseen_distance(train, train)
 
 
 def test_nearest_style_of_a_caption_counts() -> None:

@@ -18,7 +18,7 @@ from fewstep.distill.metrics.inception import InceptionFID
 from fewstep.distill.metrics.pictures import Crop
 from fewstep.distill.metrics.pipeline_source import PipelineSource
 from fewstep.distill.metrics.prepare import prepare_data
-from fewstep.distill.metrics.protocol import Score
+from fewstep.distill.metrics.protocol import Score, hash_prompts
 from fewstep.distill.metrics.reference import captions_of
 from fewstep.distill.metrics.report import read_report
 from fewstep.distill.metrics.scorers import make_scorer
@@ -26,6 +26,8 @@ from fewstep.distill.metrics.standards import Stated, truncate_pixels
 from fewstep.distill.metrics.standards_table import COCO2014, STANDARDS
 from PIL import Image
 from torch import Tensor
+
+from ..tiny_classes import consistency_folder
 
 CAPTIONS = ["red cat", "dog", "cat", "red dog", "cat dog", "red"]
 CROP = Crop(square=True, side=12)
@@ -173,6 +175,28 @@ def test_ten_pictures_do_not_pass_for_fifty_thousand(
         ]
         assert main(command) == 2
         assert message in capsys.readouterr().err
+
+
+def test_labels_of_a_protocol_are_uniform_and_fixed(
+    reference: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = consistency_folder(tmp_path / "classes", classes=10)
+    command = ["evaluate", str(folder), "--steps", "1", "--num_images", "6", "--device", "cpu"]
+    command += ["--protocol", "small", "--output", str(tmp_path / "report.json")]
+    assert main(command) == 2
+    assert "small has no classes for the class-conditional pipeline" in capsys.readouterr().err
+    known = replace(STANDARDS["small"], num_classes=Stated(10, "here"))
+    monkeypatch.setitem(STANDARDS, "small", known)
+    assert main(command) == 0
+    (found,) = (Score.from_json(s) for s in read_report(tmp_path / "report.json")["rows"][0]["scores"])
+    judge = judges.StandardJudge("small", torch.device("cpu"), 4, False)
+    labels = judge.inputs("class", 10_000).values
+    assert (found.protocol.conditioning, found.protocol.prompts_sha256) == ("class", hash_prompts(labels[:6]))
+    counts = torch.bincount(torch.tensor(labels), minlength=10)
+    assert (
+        (counts - 1000).double().square().sum() / 1000
+    ) < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
+    assert STANDARDS["cifar10-50k"].num_classes.value == 10 and STANDARDS["coco2014-30k"].num_classes is None
 
 
 def test_image_text_score_is_the_mean_cosine_with_the_captions(
