@@ -58,7 +58,7 @@ def evaluate(arguments: list[str]) -> int:
     )
     parser.add_argument("--data", help="default: emoji")
     parser.add_argument("--split", help="of real pictures and prompts, default: train")
-    parser.add_argument("--holdout", help="split of unseen real pictures, or none; default: holdout")
+    parser.add_argument("--holdout", help="split of unseen real pictures, or none; default: holdout, or test")
     parser.add_argument("--num_images", type=int, default=500)
     parser.add_argument("--steps", type=int, nargs="*", default=[])
     parser.add_argument("--seeds", type=int, default=1, help="disjoint blocks of num_images pictures")
@@ -77,6 +77,7 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
 
+    from .data import other_split
     from .metrics.evaluate import evaluate as score
     from .metrics.pipeline_source import quiet
     from .metrics.table import markdown_table, rows_of
@@ -91,6 +92,8 @@ def evaluate(arguments: list[str]) -> int:
     own = {k: getattr(args, k) for k in ("data", "split", "holdout", "extractor") if getattr(args, k)}
     if args.protocol and own:
         raise UserError(f"{next(iter(own))}: has no effect beside --protocol {args.protocol}; leave it out")
+    if not args.protocol:
+        own.setdefault("holdout", other_split(args.data or "emoji", args.split or "train"))
     if own.get("holdout") == "none":
         own["holdout"] = None
     report = score(

@@ -3,6 +3,14 @@
 from .cache import LatentCache, PromptCache, cache_directory
 from .images import ImageData
 from .sampler import rows_of
-from .sources import load_data
+from .sources import load_data, other_split
 
-__all__ = ["ImageData", "LatentCache", "PromptCache", "cache_directory", "load_data", "rows_of"]
+__all__ = [
+    "ImageData",
+    "LatentCache",
+    "PromptCache",
+    "cache_directory",
+    "load_data",
+    "other_split",
+    "rows_of",
+]

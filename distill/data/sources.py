@@ -11,6 +11,13 @@ from .named import NAMED, load_class_folder, load_named
 from .tables import no_captions, open_folder, open_hub, open_shards
 
 
+def other_split(name: str, split: str) -> str:
+    """The pictures beside `split` that a comparison with unseen ones takes by default."""
+    if name in NAMED:
+        return "train" if split == "test" else "test"
+    return "holdout"
+
+
 def load_data(
     name: str,
     *,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import writing
+from ..data import other_split
 from ..errors import UserError
 from ..grid import strip
 from .inputs import Inputs
@@ -55,12 +56,15 @@ def draw_strips(
 def _captions(data: str, given: Mapping[str, str]) -> tuple[list[str], int]:
     if "--protocol" in given:
         return load_prompts(get_standard(given["--protocol"]))[:SEEN], SEEN
-    captions = captions_of(data, given.get("--split", "train"))
+    split = given.get("--split", "train")
+    captions = captions_of(data, split)
     if not any(captions):
         return [], SEEN
     seen = list(dict.fromkeys(captions))[:SEEN]
     try:
-        unseen = list(dict.fromkeys(captions_of(data, given.get("--holdout", "holdout"))))[:UNSEEN]
+        unseen = list(dict.fromkeys(captions_of(data, given.get("--holdout", other_split(data, split)))))[
+            :UNSEEN
+        ]
     except UserError:  # data without a hold-out split
         unseen = []
     return seen + unseen, len(seen)
