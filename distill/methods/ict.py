@@ -121,7 +121,8 @@ class ICT(Method):
         if s.curriculum == "continuous" and s.noise == "uniform":
             raise UserError("method.noise: uniform: continuous pairs are lognormal; leave the key out")
         self.process = EDM(s.sigma_min, s.sigma_max, s.sigma_data, s.rho)
-        self.source = self._teacher() if s.ode_source == "teacher" else None
+        if s.ode_source == "teacher":
+            self._reachable(self.source)
         base = self._base()
         self.student = Student(base, parts.student)
         denoiser = self._reachable(seen_in(self.student.denoiser, self.process))
@@ -130,6 +131,11 @@ class ICT(Method):
         self.function = ConsistencyFunction(denoiser, partial(edm_boundary, process=self.process))
         self.target = EMA(self.student.trained(), s.target_decay) if s.target == "ema" else None
         self.num_points = 0
+
+    @property
+    def source(self) -> Denoiser:
+        """The frozen teacher in this process. No submodule: `train()` would switch its dropout on."""
+        return seen_in(self.parts.need_teacher().denoiser, self.process)
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"student": list(self.student.trained().values())}
@@ -179,7 +185,7 @@ class ICT(Method):
         self, x0: Tensor, eps: Tensor, x_hi: Tensor, high: Tensor, low: Tensor, condition: Condition
     ) -> Tensor:
         """x_lo: the same sample and noise at sigma_lo, or the teacher's step to it."""
-        if self.source is None:
+        if self.settings.ode_source == "data":
             return self.process.noised(x0, eps, low)
         denoise = partial(self.denoise, condition=condition)
         if self.settings.solver == "heun":
@@ -188,7 +194,6 @@ class ICT(Method):
 
     def denoise(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """The frozen teacher's x0, guided."""
-        assert self.source is not None
         g = self.settings.guidance_scale
         if g == 1:
             return self.source(x, sigma, condition).x0
@@ -270,9 +275,6 @@ class ICT(Method):
             **parts,
         )
         return Export(pipeline, sampling=self.calls())
-
-    def _teacher(self) -> Denoiser:
-        return self._reachable(seen_in(self.parts.need_teacher().denoiser, self.process))
 
     def _base(self) -> Denoiser:
         """What the student starts from."""
