@@ -284,7 +284,13 @@ class ICT(Method):
                 raise UserError(
                     "student.network: has no effect beside init: teacher; set student.init to scratch"
                 )
-            return self.parts.need_teacher().denoiser
+            base = self.parts.need_teacher().denoiser
+            if isinstance(base.process, EDM) and base.process.sigma_data != self.process.sigma_data:
+                raise UserError(
+                    f"method.sigma_data: {self.process.sigma_data}, but the teacher's network was made for "
+                    f"{base.process.sigma_data}; make them equal"
+                )
+            return base
         if student.network is not None:
             return new_denoiser(student.network, self.process, "edm")
         if teacher is None:
