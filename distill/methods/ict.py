@@ -33,7 +33,7 @@ from ..guidance import guided_x0_eps
 from ..losses import mean_distance, pseudo_huber
 from ..process import EDM
 from ..solvers import euler_edm, heun_edm
-from ..space import LatentSpace, Space, pixel_space
+from ..space import LatentSpace, Space, latent_space, pixel_space
 from ..student import Student, new_denoiser, renewed
 from ..teacher import LatentTeacher
 from .base import Batch, Method, Parts, Progress, Published
@@ -299,7 +299,7 @@ class ICT(Method):
 
     def _space(self) -> Space:
         if isinstance(self.parts.teacher, LatentTeacher):
-            return LatentSpace(self.parts.teacher)
+            return latent_space(self.student.network, self.parts.teacher)
         return pixel_space(self.student.network, self.parts)
 
     def _reachable(self, denoiser: Denoiser) -> Denoiser:
