@@ -1,6 +1,7 @@
 """What the tests of consistency training share: tiny real networks, methods and batches, and second formulas."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ def pixel_ict(
     return method
 
 
+@cache
 def latent_teacher(folder: Path, prediction: str = "epsilon") -> LatentTeacher:
+    """Shared by the tests: nothing may change it."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.scheduler.register_to_config(prediction_type=prediction)
     return LatentTeacher(pipeline, str(folder))

@@ -81,7 +81,7 @@ def test_dropout_is_set_in_every_residual_block_of_the_student_alone() -> None:
     blocks = [m for m in method.student.network.modules() if isinstance(m, ResnetBlock2D)]
     assert len(blocks) > 4 and {b.dropout.p for b in blocks} == {0.3}
     assert {m.dropout.p for m in teacher.modules() if isinstance(m, ResnetBlock2D)} == {0.0}
-    with pytest.raises(UserError, match="student.dropout: Linear has no residual blocks; leave it out"):
+    with pytest.raises(UserError, match=r"student\.dropout: Linear has no residual blocks; leave it out"):
         set_dropout(nn.Linear(2, 2), 0.1)
 
 
