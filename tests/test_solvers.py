@@ -161,7 +161,7 @@ def test_heun_looks_at_both_levels_and_is_eulers_step_where_the_lower_is_zero() 
     high, low = torch.tensor([2.0, 3.0]).double(), torch.tensor([0.0, 1.0]).double()
     out = heun_edm(denoise, x, high, low)
     (first, at_high), (second, at_low) = seen
-    assert torch.equal(first, x) and torch.equal(at_high, high) and at_low[1].item() == 1.0
+    assert torch.equal(first, x) and torch.equal(at_high, high) and at_low[1].item() == 1.0 and at_low[0] > 0
     ahead = euler_edm(x, gaussian_denoiser(x, high.view(-1, 1)), high, low)
     assert torch.equal(second, ahead) and torch.equal(out[0], ahead[0]) and out.isfinite().all()
     assert (out[1] - ahead[1]).abs().max() > 1e-3
