@@ -20,12 +20,14 @@ def pseudo_huber(prediction: Tensor, target: Tensor, c: float) -> Tensor:
     """sqrt(|d|^2 + c^2) - c of each sample's whole difference, (B,), in float32 (arXiv 2310.14189, eq. 7).
 
     With c = 0 the norm itself, whose gradient at no difference is 0. The sum over a sample's elements is taken inside
-    the root: c = 0.00054 sqrt(D) belongs to it, not to a mean.
+    the root: c = 0.00054 sqrt(D) belongs to it, not to a mean. Written as |d|^2 / (sqrt(|d|^2 + c^2) + c), which is
+    exact where |d| is far below c, and 0 at 0.
     """
     d = (prediction.float() - target.float()).flatten(1)
     if c == 0:
         return torch.linalg.vector_norm(d, dim=1)
-    return (d.square().sum(1) + c**2).sqrt() - c
+    squared = d.square().sum(1)
+    return squared / ((squared + c**2).sqrt() + c)
 
 
 def mean_distance(kind: Literal["l1", "l2"], prediction: Tensor, target: Tensor) -> Tensor:

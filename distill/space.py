@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
 from .condition import Condition
@@ -83,8 +84,29 @@ class PixelSpace(Space):
         return x0.expand(-1, 3, -1, -1)
 
 
+def latent_space(network: Any, teacher: LatentTeacher) -> LatentSpace:
+    """Where a diffusers UNet2DConditionModel works. Raises UserError where it does not fit the teacher's latents."""
+    if not isinstance(network, UNet2DConditionModel):
+        raise UserError(
+            f"student.network: a {type(network).__name__} is told no prompts; latents need "
+            "_class_name: UNet2DConditionModel"
+        )
+    ours, theirs = network.config, teacher.pipeline.unet.config
+    for key in ("in_channels", "sample_size", "cross_attention_dim"):
+        if ours[key] != theirs[key]:
+            raise UserError(
+                f"student.network.{key}: {ours[key]}, but the teacher has {theirs[key]}; make them equal"
+            )
+    return LatentSpace(teacher)
+
+
 def pixel_space(network: Any, parts: Parts) -> PixelSpace:
     """Where a diffusers UNet2DModel works. Raises UserError where the data or their size do not fit the network."""
+    if not isinstance(network, UNet2DModel):
+        raise UserError(
+            f"student.network: a {type(network).__name__} does not work on pixels; leave _class_name out, or give a "
+            "latent teacher"
+        )
     config = network.config
     side = config.sample_size
     if side is not None and parts.resolution not in (None, side):

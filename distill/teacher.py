@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    CMStochasticIterativeScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DModel,
+)
 from torch import Tensor
 
 from ..pipelines.pipeline_edm import EDMPipeline
@@ -41,7 +47,7 @@ def locate(path: str) -> str:
 
 
 def load_pipeline(
-    path: str, cls: type[DiffusionPipeline] = DiffusionPipeline, *, key: str = "teacher.path", **kwargs: Any
+    path: str, cls: Any = DiffusionPipeline, *, key: str = "teacher.path", **kwargs: Any
 ) -> Any:
     """cls.from_pretrained with one clear line instead of a traceback."""
     try:
@@ -60,6 +66,12 @@ def load_pipeline(
             f"{key}: {path} could not be fetched from the hub ({reason}); check the name and the network, "
             "or give a local pipeline folder"
         ) from error
+
+
+def load_edm(folder: str, **kwargs: Any) -> EDMPipeline:
+    """An exported EDMPipeline part by part: diffusers would run the folder's own copy of the class, or refuse to."""
+    scheduler = load_pipeline(folder, CMStochasticIterativeScheduler, subfolder="scheduler")
+    return EDMPipeline(load_pipeline(folder, UNet2DModel, subfolder="unet", **kwargs), scheduler)
 
 
 def lacks_scheduler(folder: Path) -> bool:
@@ -96,9 +108,7 @@ class Teacher(ABC):
         folder = locate(settings.path)
         options = {k: v for k in ("variant", "revision") if (v := getattr(settings, k)) is not None}
         if class_of(folder) == EDMPipeline.__name__:
-            return PixelTeacher(
-                load_pipeline(folder, EDMPipeline, dtype=torch.float32, **options), settings.path
-            )
+            return PixelTeacher(load_edm(folder, dtype=torch.float32, **options), settings.path)
         pipeline = load_pipeline(
             folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False, **options
         )

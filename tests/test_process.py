@@ -1,4 +1,4 @@
-"""The variance-preserving process against recorded values, closed forms, finite differences and autograd."""
+"""Noise processes against recorded values, closed forms, finite differences, autograd and diffusers."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 from fewstep.distill.errors import UserError
-from fewstep.distill.process import VP, NoiseProcess, per_sample
+from fewstep.distill.process import EDM, VP, NoiseProcess, per_sample
 from torch import Tensor
 
 SD: dict[str, Any] = {
@@ -161,3 +161,89 @@ def test_map_to_cuts_ratios_that_the_other_process_cannot_reach(vp: VP) -> None:
     clean = (vp.abar[100] / vp.abar[0]).sqrt() * x[0]
     noisy = ((1 - vp.abar[899]) / (1 - vp.abar[999])).sqrt() * x[1]
     torch.testing.assert_close(mapped, torch.stack([clean, noisy]), rtol=1e-10, atol=0)
+
+
+GRIDS = {
+    11: [
+        0.002, 0.016721, 0.085087, 0.318283, 0.965417, 2.515219, 5.838948, 12.381576, 24.408342, 45.313734, 80.0,
+    ],
+    10: [0.002, 0.020435, 0.116639, 0.469979, 1.501742, 4.066124, 9.723201, 21.108677, 42.415189, 80.0],
+}  # fmt: skip
+NARROW = EDM(0.03, 14.0, 1.3, 5.0)
+
+
+@pytest.mark.parametrize("num_points", GRIDS)
+def test_edm_noise_levels_have_the_recorded_values_and_exact_ends(num_points: int) -> None:
+    sigmas = EDM().grid(num_points)
+    assert sigmas.tolist() == pytest.approx(GRIDS[num_points], abs=5.1e-7)
+    assert sigmas[0].item() == 0.002 and sigmas[-1].item() == 80.0 and sigmas.dtype == torch.float64
+
+
+def test_edm_levels_of_the_last_stage_have_the_recorded_smallest_gap() -> None:
+    gaps = EDM().grid(1281).diff()
+    assert gaps.min().item() == pytest.approx(3.90858e-5, rel=2e-6) and gaps.argmin().item() == 0
+    assert (1 / gaps).max().item() == pytest.approx(25584.72, abs=5e-3)
+
+
+@pytest.mark.parametrize("process", [EDM(), NARROW], ids=["default", "narrow"])
+def test_edm_levels_are_those_of_diffusers_consistency_scheduler(process: EDM) -> None:
+    low, high = process.t_range
+    scheduler = diffusers.CMStochasticIterativeScheduler(37, low, high, process.sigma_data, rho=process.rho)
+    scheduler.set_timesteps(timesteps=list(range(36, -1, -1)))
+    torch.testing.assert_close(process.grid(37).flip(0).float(), scheduler.sigmas[:37], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("process", [EDM(), NARROW], ids=["default", "narrow"])
+def test_edm_scalings_are_those_of_table_1(process: EDM) -> None:
+    scheduler = diffusers.CMStochasticIterativeScheduler(sigma_data=process.sigma_data)
+    sigma = process.grid(9)
+    c_skip, c_out, c_in = process.scalings(sigma)
+    for ours, theirs in zip((c_skip, c_out), scheduler.get_scalings(sigma), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    torch.testing.assert_close(c_in, (sigma**2 + process.sigma_data**2) ** -0.5, rtol=1e-12, atol=0)
+    sigmas = torch.tensor([0.002, 0.1, 0.5, 0.821, 1.526, 80.0], dtype=torch.float64)
+    recorded = [1.99998400, 1.96116135, 1.41421356, 1.04028989, 0.62273261, 0.01249976]
+    assert EDM().scalings(sigmas)[2].tolist() == pytest.approx(recorded, abs=5.1e-9)
+
+
+def test_edm_adds_noise_of_standard_deviation_t_and_knows_its_derivatives() -> None:
+    process, t = EDM(), torch.tensor([0.002, 0.7, 80.0])
+    x0, eps = torch.randn(2, 3, 4, 5)
+    torch.testing.assert_close(process.noised(x0, eps, t), x0 + t.view(3, 1, 1) * eps, rtol=0, atol=0)
+    for value, derivative in ((process.alpha, process.alpha_dot), (process.sigma, process.sigma_dot)):
+        torch.testing.assert_close(
+            value(t.double() + 0.5) - value(t), 0.5 * derivative(t), rtol=0, atol=1e-13
+        )
+        assert value(t).dtype == derivative(t).dtype == torch.float64
+    torch.testing.assert_close(process.log_snr(t), -2 * t.double().log(), rtol=1e-14, atol=0)
+    outside = torch.tensor([-2 * math.log(s) for s in (0.001, 0.02, 90.0)])
+    assert process.time_of(outside).tolist() == pytest.approx([0.002, 0.02, 80.0], rel=1e-6)
+
+
+def test_a_consistency_output_is_noised_from_sigma_min_on() -> None:
+    """It stands at sigma_min already: sqrt(t^2 - sigma_min^2) brings it to t, and to sigma_min nothing."""
+    x, eps = torch.randn(2, 3, 4, dtype=torch.float64)
+    sigma = torch.tensor([0.03, 0.05, 2.0], dtype=torch.float64)
+    noised = NARROW.renoised(x, eps, sigma)
+    torch.testing.assert_close(noised[1], x[1] + 0.04 * eps[1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(noised[2], x[2] + (4 - 0.0009) ** 0.5 * eps[2], rtol=1e-12, atol=0)
+    assert torch.equal(noised[0], x[0])
+    assert torch.equal(NARROW.renoised(x, eps, sigma / 2)[0], x[0])
+
+
+def test_variance_exploding_states_are_variance_preserving_ones_divided_by_alpha(vp: VP) -> None:
+    """x_VE = x_VP / alpha at sigma_VP / alpha; beyond the ends the dominating part keeps its size."""
+    sigma = torch.tensor([0.05, 1.0, 14.0, 0.01, 60.0], dtype=torch.float64)
+    x0, eps = torch.randn(2, 5, 6, dtype=torch.float64)
+    x = EDM().noised(x0, eps, sigma)
+    mapped, t = EDM().map_to(vp, x, sigma)
+    inside = slice(0, 3)
+    torch.testing.assert_close((vp.sigma(t) / vp.alpha(t))[inside], sigma[inside], rtol=1e-9, atol=0)
+    scale = (1 + sigma**2).rsqrt().view(-1, 1)
+    torch.testing.assert_close(mapped[inside], (x * scale)[inside], rtol=1e-9, atol=0)
+    assert t[3:].tolist() == [0.0, 999.0]
+    torch.testing.assert_close(mapped[3], x[3] * 0.99914998**0.5, rtol=1e-7, atol=0)
+    torch.testing.assert_close(mapped[4], x[4] / 60 * (1 - 0.00466010) ** 0.5, rtol=1e-7, atol=0)
+    back, s = vp.map_to(EDM(), mapped[inside], t[inside])
+    torch.testing.assert_close(s, sigma[inside], rtol=1e-9, atol=0)
+    torch.testing.assert_close(back, x[inside], rtol=1e-9, atol=0)

@@ -1,4 +1,4 @@
-"""DDIM steps on Gaussian data, whose flow is known, and trailing DDIM sampling against diffusers' scheduler."""
+"""DDIM, Euler and Heun steps on Gaussian data, whose flow is known; DDIM sampling against diffusers' scheduler."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from fewstep.distill.condition import Condition
 from fewstep.distill.denoiser import UNet2DConditionDenoiser
 from fewstep.distill.generator import ddim_sample, seeded
-from fewstep.distill.process import VP
-from fewstep.distill.solvers import ddim_step
+from fewstep.distill.process import EDM, VP
+from fewstep.distill.solvers import ddim_step, euler_edm, heun_edm
 from torch import Tensor
 
 SD = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -97,3 +97,71 @@ def test_trailing_sampling_is_that_of_ddim_scheduler(
         uncond = unet(z, t, encoder_hidden_states=empty.expand(2, -1, -1)).sample
         z = scheduler.step(uncond + 3.0 * (cond - uncond), t, z, eta=0.0).prev_sample
     assert ((ours - z).norm() / z.norm()).item() < 1e-5
+
+
+def gaussian_denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+    """The mean of data N(0, 0.5^2) behind noise of level sigma, (B,) each."""
+    return x * 0.25 / (0.25 + sigma**2)
+
+
+def edm_step(solver: str, x: Tensor, high: Tensor, low: Tensor) -> Tensor:
+    if solver == "heun":
+        return heun_edm(gaussian_denoiser, x, high, low)
+    return euler_edm(x, gaussian_denoiser(x, high), high, low)
+
+
+@pytest.mark.parametrize(
+    ("levels", "euler", "heun", "exact"),
+    [
+        ((1.501742, 0.469979), 0.38151690, 0.49431765, 0.43354235),
+        ((0.02043534, 0.002), 0.99849558, 0.99917416, 0.99917383),
+    ],
+)
+def test_edm_steps_of_gaussian_data_have_the_recorded_ratios(
+    levels: tuple[float, float], euler: float, heun: float, exact: float
+) -> None:
+    high, low = torch.tensor(levels, dtype=torch.float64).view(2, 1)
+    x = torch.tensor([1.7], dtype=torch.float64)
+    assert (edm_step("euler", x, high, low) / x).item() == pytest.approx(euler, abs=5.1e-9)
+    assert (edm_step("heun", x, high, low) / x).item() == pytest.approx(heun, abs=5.1e-9)
+    assert ((0.25 + low**2) / (0.25 + high**2)).sqrt().item() == pytest.approx(exact, abs=5.1e-9)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_edm_solvers_have_their_order(solver: str, order: int) -> None:
+    def error(steps: int) -> float:
+        x = torch.ones(1, dtype=torch.float64)
+        sigmas = torch.linspace(3, 0.1, steps + 1, dtype=torch.float64)
+        for high, low in pairwise(sigmas.view(-1, 1)):
+            x = edm_step(solver, x, high, low)
+        return abs(x.item() - ((0.25 + 0.01) / (0.25 + 9)) ** 0.5)
+
+    assert error(200) / error(400) == pytest.approx(2**order, rel=0.05)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_edm_steps_with_the_data_themselves_give_the_same_noise_at_the_lower_level(solver: str) -> None:
+    """x_lo = x0 + sigma_lo z: the data-driven loss is the teacher's with a teacher that knows x0."""
+    x0, z = torch.randn(2, 9, 3, 4, dtype=torch.float64)
+    sigmas = EDM().grid(10)
+    low, high = sigmas[:-1], sigmas[1:]
+    x = x0 + high.view(-1, 1, 1) * z
+    ours = euler_edm(x, x0, high, low) if solver == "euler" else heun_edm(lambda x, sigma: x0, x, high, low)
+    assert (ours - (x0 + low.view(-1, 1, 1) * z)).abs().max() < 1e-13
+
+
+def test_heun_looks_at_both_levels_and_is_eulers_step_where_the_lower_is_zero() -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append((x, sigma))
+        return gaussian_denoiser(x, sigma.view(-1, 1))
+
+    x = torch.randn(2, 3, dtype=torch.float64)
+    high, low = torch.tensor([2.0, 3.0]).double(), torch.tensor([0.0, 1.0]).double()
+    out = heun_edm(denoise, x, high, low)
+    (first, at_high), (second, at_low) = seen
+    assert torch.equal(first, x) and torch.equal(at_high, high) and at_low[1].item() == 1.0 and at_low[0] > 0
+    ahead = euler_edm(x, gaussian_denoiser(x, high.view(-1, 1)), high, low)
+    assert torch.equal(second, ahead) and torch.equal(out[0], ahead[0]) and out.isfinite().all()
+    assert (out[1] - ahead[1]).abs().max() > 1e-3

@@ -33,7 +33,7 @@ from ..guidance import guided_x0_eps
 from ..losses import mean_distance, pseudo_huber
 from ..process import EDM
 from ..solvers import euler_edm, heun_edm
-from ..space import LatentSpace, Space, pixel_space
+from ..space import LatentSpace, Space, latent_space, pixel_space
 from ..student import Student, new_denoiser, renewed
 from ..teacher import LatentTeacher
 from .base import Batch, Method, Parts, Progress, Published
@@ -121,7 +121,8 @@ class ICT(Method):
         if s.curriculum == "continuous" and s.noise == "uniform":
             raise UserError("method.noise: uniform: continuous pairs are lognormal; leave the key out")
         self.process = EDM(s.sigma_min, s.sigma_max, s.sigma_data, s.rho)
-        self.source = self._teacher() if s.ode_source == "teacher" else None
+        if s.ode_source == "teacher":
+            self._reachable(self.source)
         base = self._base()
         self.student = Student(base, parts.student)
         denoiser = self._reachable(seen_in(self.student.denoiser, self.process))
@@ -130,6 +131,11 @@ class ICT(Method):
         self.function = ConsistencyFunction(denoiser, partial(edm_boundary, process=self.process))
         self.target = EMA(self.student.trained(), s.target_decay) if s.target == "ema" else None
         self.num_points = 0
+
+    @property
+    def source(self) -> Denoiser:
+        """The frozen teacher in this process. No submodule: `train()` would switch its dropout on."""
+        return seen_in(self.parts.need_teacher().denoiser, self.process)
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"student": list(self.student.trained().values())}
@@ -179,7 +185,7 @@ class ICT(Method):
         self, x0: Tensor, eps: Tensor, x_hi: Tensor, high: Tensor, low: Tensor, condition: Condition
     ) -> Tensor:
         """x_lo: the same sample and noise at sigma_lo, or the teacher's step to it."""
-        if self.source is None:
+        if self.settings.ode_source == "data":
             return self.process.noised(x0, eps, low)
         denoise = partial(self.denoise, condition=condition)
         if self.settings.solver == "heun":
@@ -188,7 +194,6 @@ class ICT(Method):
 
     def denoise(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """The frozen teacher's x0, guided."""
-        assert self.source is not None
         g = self.settings.guidance_scale
         if g == 1:
             return self.source(x, sigma, condition).x0
@@ -271,9 +276,6 @@ class ICT(Method):
         )
         return Export(pipeline, sampling=self.calls())
 
-    def _teacher(self) -> Denoiser:
-        return self._reachable(seen_in(self.parts.need_teacher().denoiser, self.process))
-
     def _base(self) -> Denoiser:
         """What the student starts from."""
         student, teacher = self.parts.student, self.parts.teacher
@@ -282,7 +284,13 @@ class ICT(Method):
                 raise UserError(
                     "student.network: has no effect beside init: teacher; set student.init to scratch"
                 )
-            return self.parts.need_teacher().denoiser
+            base = self.parts.need_teacher().denoiser
+            if isinstance(base.process, EDM) and base.process.sigma_data != self.process.sigma_data:
+                raise UserError(
+                    f"method.sigma_data: {self.process.sigma_data}, but the teacher's network was made for "
+                    f"{base.process.sigma_data}; make them equal"
+                )
+            return base
         if student.network is not None:
             return new_denoiser(student.network, self.process, "edm")
         if teacher is None:
@@ -291,7 +299,7 @@ class ICT(Method):
 
     def _space(self) -> Space:
         if isinstance(self.parts.teacher, LatentTeacher):
-            return LatentSpace(self.parts.teacher)
+            return latent_space(self.student.network, self.parts.teacher)
         return pixel_space(self.student.network, self.parts)
 
     def _reachable(self, denoiser: Denoiser) -> Denoiser:
