@@ -14,7 +14,7 @@ from ..config import RunConfig, load_config
 from ..data import load_data
 from ..errors import UserError
 from ..runner import Runner
-from ..teacher import class_of
+from ..teacher import class_of, load_edm
 from .card import write_card, write_pixel_card
 
 STAGES = ("autoencoder", "text_encoder", "diffusion")
@@ -111,8 +111,11 @@ def assemble(autoencoder: RunConfig, root: Path, tree: dict[str, Any]) -> Stable
 
 def halve(source: Path, target: Path) -> Path:
     """The same pipeline in float16 safetensors, with its sampling.json and card."""
-    cls = EDMPipeline if class_of(str(source)) == EDMPipeline.__name__ else StableDiffusionPipeline
-    pipeline = cls.from_pretrained(source, dtype=torch.float16)
+    pipeline: Any
+    if class_of(str(source)) == EDMPipeline.__name__:
+        pipeline = load_edm(str(source), dtype=torch.float16)
+    else:
+        pipeline = StableDiffusionPipeline.from_pretrained(source, dtype=torch.float16)
     card = (source / "README.md").read_text()
     export = Export(pipeline, sampling=sampling_of(source))
     write_folder(target, lambda folder: write_export(export, folder, card))
