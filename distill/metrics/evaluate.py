@@ -78,7 +78,7 @@ def evaluate(
 
     Picture i uses the caption or class label of reference row i (fixed random order, repeated if it is short), as
     the pipeline wants, and the noise seed seed_block * 1_000_000 + i. Seconds are the median over full batches of
-    the pipeline call alone, after one batch of warm-up. Raises UserError for whatever the caller can mend.
+    the pipeline call alone, below 5 batches after one of warm-up. Raises UserError for whatever the caller can mend.
     """
     _check_counts(num_images, seeds, batch_size)
     if output is not None:

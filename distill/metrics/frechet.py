@@ -33,10 +33,9 @@ class Moments:
             )
         if not features.isfinite().all():
             raise ValueError("features are not finite")
-        x = as_float64(features)
-        mean = x.mean(0)
-        rows = x - mean if x is features else x.sub_(mean)  # in place in our own copy: a third of the time
-        return cls(len(x), mean, rows=rows.div_((len(x) - 1) ** 0.5))
+        x = features.double().cpu() if features.device.type == "mps" else features
+        mean = x.mean(0, dtype=torch.float64)
+        return cls(len(x), mean, rows=torch.sub(x, mean).div_((len(x) - 1) ** 0.5))
 
     @property
     def dim(self) -> int:
@@ -58,7 +57,9 @@ class Moments:
 
     @cached_property
     def trace(self) -> float:
-        return float(self.matrix.trace() if self.rows is None else self.rows.square().sum())
+        if self.rows is None or "matrix" in vars(self):
+            return float(self.matrix.trace())
+        return float(self.rows.square().sum())
 
     @cached_property
     def root(self) -> Tensor:

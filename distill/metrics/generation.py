@@ -21,6 +21,8 @@ from .protocol import hash_prompts
 from .report import LIBRARIES, device_name
 from .source import Source
 
+ENOUGH = 5
+
 
 @dataclass(frozen=True)
 class Made:
@@ -62,7 +64,8 @@ class Generation:
         rank: int = 0,
         num_processes: int = 1,
     ):
-        """`warm_up`: the cheapest call; one batch of it comes before the first that is timed.
+        """`warm_up`: the cheapest call; one batch of it comes before the first that is timed, unless that is one of
+        ENOUGH full batches or more: then the median of their times does not feel it.
 
         `crop`, named by `crop_rule`, comes before the network, not before the scorer. Both live on `device`.
         `check_side` sees the side of the first pictures in pixels and may refuse it.
@@ -101,7 +104,8 @@ class Generation:
             seen = done
 
         def fill(start: int, stop: int) -> dict[str, Tensor]:
-            return self._batch(rows[start:stop], inputs, seed_block, arguments)
+            enough = len(rows) // self.batch_size >= ENOUGH
+            return self._batch(rows[start:stop], inputs, seed_block, arguments, enough)
 
         records.build(fill, self.batch_size, step, True, lambda: None)
         step(len(rows), len(rows))
@@ -121,9 +125,9 @@ class Generation:
         )
 
     def _batch(
-        self, rows: range, inputs: Inputs, seed_block: int, arguments: dict[str, Any]
+        self, rows: range, inputs: Inputs, seed_block: int, arguments: dict[str, Any], enough: bool
     ) -> dict[str, Tensor]:
-        if not self.warm or (len(rows) == self.batch_size and len(rows) not in self.warm):
+        if not enough and (not self.warm or (len(rows) == self.batch_size and len(rows) not in self.warm)):
             self.source.pictures(range(len(rows)), inputs.values, 0, self.warm_up)
             self.warm.add(len(rows))
         before = self.source.evaluations()

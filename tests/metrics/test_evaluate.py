@@ -368,6 +368,18 @@ def test_what_was_made_is_not_made_again(
         assert len(calls) == 4 and other["rows"][0]["scores"] != first["rows"][0]["scores"]
 
 
+def test_five_full_batches_need_no_warm_up(
+    folder: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"data": str(data_folder), "steps": [1], "device": "cpu", "progress": False, "batch_size": 2}
+    calls = counted(monkeypatch)
+    evaluate(str(folder), num_images=11, **arguments)
+    assert [len(rows) for rows in calls] == [2, 2, 2, 2, 2, 1]
+    calls.clear()
+    evaluate(str(folder), num_images=9, **arguments)
+    assert [len(rows) for rows in calls] == [2, 2, 2, 2, 2, 1]
+
+
 def shrink(path: Path) -> None:
     save_file({k: v * 0.9 for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
 
