@@ -13,6 +13,8 @@ SIGMAS = torch.tensor([0.002, 0.1, 0.5, 0.821, 1.526, 80.0], dtype=torch.float64
 RECORDED = {
     "c_skip": [1.0, 0.96300519, 0.50200400, 0.27151454, 0.09717886, 0.00003906],
     "c_out": [0.0, 0.09609691, 0.35213918, 0.42599871, 0.47452225, 0.49997773],
+    "c_in": [1.99998400, 1.96116135, 1.41421356, 1.04028989, 0.62273261, 0.01249976],
+    "time": [-1553.6520, -575.6463, -173.2868, -49.3080, 105.6625, 1095.5067],
 }
 
 
@@ -66,3 +68,14 @@ def test_any_network_is_the_identity_at_sigma_min_bit_for_bit(kind: str) -> None
     f = function(x, sigma, Condition({}, {}))
     assert torch.equal(f[:3], x[:3])
     assert (f[3] - x[3]).abs().max() > 1
+
+
+def test_an_edm_network_sees_the_recorded_states_and_times_and_others_their_own() -> None:
+    x = torch.ones(6, 1, dtype=torch.float64)
+    state, time = WildDenoiser(Wild(), EDM(), "edm").network_input(x, SIGMAS)
+    assert state.flatten().tolist() == pytest.approx(RECORDED["c_in"], abs=5.1e-9)
+    assert time.tolist() == pytest.approx(RECORDED["time"], abs=5.1e-5)
+    scheduler = CMStochasticIterativeScheduler()
+    assert time.tolist() == pytest.approx(scheduler.sigma_to_t(SIGMAS.numpy()).tolist(), rel=1e-12)
+    untouched = WildDenoiser(Wild(), EDM(), "sample").network_input(x, SIGMAS)
+    assert untouched[0] is x and untouched[1] is SIGMAS

@@ -120,6 +120,10 @@ class ICT(Method):
             raise UserError("student.kind: lora: this method trains all weights; set it to full")
         if s.curriculum == "continuous" and s.noise == "uniform":
             raise UserError("method.noise: uniform: continuous pairs are lognormal; leave the key out")
+        if s.guidance_scale != 1 and s.ode_source == "data":
+            raise UserError(
+                f"method.guidance_scale: {s.guidance_scale} guides the teacher's steps; set ode_source to teacher"
+            )
         self.process = EDM(s.sigma_min, s.sigma_max, s.sigma_data, s.rho)
         if s.ode_source == "teacher":
             self._reachable(self.source)
@@ -230,7 +234,7 @@ class ICT(Method):
     def calls(self) -> dict[str, dict[str, Any]]:
         """sampling.json: indices into the scheduler's grid of noise levels, which it reads from the largest."""
         grid = self.process.grid(EXPORT_POINTS).flip(0)
-        middle = int((grid - self.settings.two_step_sigma).abs().argmin())
+        middle = max(1, int((grid - self.settings.two_step_sigma).abs().argmin()))
         return {"1": {"timesteps": [0]}, "2": {"timesteps": [middle, 0]}}
 
     @torch.no_grad()

@@ -147,12 +147,13 @@ def test_cd() -> None:
     assert_same_loss_and_gradient(method, range(6), at(0), formula)
 
 
+@pytest.mark.parametrize("target", ["student", "ema"])
 @pytest.mark.parametrize("start", ["teacher", "scratch"])
 @pytest.mark.parametrize(("iteration", "stage"), [(0, 0), (50, 1), (399, 7)])
-def test_ect(iteration: int, stage: int, start: str) -> None:
+def test_ect(iteration: int, stage: int, start: str, target: str) -> None:
     """Where r is 0 the clean sample is the aim, and no network is asked about a level of 0."""
     teacher, network = (pixel_teacher(DROPPED), None) if start == "teacher" else (None, DROPPED)
-    method = shaken(pixel_ict(network=network, teacher=teacher, **ECT))
+    method = shaken(pixel_ict(network=network, teacher=teacher, target=target, **ECT))
     times: list[Tensor] = []
     method.student.network.register_forward_pre_hook(lambda module, inputs: times.append(inputs[1]))
     assert_same_loss_and_gradient(method, range(8), at(iteration), ect_loss, stage)

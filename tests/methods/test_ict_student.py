@@ -123,6 +123,7 @@ def test_students_that_cannot_be_are_refused_in_one_line(student: dict[str, Any]
         ({"two_step_sigma": 0.001}, "method.two_step_sigma: 0.001 is outside 0.002..80.0"),
         ({"s0": 20, "s1": 10}, "method.s0: 20 is above method.s1 10"),
         ({"curriculum": "continuous", "noise": "uniform"}, "method.noise: uniform: continuous pairs are lognormal"),
+        ({"guidance_scale": 2.0}, "method.guidance_scale: 2.0 guides the teacher's steps; set ode_source to teacher"),
         ({"sigma_data": 0.4}, "method.sigma_data: 0.4, but the teacher's network was made for 0.5"),
         ({"sigma_max": 90.0}, "method.sigma_min, sigma_max: 0.002 to 90.0, but the teacher's noise goes from 0.002"),
         ({"sigma_min": 0.001}, "method.sigma_min, sigma_max: 0.001 to 80.0"),
@@ -180,6 +181,7 @@ def test_the_exported_levels_are_the_published_ones() -> None:
     assert imagenet.calls()["2"] == {"timesteps": [709, 0]}
     assert cifar.times(1) == [80.0]
     assert cifar.times(2) == pytest.approx([80.0, 0.82087], abs=5e-6)
+    assert pixel_ict(two_step_sigma=79.99).calls()["2"] == {"timesteps": [1, 0]}
     assert imagenet.times(2) == pytest.approx([80.0, 1.52577], abs=5e-6)
 
 
