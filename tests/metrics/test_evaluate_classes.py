@@ -81,6 +81,14 @@ def test_numbers_say_that_they_are_of_classes(tmp_path: Path) -> None:
         caption_match(str(tmp_path / "cm"), steps=1, data="classes", device="cpu", progress=False)
 
 
+def test_evaluations_seconds_and_memory_are_counted(tmp_path: Path) -> None:
+    folder = consistency_folder(tmp_path / "cm", classes=3)
+    how = {"data": "classes", "num_images": 6, "batch_size": 4, "device": "cpu", "progress": False}
+    rows = evaluate(str(folder), steps=[1, 2], **how)["rows"]
+    assert [(r["steps"], r["nfe"]) for r in rows] == [(1, 1), (2, 2)]
+    assert all(r["seconds_per_image"] > 0 and r["peak_memory"]["bytes"] > 1e8 for r in rows)
+
+
 def test_too_few_classes_are_refused(tmp_path: Path) -> None:
     folder = consistency_folder(tmp_path / "cm", classes=2)
     with pytest.raises(UserError, match="knows 2 classes, classes has 3; give the data") as caught:
