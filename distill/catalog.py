@@ -7,6 +7,7 @@ from .errors import UserError
 from .methods.base import Method
 from .methods.ict import ICT
 from .methods.lcd import LCD
+from .methods.scott import SCott
 from .pretrain.autoencoder import Autoencoder
 from .pretrain.diffusion import Diffusion
 from .pretrain.edm import EDMTraining
@@ -14,6 +15,7 @@ from .pretrain.text_encoder import TextEncoder
 
 METHODS: dict[str, type[Method]] = {
     "lcd": LCD,
+    "scott": SCott,
     "ict": ICT,
     "diffusion": Diffusion,
     "edm": EDMTraining,

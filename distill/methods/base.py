@@ -107,6 +107,10 @@ class Method(nn.Module, ABC):
     def players(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters of each player; each player has an optimiser of its own."""
 
+    def optimiser(self, player: str) -> dict[str, Any]:
+        """AdamW's arguments of this player that differ from the run's: lr, betas, eps, weight_decay."""
+        return {}
+
     def turns(self, progress: Progress) -> tuple[str, ...]:
         """The players that move in this iteration, in order."""
         return tuple(self.players())
