@@ -61,8 +61,10 @@ def describe(config: RunConfig) -> str:
 
 def parameters(method: Method, teacher: Teacher | None) -> dict[str, int]:
     """Numbers of parameters by title. A LoRA's student includes the network that it shares with the teacher."""
-    own = list(method.parameters())
-    out = {"student": count(own), "trained": count([p for p in own if p.requires_grad])}
+    own, players = list(method.parameters()), method.players()
+    several = {f"trained as {name}": count(p) for name, p in players.items()} if len(players) > 1 else {}
+    title = "all players" if several else "student"
+    out = {title: count(own), "trained": count([p for p in own if p.requires_grad]), **several}
     if teacher is None:
         return out
     frozen = {
