@@ -22,6 +22,7 @@ from .errors import UserError
 from .known_teachers import Blueprint, blueprint, meta_teacher
 from .meta_memory import LiveBytes, fused_attention, nbytes
 from .methods.base import Batch, Method, Parts, Progress
+from .rewards import UnloadedReward
 from .runner import DTYPES, Carry
 from .teacher import LatentTeacher, Teacher
 
@@ -44,7 +45,9 @@ def describe(config: RunConfig) -> str:
     kind = method_named(c.method["name"])
     settings = kind.Settings(**{k: v for k, v in c.method.items() if k != "name"})
     with META:
-        method: Method = kind(settings, Parts(teacher, c.student, captions, classes, resolution))
+        method: Method = kind(
+            settings, Parts(teacher, c.student, captions, classes, resolution, lambda spec: UnloadedReward())
+        )
         trained = {k: p for k, p in method.named_parameters() if p.requires_grad}
         ema = EMA(trained, c.ema_decay) if c.use_ema else None
     if teacher is not None:
@@ -114,7 +117,8 @@ def step_bytes(config: RunConfig, method: Method, teacher: Teacher | None, resol
             p.grad = torch.empty_like(p)
             known.append(p.grad)
     batch, carry = _batch(config, method, teacher, resolution), Carry()
-    progress = Progress(0, config.max_train_steps, dict.fromkeys(method.players(), 0))
+    last = config.max_train_steps - 1  # when every player has joined
+    progress = Progress(last, config.max_train_steps, dict.fromkeys(method.players(), 0))
     with LiveBytes(known) as counter, fused_attention():
         try:
             for player in method.turns(progress):
