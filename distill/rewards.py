@@ -102,8 +102,11 @@ class UnloadedReward(Reward):
 
     best = 1.0
 
-    def score(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        raise NotImplementedError("a reward has no meta kernel")
+    def forward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        raise NotImplementedError("no reward is loaded on the meta device")
+
+    def logits(self, images: Tensor, captions: Sequence[str], scale: Tensor) -> Tensor:
+        return self(images, captions)
 
 
 def load_reward(spec: str) -> Reward:

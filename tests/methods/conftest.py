@@ -1,6 +1,6 @@
 """Latent consistency methods on the tiny pipeline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,11 @@ from fewstep.distill.config import StudentSettings
 from fewstep.distill.methods.base import Parts
 from fewstep.distill.methods.latent_consistency import LatentConsistency
 from fewstep.distill.methods.lcd import LCD
+from fewstep.distill.methods.rg_lcd import RGLCD
 from fewstep.distill.methods.scott import SCott
+from fewstep.distill.rewards import Reward
 from fewstep.distill.teacher import LatentTeacher
+from torch import Tensor
 
 
 def build(
@@ -63,3 +66,26 @@ def build_scott(tiny_pipeline: Path) -> Callable[..., SCott]:
         return method
 
     return with_discriminator
+
+
+class Brightness(Reward):
+    """Reward sum_i k_i mean(colour i); prefers bright pictures whatever the caption."""
+
+    best = 1.0
+
+    def score(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        return (images.mean((2, 3)) * torch.tensor([0.5, 0.3, 0.2])).sum(1)
+
+    def logits(self, images: Tensor, captions: Sequence[str], scale: Tensor) -> Tensor:
+        return 100 * self(images, captions)
+
+
+@pytest.fixture
+def build_rg_lcd(tiny_pipeline: Path) -> Callable[..., RGLCD]:
+    """As build_lcd, with a given `reward` object in place of one found by name."""
+
+    def with_reward(*, reward: Reward | None = None, **settings: Any) -> RGLCD:
+        found = reward or Brightness()
+        return build(tiny_pipeline, RGLCD, parts={"reward": lambda name: found}, **settings)
+
+    return with_reward
