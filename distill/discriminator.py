@@ -53,7 +53,7 @@ class Discriminator(nn.Module):
         return self.head(seen.features[self.feature].float())
 
 
-def decoder_weights(network: nn.Module, targets: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
+def decoder_weights(network: nn.Module, targets: Sequence[str]) -> list[tuple[str, Tensor]]:
     """Weights of the decoder's linear and convolutional layers whose names end in one of `targets`."""
     found = []
     for name, module in network.named_modules():

@@ -88,7 +88,7 @@ class RGLCD(LCD):
             channels, side, _ = self.teacher.shape
             if parts.resolution is not None:
                 side = parts.resolution // self.teacher.pipeline.vae_scale_factor
-            width = self.teacher.denoiser.network.config.cross_attention_dim
+            width = self.teacher.pipeline.unet.config.cross_attention_dim
             self.lrm = LatentReward((channels, side, side), width, s.lrm)
 
     def players(self) -> dict[str, list[nn.Parameter]]:
