@@ -23,8 +23,8 @@ from .lcd import LCD, LCDSettings
 
 SECOND_HAND = "RG-LCD with ImageReward, {}; quoted by a third party, the paper's table was not read"
 PUBLISHED = (
-    Published("MS-COCO, SD 2.1", "FID", 4, 42.7, SECOND_HAND.format("direct")),
-    Published("MS-COCO, SD 2.1", "FID", 4, 17.2, SECOND_HAND.format("through the latent proxy")),
+    Published("MS-COCO (presumed), SD 2.1", "FID", 4, 42.7, SECOND_HAND.format("direct")),
+    Published("MS-COCO (presumed), SD 2.1", "FID", 4, 17.2, SECOND_HAND.format("through the latent proxy")),
 )
 
 
