@@ -7,6 +7,8 @@ from .errors import UserError
 from .methods.base import Method
 from .methods.ict import ICT
 from .methods.lcd import LCD
+from .methods.rg_lcd import RGLCD
+from .methods.scott import SCott
 from .pretrain.autoencoder import Autoencoder
 from .pretrain.diffusion import Diffusion
 from .pretrain.edm import EDMTraining
@@ -14,6 +16,8 @@ from .pretrain.text_encoder import TextEncoder
 
 METHODS: dict[str, type[Method]] = {
     "lcd": LCD,
+    "rg_lcd": RGLCD,
+    "scott": SCott,
     "ict": ICT,
     "diffusion": Diffusion,
     "edm": EDMTraining,

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .errors import UserError
 from .known_teachers import Blueprint, blueprint, meta_teacher
 from .meta_memory import LiveBytes, fused_attention, nbytes
 from .methods.base import Batch, Method, Parts, Progress
+from .rewards import Reward, UnloadedReward
 from .runner import DTYPES, Carry
 from .teacher import LatentTeacher, Teacher
 
@@ -43,8 +45,11 @@ def describe(config: RunConfig) -> str:
     captions, classes = _texts(c, resolution)
     kind = method_named(c.method["name"])
     settings = kind.Settings(**{k: v for k, v in c.method.items() if k != "name"})
+    rewards: list[str] = []
     with META:
-        method: Method = kind(settings, Parts(teacher, c.student, captions, classes, resolution))
+        method: Method = kind(
+            settings, Parts(teacher, c.student, captions, classes, resolution, unloaded(rewards))
+        )
         trained = {k: p for k, p in method.named_parameters() if p.requires_grad}
         ema = EMA(trained, c.ema_decay) if c.use_ema else None
     if teacher is not None:
@@ -54,15 +59,17 @@ def describe(config: RunConfig) -> str:
         _table("parameters", [(name, f"{n:,}") for name, n in parameters(method, teacher).items()]),
         _memory(c, method, teacher, ema, resolution),
         _work(c, method, teacher, resolution, len(captions)),
-        _downloads(c, plan, teacher),
+        _downloads(c, plan, teacher, rewards),
     ]
     return "\n\n".join(sections)
 
 
 def parameters(method: Method, teacher: Teacher | None) -> dict[str, int]:
     """Numbers of parameters by title. A LoRA's student includes the network that it shares with the teacher."""
-    own = list(method.parameters())
-    out = {"student": count(own), "trained": count([p for p in own if p.requires_grad])}
+    own, players = list(method.parameters()), method.players()
+    several = {f"trained as {name}": count(p) for name, p in players.items()} if len(players) > 1 else {}
+    title = "all players" if several else "student"
+    out = {title: count(own), "trained": count([p for p in own if p.requires_grad]), **several}
     if teacher is None:
         return out
     frozen = {
@@ -112,7 +119,8 @@ def step_bytes(config: RunConfig, method: Method, teacher: Teacher | None, resol
             p.grad = torch.empty_like(p)
             known.append(p.grad)
     batch, carry = _batch(config, method, teacher, resolution), Carry()
-    progress = Progress(0, config.max_train_steps, dict.fromkeys(method.players(), 0))
+    last = config.max_train_steps - 1  # when every player has joined
+    progress = Progress(last, config.max_train_steps, dict.fromkeys(method.players(), 0))
     with LiveBytes(known) as counter, fused_attention():
         try:
             for player in method.turns(progress):
@@ -237,7 +245,17 @@ def _work(c: RunConfig, method: Method, teacher: Teacher | None, resolution: int
     return _table("work", rows)
 
 
-def _downloads(c: RunConfig, plan: Blueprint | None, teacher: Teacher | None) -> str:
+def unloaded(asked: list[str]) -> Callable[[str], Reward]:
+    """Gives stand-ins of rewards and notes their names in `asked`."""
+
+    def note(spec: str) -> Reward:
+        asked.append(spec)
+        return UnloadedReward()
+
+    return note
+
+
+def _downloads(c: RunConfig, plan: Blueprint | None, teacher: Teacher | None, rewards: list[str]) -> str:
     rows = []
     if c.teacher and plan and teacher:
         item = 2 if c.teacher.variant in ("fp16", "bf16") else 4
@@ -245,6 +263,7 @@ def _downloads(c: RunConfig, plan: Blueprint | None, teacher: Teacher | None) ->
             frozen = [p for p in components(teacher)[name].parameters() if not p.requires_grad]
             rows.append((f"{c.teacher.path} {name}", f"about {gib(item * count(frozen))} GiB"))
     rows += [(c.data.name, reason) for reason in missing_data(c.data.name)]
+    rows += [(f"reward {name}", "unless it is here: looked up when the run starts") for name in rewards]
     return _table("must be downloaded", rows or [("nothing", "")])
 
 

@@ -22,23 +22,26 @@ def seeded(count: int, seed: int) -> list[torch.Generator]:
 def lcm_timesteps(
     num_steps: int, original_steps: int = 50, num_train_timesteps: int = 1000, power: float = 1.0
 ) -> list[int]:
-    """Decreasing times among `original_steps` evenly spaced ones, dense towards the data for power > 1.
-
-    Step i of n stands at the fraction (1 - i/n)^power of the way from the data; power 1 is LCMScheduler's choice.
-    Raises ValueError if num_steps do not fit.
-    """
-    if not 1 <= num_steps <= original_steps:
-        raise ValueError(f"num_steps {num_steps} is not in 1..{original_steps}")
+    """`chosen_times` among `original_steps` evenly spaced ones; power 1 is LCMScheduler's choice."""
     k = num_train_timesteps // original_steps
-    grid = [(i + 1) * k - 1 for i in range(original_steps)][::-1]
+    return chosen_times([(i + 1) * k - 1 for i in range(original_steps)], num_steps, power)
+
+
+def chosen_times(grid: Sequence[int], num_steps: int, power: float = 1.0) -> list[int]:
+    """Decreasing times out of an increasing grid, dense towards the data for power > 1.
+
+    Step i of n stands at the fraction (1 - i/n)^power of the way from the data. Raises ValueError if num_steps do not
+    fit.
+    """
+    total, falling = len(grid), list(grid)[::-1]
+    if not 1 <= num_steps <= total:
+        raise ValueError(f"num_steps {num_steps} is not in 1..{total}")
     if power == 1:
-        return [grid[i * original_steps // num_steps] for i in range(num_steps)]
+        return [falling[i * total // num_steps] for i in range(num_steps)]
     fractions = [1 - (1 - i / num_steps) ** power for i in range(num_steps)]
-    times = [grid[int(original_steps * f + 1e-9)] for f in fractions]
+    times = [falling[int(total * f + 1e-9)] for f in fractions]
     if len(set(times)) < num_steps:
-        raise ValueError(
-            f"num_steps {num_steps}: power {power} puts two of them on one of {original_steps} times"
-        )
+        raise ValueError(f"num_steps {num_steps}: power {power} puts two of them on one of {total} times")
     return times
 
 

@@ -34,3 +34,13 @@ def mean_distance(kind: Literal["l1", "l2"], prediction: Tensor, target: Tensor)
     """Mean |d| or d^2 over each sample's elements, (B,), in float32."""
     d = (prediction.float() - target.float()).flatten(1)
     return d.abs().mean(1) if kind == "l1" else d.square().mean(1)
+
+
+def hinge_critic(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's mean relu(1 - D(real)) + mean relu(1 + D(fake)), in float32 (arXiv 1705.02894, eq. 3)."""
+    return (1 - real.float()).relu().mean() + (1 + fake.float()).relu().mean()
+
+
+def hinge_generator(fake: Tensor) -> Tensor:
+    """-mean D(fake): the generator's side."""
+    return -fake.float().mean()

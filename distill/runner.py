@@ -69,7 +69,7 @@ class Runner:
 
     def _build(self, start: int | None) -> None:
         c = self.config
-        handlers = [DistributedDataParallelKwargs(find_unused_parameters=False)]
+        replication = DistributedDataParallelKwargs()
         log_with = None if c.report_to == "none" else c.report_to
         if log_with and not TRACKERS[log_with]():
             raise UserError(
@@ -80,7 +80,7 @@ class Runner:
             mixed_precision=c.mixed_precision,
             log_with=log_with,
             project_dir=str(self.run),
-            kwargs_handlers=handlers,
+            kwargs_handlers=[replication],
         )
         if self.accelerator.distributed_type not in (DistributedType.NO, *REPLICATED):
             kind = self.accelerator.distributed_type.value
@@ -110,7 +110,8 @@ class Runner:
         self._memory_savers(method)
         self.method = method
         self.players = method.players()
-        self.optimisers = {k: self._optimiser(p) for k, p in self.players.items()}
+        replication.find_unused_parameters = len(self.players) > 1  # a turn leaves the other players' alone
+        self.optimisers = {k: self._optimiser(p, method.optimiser(k)) for k, p in self.players.items()}
         self.schedules = {
             k: get_scheduler(
                 c.lr_scheduler, o, num_warmup_steps=c.lr_warmup_steps, num_training_steps=c.max_train_steps
@@ -143,13 +144,14 @@ class Runner:
             for network in networks:
                 enable_xformers(network)
 
-    def _optimiser(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    def _optimiser(self, parameters: list[torch.nn.Parameter], own: dict[str, Any]) -> torch.optim.Optimizer:
         c = self.config
         shared: dict[str, Any] = {
             "lr": c.learning_rate,
             "betas": (c.adam_beta1, c.adam_beta2),
             "weight_decay": c.adam_weight_decay,
             "eps": c.adam_epsilon,
+            **own,
         }
         if c.optimizer == "radam":
             return torch.optim.RAdam(parameters, decoupled_weight_decay=True, **shared)
@@ -272,7 +274,7 @@ class Runner:
         """What the training took, for comparisons."""
         c = self.config
         images = c.train_batch_size * c.gradient_accumulation_steps * self.accelerator.num_processes
-        trained = sum(p.numel() for group in self.players.values() for p in group)
+        trained = sum(p.numel() for p in {p for group in self.players.values() for p in group})
         device = self.accelerator.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
         return {

@@ -169,10 +169,13 @@ class LatentTeacher(Teacher):
         z = mean + (0.5 * logvar).exp() * draws.normal(mean.shape[1:])
         return (z - self._shift()) * self.vae.config.scaling_factor
 
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The same latents in the autoencoder's units."""
+        return latents / self.vae.config.scaling_factor + self._shift()
+
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), about [-1, 1], differentiable."""
-        z = latents / self.vae.config.scaling_factor + self._shift()
-        return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0]
+        return self.vae.decode(self.unscaled(latents).to(self.vae.dtype), return_dict=False)[0]
 
     def _shift(self) -> float:
         return self.vae.config.get("shift_factor") or 0.0

@@ -1,7 +1,7 @@
 """What every method is: settings, players, one forward per turn."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from ..condition import Condition
 from ..config import StudentSettings
 from ..draws import Draws
 from ..errors import UserError
+from ..rewards import Reward, load_reward
 from ..teacher import LatentTeacher, Teacher
 
 
@@ -64,6 +65,7 @@ class Parts:
     captions    those of the training data, in its order
     classes     names of the data's classes in the order of their labels, empty where there are none
     resolution  side of the training images in pixels
+    reward      gives the reward of a name
     """
 
     teacher: Teacher | None
@@ -71,6 +73,7 @@ class Parts:
     captions: list[str]
     classes: tuple[str, ...] = ()
     resolution: int | None = None
+    reward: Callable[[str], Reward] = load_reward
 
     def need_teacher(self) -> Teacher:
         if self.teacher is None:
@@ -106,6 +109,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def players(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters of each player; each player has an optimiser of its own."""
+
+    def optimiser(self, player: str) -> dict[str, Any]:
+        """AdamW's arguments of this player that differ from the run's: lr, betas, eps, weight_decay."""
+        return {}
 
     def turns(self, progress: Progress) -> tuple[str, ...]:
         """The players that move in this iteration, in order."""

@@ -26,6 +26,7 @@ class Scorer(nn.Module):
     picture_rule    how a picture reaches the image encoder
     text_rule       how a text reaches the text encoder: tokenizer, context length, prefix
     num_features    D
+    network         the pair itself, with its learned logit_scale
     """
 
     name: str
@@ -33,6 +34,7 @@ class Scorer(nn.Module):
     picture_rule: PictureRule
     text_rule: str
     num_features: int
+    network: Any
 
     @property
     def identity(self) -> dict[str, str | int]:
@@ -81,6 +83,11 @@ class Scorer(nn.Module):
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} pictures, but {len(captions)} captions: give one each")
         return (self.encode_images(images) * self.encode_texts(captions)).sum(1)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The learned factor that turns cosines into logits."""
+        return self.network.logit_scale.exp()
 
     @property
     def device(self) -> torch.device:
