@@ -7,6 +7,7 @@ from .errors import UserError
 from .methods.base import Method
 from .methods.ict import ICT
 from .methods.lcd import LCD
+from .methods.meanflow import MeanFlow
 from .pretrain.autoencoder import Autoencoder
 from .pretrain.diffusion import Diffusion
 from .pretrain.edm import EDMTraining
@@ -15,6 +16,7 @@ from .pretrain.text_encoder import TextEncoder
 METHODS: dict[str, type[Method]] = {
     "lcd": LCD,
     "ict": ICT,
+    "meanflow": MeanFlow,
     "diffusion": Diffusion,
     "edm": EDMTraining,
     "autoencoder": Autoencoder,
