@@ -161,7 +161,7 @@ def new_denoiser(architecture: dict[str, Any], process: NoiseProcess, kind: str)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise UserError(f"student.network: diffusers has no model {name!r}; see _class_name in the configs")
     config = {k: v for k, v in architecture.items() if not k.startswith("_")}
-    known = inspect.signature(cls.__init__).parameters
+    known = inspect.signature(cls).parameters
     for key in config:
         if key not in known:
             raise UserError(f"student.network.{key}: {name} takes no such argument")
