@@ -142,7 +142,7 @@ class MeanFlow(Method):
             target = velocity - warm * per_sample(t - r, z) * rate
         with same_random(state, x0.device):
             seen = self.denoiser(z, t, told, r=r, features=s.dispersive_blocks)
-        u = seen.velocity.float()
+        u = seen.velocity
         squares = (u - target).square().flatten(1)
         if s.loss == "l2":
             loss = adaptive(squares.sum(1), s.norm_p, s.norm_c).mean()
@@ -201,7 +201,7 @@ class MeanFlow(Method):
         return torch.where(inside.view(-1, *[1] * (z.ndim - 1)), mixed, velocity)
 
     def instantaneous(self, z: Tensor, t: Tensor, told: Condition) -> Tensor:
-        return self.denoiser(z, t, told, r=t).velocity.float()
+        return self.denoiser(z, t, told, r=t).velocity
 
     def rate(self, z: Tensor, r: Tensor, t: Tensor, tangent: Tensor, told: Condition) -> Tensor:
         """d/dt u of the student along (tangent, 0, 1)."""

@@ -1,5 +1,6 @@
-"""Latent consistency distillation methods on the tiny pipeline."""
+"""Latent consistency distillation methods on the tiny pipeline. The tests of this folder share meanflow_reference.py."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from fewstep.distill.config import StudentSettings
 from fewstep.distill.methods.base import Parts
 from fewstep.distill.methods.lcd import LCD, LCDSettings
 from fewstep.distill.teacher import LatentTeacher
+
+sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture
