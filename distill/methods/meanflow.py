@@ -133,15 +133,13 @@ class MeanFlow(Method):
         r, t = self.spans(batch.draws)
         eps = batch.draws.normal(x0.shape[1:])
         z = self.process.noised(x0, eps, t)
-        state = random_state(x0.device)
         with torch.no_grad():  # the only gradient is that of u
             velocity, tangent, told = self.velocities(x0, eps, z, t, batch)
-            with same_random(state, x0.device):
+            with same_random(random_state(x0.device), x0.device):
                 rate = self.rate(z, r, t, tangent, told)
             warm = min(1.0, progress.iteration / s.tangent_warmup) if s.tangent_warmup else 1.0
             target = velocity - warm * per_sample(t - r, z) * rate
-        with same_random(state, x0.device):
-            seen = self.denoiser(z, t, told, r=r, features=s.dispersive_blocks)
+        seen = self.denoiser(z, t, told, r=r, features=s.dispersive_blocks)
         u = seen.velocity
         squares = (u - target).square().flatten(1)
         if s.loss == "l2":

@@ -140,4 +140,6 @@ def meanflow_on(network: nn.Module, spans: tuple[Tensor, Tensor] | None = None, 
 
 
 def run(method: MeanFlow, x0: Tensor, draws: Draws, condition: Condition | None = None, at: int = 0) -> Any:
-    return method("student", Batch(draws, images=x0, condition=condition), Progress(at, 10, {"student": at}), {})
+    return method(
+        "student", Batch(draws, images=x0, condition=condition), Progress(at, 10, {"student": at}), {}
+    )

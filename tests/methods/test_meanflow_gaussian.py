@@ -174,7 +174,9 @@ class Fast(Draws):
 def against(direction: tuple[int, int, int]) -> Any:
     """A derivative along (a v, b, c) in (z, r, t)."""
 
-    def rate(network: nn.Module, own: Any, z: Tensor, r: Tensor, t: Tensor, tangent: Tensor, *_: Any) -> Tensor:
+    def rate(
+        network: nn.Module, own: Any, z: Tensor, r: Tensor, t: Tensor, tangent: Tensor, *_: Any
+    ) -> Tensor:
         weights = {k: p.detach() for k, p in network.named_parameters()}
         a, b, c = direction
         along = (a * tangent, b * torch.ones_like(r), c * torch.ones_like(t))
