@@ -1,6 +1,5 @@
 """Networks with a second time: their adapters, their students, and views of them in another process."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -174,8 +173,7 @@ def test_velocity_views_of_every_process(teacher: LatentTeacher) -> None:
     for process, t in processes:
         t = t.double()
         x0, eps = torch.randn(2, 2, 5, dtype=torch.float64)
-        column: Callable[[Tensor], Tensor] = lambda a: a[:, None]
-        v = column(process.alpha_dot(t)) * x0 + column(process.sigma_dot(t)) * eps
+        v = process.alpha_dot(t)[:, None] * x0 + process.sigma_dot(t)[:, None] * eps
         seen = Prediction(v, process.noised(x0, eps, t), t, process, "velocity")
         torch.testing.assert_close(seen.x0, x0)
         torch.testing.assert_close(seen.eps, eps)

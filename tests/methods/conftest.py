@@ -1,4 +1,4 @@
-"""Latent consistency distillation methods on the tiny pipeline. The tests of this folder share meanflow_reference.py."""
+"""Latent consistency distillation methods on the tiny pipeline; meanflow_reference.py can be imported."""
 
 import sys
 from collections.abc import Callable

@@ -56,7 +56,7 @@ class Gaussian:
 
 
 class ExactMean(nn.Module):
-    """The mean velocity of one-dimensional Gaussian data as a network of (z, t, h) with a free factor of 1 and offset."""
+    """The mean velocity of Gaussian data as a network of (z, t, h), with a free factor and offset."""
 
     def __init__(self, m: float, s: float):
         super().__init__()

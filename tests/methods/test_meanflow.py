@@ -154,7 +154,7 @@ class Labelled(nn.Module):
 
 
 def velocity_of(omega: float, kappa: float, **more: Any) -> Tensor:
-    """Guided velocity of four samples at t = 0.2, 0.4, 0.6, 0.8 with v = 2, v_c = 1.5, v_u = 0.5; the last is dropped."""
+    """Guided velocity of four samples at t = 0.2, 0.4, 0.6, 0.8: v = 2, v_c = 1.5, v_u = 0.5; the last is dropped."""
     t = double(0.2, 0.4, 0.6, 0.8)
     settings = {"omega": omega, "kappa": kappa, "condition_dropout": 0.1, **more}
     method = meanflow_on(Labelled(), (0.5 * t, t))

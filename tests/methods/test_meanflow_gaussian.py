@@ -48,15 +48,20 @@ def test_the_identity_by_our_derivative() -> None:
     assert one.item() == pytest.approx(0.1, abs=1e-12)
 
 
+class Boxed(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (x,)
+
+
 class ExactVelocity(Denoiser):
     """The instantaneous velocity of Gaussian data: a perfect teacher."""
 
-    def __init__(self, m: float, s: float):
-        super().__init__(nn.Identity(), RectifiedFlow(), "velocity")
+    def __init__(self, m: float | Tensor, s: float | Tensor):
+        super().__init__(Boxed(), RectifiedFlow(), "velocity")
         self.field = Gaussian(m, s)
 
     def call(self, x_t: Tensor, t: Tensor, r: Tensor | None, condition: Condition) -> tuple[tuple, dict]:
-        return ((self.field.velocity(x_t, t.view(-1, 1)),),), {}
+        return (self.field.velocity(x_t, t.view(-1, 1)).to(x_t.dtype),), {}
 
 
 def taught(network: nn.Module, **settings: Any) -> Any:
@@ -120,41 +125,36 @@ def test_exact_mean_velocity_reaches_the_data_in_any_number_of_steps(num_steps: 
     torch.testing.assert_close(x, 0.5 + 0.5 * noise, rtol=0, atol=2e-6)
 
 
-def learned(steps: int, **settings: Any) -> tuple[float, float]:
+def learned(direction: Any = None, teacher: bool = False, **settings: Any) -> tuple[float, float]:
     """RMSE of u(z, 0, 1) and of u at random (r, t) after training on data N((1, -0.5), (0.5, 0.1)^2)."""
     torch.manual_seed(0)
     mean, spread = torch.tensor([1.0, -0.5]), torch.tensor([0.5, 0.1])
     field, network = Gaussian(mean, spread), MLP()
-    direction = settings.pop("direction", None)
     method = meanflow_on(network, **settings)
-    if settings.pop("source", "data") == "teacher":
-        raise AssertionError
+    if teacher:
+        method.__dict__["source"] = ExactVelocity(mean, spread)
     if direction is not None:
         rate = method.rate
         method.rate = lambda *a: direction(network, rate, *a)  # type: ignore[method-assign]
     average = {k: p.detach().clone() for k, p in network.named_parameters()}
     optimiser = torch.optim.Adam(network.parameters(), 1e-3)
-    for step in range(steps):
+    for _ in range(3000):
         x0, eps = mean + spread * torch.randn(256, 2), torch.randn(256, 2)
-        draws = Fast(eps)
-        loss = run(method, x0, draws)["loss"]
+        loss = run(method, x0, Fast(eps))["loss"]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in network.parameters()], 0.005)
-    generator = torch.Generator().manual_seed(1)
-    z = torch.randn(2000, 2, generator=generator)
-    one, zero = torch.ones(2000), torch.zeros(2000)
 
     def error(z: Tensor, r: Tensor, t: Tensor) -> float:
         u = torch.func.functional_call(network, average, (z, t, t - r))[0].detach()
         exact = field.mean_velocity(z.double(), t.double()[:, None], r.double()[:, None])
         return (u - exact).square().mean().sqrt().item()
 
-    pair = torch.rand(2, 2000, generator=generator)
-    r, t = pair.min(0).values * 0.98 + 0.005, pair.max(0).values * 0.98 + 0.02
-    x0 = mean + spread * torch.randn(2000, 2, generator=generator)
-    return error(z, zero, one), error((1 - t)[:, None] * x0 + t[:, None] * z, r, t)
+    x0, z = mean + spread * torch.randn(2000, 2), torch.randn(2000, 2)
+    r, t = (torch.rand(2, 2000) * 0.98).sort(0).values
+    t = t + 0.02
+    return error(z, torch.zeros(2000), torch.ones(2000)), error(torch.lerp(x0, z, t[:, None]), r, t)
 
 
 class Fast(Draws):
@@ -191,12 +191,31 @@ def reversed_sign(network: nn.Module, own: Any, *arguments: Any) -> Tensor:
     return -own(*arguments)
 
 
-SETTINGS = {
-    "mf25": {"ratio": 0.25},
-    "mf75": {"ratio": 0.75},
-    "imf": {"ratio": 0.5, "tangent": "student"},
-    "fm": {"ratio": 0.0},
-    "v00": {"ratio": 0.25, "direction": against((1, 0, 0))},
-    "order": {"ratio": 0.25, "direction": against((1, 1, 0))},
-    "sign": {"ratio": 0.25, "direction": reversed_sign},
-}
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "at_random"),
+    [
+        ({"ratio": 0.25}, 0.2),
+        ({"ratio": 0.5, "tangent": "student"}, 0.2),
+        ({"ratio": 0.75, "teacher": True}, 0.08),
+    ],
+)
+def test_the_mean_velocity_is_learned(settings: dict[str, Any], at_random: float) -> None:
+    """0.25, 0.25 and 0.22 recorded at (0, 1); 0.15, 0.15 and 0.05 at random times."""
+    at_noise, elsewhere = learned(**settings)
+    assert at_noise < 0.35 and elsewhere < at_random
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ratio": 0.0},
+        {"ratio": 0.25, "direction": against((1, 0, 0))},
+        {"ratio": 0.25, "direction": against((1, 1, 0))},
+        {"ratio": 0.25, "direction": reversed_sign},
+    ],
+)
+def test_it_is_not_learned_without_the_derivative_or_with_a_wrong_one(settings: dict[str, Any]) -> None:
+    """0.75, 0.51, 0.77 and 3.7 recorded: flow matching alone, a frozen time, (r, t) swapped, the wrong sign."""
+    assert learned(**settings)[0] > 0.45
