@@ -131,7 +131,8 @@ class Known(Draws):
 def meanflow_on(network: nn.Module, spans: tuple[Tensor, Tensor] | None = None, **settings: Any) -> MeanFlow:
     """MeanFlow that trains `network`(z, t, h) on the images of its batches, at given (r, t) or its own."""
     parts = Parts(None, StudentSettings(init="scratch", network=TINY), [], resolution=4)
-    method = MeanFlow(MeanFlowSettings(**{"condition_dropout": 0.0, "derivative": "math", **settings}), parts)
+    method = MeanFlow(MeanFlowSettings(), parts)
+    method.settings = MeanFlowSettings(**{"condition_dropout": 0.0, "derivative": "math", **settings})
     method.space = Given()
     method.student.denoiser = method.denoiser = Direct(network, method.process, "velocity")
     if spans is not None:

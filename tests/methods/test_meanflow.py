@@ -156,9 +156,7 @@ class Labelled(nn.Module):
 def velocity_of(omega: float, kappa: float, **more: Any) -> Tensor:
     """Guided velocity of four samples at t = 0.2, 0.4, 0.6, 0.8: v = 2, v_c = 1.5, v_u = 0.5; the last is dropped."""
     t = double(0.2, 0.4, 0.6, 0.8)
-    settings = {"omega": omega, "kappa": kappa, "condition_dropout": 0.1, **more}
-    method = meanflow_on(Labelled(), (0.5 * t, t))
-    method.settings = type(method.settings)(**settings)
+    method = meanflow_on(Labelled(), (0.5 * t, t), omega=omega, kappa=kappa, condition_dropout=0.1, **more)
     condition = Condition({"value": torch.full((4, 1), 1.5).double()}, {"value": double(0.5)[None]})
     x0, eps = torch.zeros(4, 1).double(), torch.full((4, 1), 2.0).double()
     draws = Known(eps, [double(0.5, 0.1, 0.3, 0.09)])
@@ -174,6 +172,17 @@ def test_guidance_in_the_target(omega: float, kappa: float, value: float) -> Non
     """Samples without their label have the plain velocity."""
     close(velocity_of(omega, kappa), double(value, value, value, 2))
     close(velocity_of(omega, kappa, guidance_start=0.3, guidance_end=0.6), double(2, value, value, 2))
+
+
+def test_no_gradient_flows_through_the_guided_velocity() -> None:
+    """u = 1.5 is pulled to v - 0.5 u(null) + 0.5 u(label) of the same network; only the first u has a gradient."""
+    network = Labelled()
+    method = meanflow_on(network, (T, T), omega=1.0, kappa=0.5, norm_p=0.0)
+    condition = Condition({"value": torch.full((2, 1), 1.5).double()}, {"value": double(0.5)[None]})
+    loss = run(method, X0, Known(EPS, [double(0.5, 0.5)]), condition)["loss"]
+    target = V - 0.5 * 0.5 + 0.5 * 1.5
+    (slope,) = torch.autograd.grad(loss, network.free)
+    assert slope.item() == pytest.approx((2 * (1.5 - target)).sum().item() / 2)
 
 
 @pytest.mark.parametrize(("omega", "kappa", "fixed"), [(2, 0, 3.5), (1, 0.5, 3.5), (0.2, 0.92, 4.25)])

@@ -273,3 +273,11 @@ def test_what_is_missing_without_a_teacher_is_named() -> None:
     parts = Parts(None, StudentSettings(init="scratch", network=UNET), [], (), 16)
     with pytest.raises(UserError, match="omega, kappa: the network is told nothing"):
         MeanFlow(MeanFlowSettings(omega=2.0), parts)
+
+
+def test_class_conditional_latents_name_the_label_of_none(build: Build) -> None:
+    """The row after the last class of the network, in the batch and in pictures."""
+    space = build(dit(num_class_embeds=5)).space
+    told = space.told(Batch(Draws(0, 0, range(2)), condition=space.condition(["dog", "cat"])))
+    assert told.arguments["class_labels"].tolist() == [1, 0]
+    assert told.null().arguments["class_labels"].tolist() == [5, 5]
