@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .codec import Codec
 from .condition import Condition
 from .config import RunConfig
 from .data import ImageData, LatentCache, PromptCache, rows_of
@@ -29,22 +30,24 @@ class Batches:
         needs: frozenset[str],
         data: ImageData,
         teacher: Teacher | None,
+        codec: Codec | None,
         accelerator: Accelerator,
     ):
         self.config, self.needs, self.data, self.accelerator = config, needs, data, accelerator
         self.device = accelerator.device
         if config.data.random_flip and "images" not in needs:
             raise UserError("data.random_flip: this method trains on cached latents; leave it off")
-        if needs & {"latents", "prompts"}:
-            if not isinstance(teacher, LatentTeacher):
+        if "latents" in needs:
+            if codec is None:
                 raise UserError(
-                    "teacher: missing; latents and prompts are encoded by a latent teacher's parts"
+                    "teacher: missing; latents are encoded by a latent teacher's autoencoder or `vae`"
                 )
-            if "latents" in needs:
-                self.latents = self._latent_cache(teacher)
-            if "prompts" in needs:
-                self.prompts = self._prompt_cache(teacher)
-                self.empty = teacher.encode_prompts([""])
+            self.latents = self._latent_cache(codec)
+        if "prompts" in needs:
+            if not isinstance(teacher, LatentTeacher):
+                raise UserError("teacher: missing; prompts are encoded by a latent teacher's text encoder")
+            self.prompts = self._prompt_cache(teacher)
+            self.empty = teacher.encode_prompts([""])
         if "labels" in needs:
             self.labels = torch.tensor(data.labels)
 
@@ -77,14 +80,14 @@ class Batches:
             batch.condition = Condition({"class_labels": self.labels[rows]}, {}).to(self.device)
         return batch
 
-    def _latent_cache(self, teacher: LatentTeacher) -> LatentCache:
+    def _latent_cache(self, codec: Codec) -> LatentCache:
         @torch.no_grad()
         def encode(images: Tensor) -> Tensor:
-            return teacher.posterior(images.to(self.device))
+            return codec.posterior(images.to(self.device))
 
         a = self.accelerator
         return LatentCache.build(
-            self.data, encode, key=f"{teacher.path} {weights_hash(teacher.vae)} {teacher.vae.dtype}",
+            self.data, encode, key=f"{codec.path} {weights_hash(codec.vae)} {codec.vae.dtype}",
             is_main=a.is_main_process, barrier=a.wait_for_everyone, progress=_bar("encoding images", a),
         )  # fmt: skip
 

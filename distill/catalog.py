@@ -7,6 +7,7 @@ from .errors import UserError
 from .methods.base import Method
 from .methods.ict import ICT
 from .methods.lcd import LCD
+from .methods.meanflow import MeanFlow
 from .methods.rg_lcd import RGLCD
 from .methods.scott import SCott
 from .pretrain.autoencoder import Autoencoder
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     "rg_lcd": RGLCD,
     "scott": SCott,
     "ict": ICT,
+    "meanflow": MeanFlow,
     "diffusion": Diffusion,
     "edm": EDMTraining,
     "autoencoder": Autoencoder,

@@ -53,6 +53,10 @@ class Condition:
         """More keyword arguments, such as timestep_cond; they have no empty value, null() and drop() keep them."""
         return Condition({**self.arguments, **arguments}, self.empty)
 
+    def rows(self, index: Tensor) -> "Condition":
+        """The rows that `index` names."""
+        return Condition(_map(lambda a: a[index], self.arguments), self.empty)
+
     def to(self, *args: Any) -> "Condition":
         return Condition(_map(lambda a: a.to(*args), self.arguments), _map(lambda e: e.to(*args), self.empty))
 

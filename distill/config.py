@@ -39,13 +39,22 @@ class TeacherSettings:
 
 
 @settings
+class AutoencoderSettings:
+    """path: a folder of AutoencoderKL or a hub id; subfolder: where it stands in a pipeline's folder."""
+
+    path: str
+    subfolder: str | None = None
+    revision: str | None = None
+
+
+@settings
 class StudentSettings:
     """kind: all weights, or a LoRA on the teacher's network (LCM-LoRA, arXiv 2311.05556: rank 64, alpha 64).
     export_fused: beside lora/ also a pipeline/ with the LoRA added to the weights; a full student has its pipeline.
 
     init     where a method allows both: the teacher's weights, or new ones
     network  architecture of new weights: a diffusers model's arguments and its `_class_name` (UNet2DModel where there
-             is none); null for the teacher's architecture
+             is none; TwoTimeDiT is ours); null for the teacher's architecture
     dropout  of the residual blocks while training; null for what the architecture says
     """
 
@@ -83,12 +92,16 @@ class RawWeightsSettings:
 
 @settings
 class RunConfig:
-    """Keys are the flag names of diffusers' training scripts; train_batch_size is per device."""
+    """Keys are the flag names of diffusers' training scripts; train_batch_size is per device.
+
+    vae: the autoencoder of a method that works in latents without a teacher.
+    """
 
     output_dir: str
     method: Any
     data: DataSettings
     teacher: TeacherSettings | None = None
+    vae: AutoencoderSettings | None = None
     student: StudentSettings = Field(default_factory=StudentSettings)
     resolution: int | None = Field(None, ge=1)
     seed: int = 0

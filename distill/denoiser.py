@@ -4,25 +4,28 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..pipelines.transformer_two_time import TwoTimeDiT
 from .condition import Condition
 from .errors import UserError
 from .process import EDM, NoiseProcess, per_sample
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "edm")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "edm", "velocity")
 
 
 @dataclass(frozen=True)
 class Prediction:
     """A network output at (x_t, t); every view is computed from it in float32 or better.
 
-    output (B, ...) of the network; kind: what the network was trained to give (diffusers' prediction_type), or "edm":
-    F of x0 = c_skip x + c_out F (arXiv 2206.00364, eq. 7), in the EDM process alone.
+    output (B, ...) of the network; kind: what the network was trained to give (diffusers' prediction_type); "velocity":
+    dx_t/dt; "edm": F of x0 = c_skip x + c_out F (arXiv 2206.00364, eq. 7), in the EDM process alone. Of a two-time
+    network, u(x_t, r, t) is `velocity`, the mean one between r and t.
     """
 
     output: Tensor
@@ -36,6 +39,10 @@ class Prediction:
         x = self.x_t
         return per_sample(self.process.alpha(self.t), x), per_sample(self.process.sigma(self.t), x)
 
+    def _slopes(self) -> tuple[Tensor, Tensor]:
+        x = self.x_t
+        return per_sample(self.process.alpha_dot(self.t), x), per_sample(self.process.sigma_dot(self.t), x)
+
     @property
     def x0(self) -> Tensor:
         a, s = self._coefficients()
@@ -43,6 +50,9 @@ class Prediction:
             return (self.x_t - s * self.output) / a
         if self.kind == "v_prediction":
             return (a * self.x_t - s * self.output) / (a * a + s * s)
+        if self.kind == "velocity":
+            a_dot, s_dot = self._slopes()
+            return (s_dot * self.x_t - s * self.output) / (a * s_dot - s * a_dot)
         if self.kind == "edm":
             assert isinstance(self.process, EDM)
             c_skip, c_out, _ = self.process.scalings(self.t)
@@ -56,6 +66,9 @@ class Prediction:
             return (self.x_t - a * self.x0) / s
         if self.kind == "v_prediction":
             return (s * self.x_t + a * self.output) / (a * a + s * s)
+        if self.kind == "velocity":
+            a_dot, s_dot = self._slopes()
+            return (a * self.output - a_dot * self.x_t) / (a * s_dot - s * a_dot)
         return self.output
 
     @property
@@ -67,9 +80,10 @@ class Prediction:
     @property
     def velocity(self) -> Tensor:
         """dx_t/dt = alpha' x0 + sigma' eps in the process's own time."""
-        x = self.x_t
-        a, s = self.process.alpha_dot(self.t), self.process.sigma_dot(self.t)
-        return per_sample(a, x) * self.x0 + per_sample(s, x) * self.eps
+        if self.kind == "velocity":
+            return self.output
+        a_dot, s_dot = self._slopes()
+        return a_dot * self.x0 + s_dot * self.eps
 
 
 class Denoiser(nn.Module):
@@ -157,15 +171,53 @@ class UNet2DDenoiser(Denoiser):
         }
 
 
+class TwoTimeDenoiser(Denoiser):
+    """A network that is told h, the share (t - r) of its process's range, beside t; without r it is 0."""
+
+    network: Any
+
+    def call(self, x_t: Tensor, t: Tensor, r: Tensor | None, condition: Condition) -> tuple[tuple, dict]:
+        low, high = self.process.t_range
+        h = (t - (t if r is None else r)) / (high - low)
+        told = self.told(h.to(torch.float32), condition)
+        return (x_t.to(self.network.dtype), t.to(torch.float32)), told | {"return_dict": False}
+
+    @abstractmethod
+    def told(self, h: Tensor, condition: Condition) -> dict:
+        """h (B,) and the condition under the names of the network's arguments."""
+
+
+class TwoTimeUNetDenoiser(TwoTimeDenoiser):
+    """class_embed_type "timestep" of diffusers' UNets: an embedding of class_labels, added to that of t, takes h."""
+
+    def told(self, h: Tensor, condition: Condition) -> dict:
+        return {"class_labels": h, **condition.to(self.network.dtype).arguments}
+
+
+class TwoTimeDiTDenoiser(TwoTimeDenoiser):
+    """(hidden_states, timestep, span, class_labels)."""
+
+    def told(self, h: Tensor, condition: Condition) -> dict:
+        return {"span": h, **condition.arguments}
+
+
 ADAPTERS: dict[type[nn.Module], type[Denoiser]] = {
     UNet2DConditionModel: UNet2DConditionDenoiser,
     UNet2DModel: UNet2DDenoiser,
+    TwoTimeDiT: TwoTimeDiTDenoiser,
 }
+
+
+def takes_span(network: Any) -> bool:
+    """Whether the network embeds a second time."""
+    return isinstance(network, TwoTimeDiT) or network.config.get("class_embed_type") == "timestep"
 
 
 def denoiser_of(network: nn.Module, process: NoiseProcess, kind: str) -> Denoiser:
     """The network behind the adapter of its calling convention. Raises UserError for a class without one."""
     adapter = ADAPTERS.get(type(network))
+    if adapter in (UNet2DConditionDenoiser, UNet2DDenoiser) and takes_span(network):
+        adapter = TwoTimeUNetDenoiser
     if adapter is None:
         known = ", ".join(c.__name__ for c in ADAPTERS)
         raise UserError(f"network: no adapter for a {type(network).__name__}; there are some for {known}")
@@ -173,7 +225,7 @@ def denoiser_of(network: nn.Module, process: NoiseProcess, kind: str) -> Denoise
 
 
 class DenoiserView(Denoiser):
-    """`inner` as a denoiser of another process: state and time are mapped by equal signal-to-noise ratio.
+    """`inner` as a denoiser of another process: state and times are mapped by equal signal-to-noise ratio.
 
     Ratios beyond the inner process's ends are cut as `NoiseProcess.map_to` says.
     """
@@ -200,8 +252,21 @@ class DenoiserView(Denoiser):
         weights: dict[str, Tensor] | None = None,
     ) -> Prediction:
         z, s = self.process.map_to(self.inner.process, x_t, t)
+        if r is not None:
+            r = self.inner.process.time_of(self.process.log_snr(r))
         seen = self.inner(z, s, condition, r=r, features=features, weights=weights)
         return Prediction(seen.x0, x_t, t, self.process, self.kind, seen.features)
+
+
+def reach(denoiser: Denoiser) -> tuple[float, float]:
+    """The times between which a denoiser has been trained: of a view, those that its inner process has an own for."""
+    if not isinstance(denoiser, DenoiserView):
+        return denoiser.process.t_range
+    ends = torch.tensor(
+        denoiser.inner.process.t_range, dtype=torch.float64, device="cpu"
+    )  # also in a dry run
+    low, high = denoiser.process.time_of(denoiser.inner.process.log_snr(ends)).tolist()
+    return low, high
 
 
 def seen_in(denoiser: Denoiser, process: NoiseProcess) -> Denoiser:

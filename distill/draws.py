@@ -1,7 +1,8 @@
 """Random numbers that belong to a sample, not to a process or a batch."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -39,3 +40,26 @@ def mix(*numbers: int) -> int:
     """A 63-bit hash of integers, so that neighbouring seeds give unrelated generators."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def random_state(device: torch.device) -> Tensor:
+    """The state of the generator that dropout draws from."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+@contextmanager
+def same_random(state: Tensor, device: torch.device) -> Iterator[None]:
+    """Within it dropout draws the masks that it drew after `state`; afterwards it goes on from where it was."""
+    after = random_state(device)
+    _set_random(state, device)
+    try:
+        yield
+    finally:
+        _set_random(after, device)
+
+
+def _set_random(state: Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    elif device.type != "meta":
+        torch.set_rng_state(state)

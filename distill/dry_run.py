@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .catalog import method_named
+from .codec import Autoencoder, Codec, is_here
 from .condition import Condition
 from .config import RunConfig
 from .data import load_data
@@ -29,6 +30,7 @@ from .teacher import LatentTeacher, Teacher
 
 TITLES = {"unet": "teacher network", "vae": "autoencoder", "text_encoder": "text encoder"}
 META = torch.device("meta")
+Frozen = Teacher | Autoencoder | None  # what a run holds beside the student
 
 
 def describe(config: RunConfig) -> str:
@@ -39,6 +41,7 @@ def describe(config: RunConfig) -> str:
     c = config
     plan = blueprint(c.teacher) if c.teacher else None
     teacher = meta_teacher(c.teacher, plan.parts) if c.teacher and plan else None
+    vae = Autoencoder.planned(c.vae) if c.vae else None
     resolution = c.resolution or (teacher.resolution if teacher else None)
     if resolution is None:
         raise UserError("resolution: missing; without a teacher the image size must be given")
@@ -47,24 +50,25 @@ def describe(config: RunConfig) -> str:
     settings = kind.Settings(**{k: v for k, v in c.method.items() if k != "name"})
     rewards: list[str] = []
     with META:
-        method: Method = kind(
-            settings, Parts(teacher, c.student, captions, classes, resolution, unloaded(rewards))
-        )
+        parts = Parts(teacher, c.student, captions, classes, resolution, reward=unloaded(rewards), vae=vae)
+        method: Method = kind(settings, parts)
+        parts.check(method.needs)
         trained = {k: p for k, p in method.named_parameters() if p.requires_grad}
         ema = EMA(trained, c.ema_decay) if c.use_ema else None
-    if teacher is not None:
-        teacher.to(META, DTYPES[c.mixed_precision])
+    frozen = teacher or vae
+    if frozen is not None:
+        frozen.to(META, DTYPES[c.mixed_precision])
     sections = [
         _heading(c, plan, resolution),
-        _table("parameters", [(name, f"{n:,}") for name, n in parameters(method, teacher).items()]),
-        _memory(c, method, teacher, ema, resolution),
-        _work(c, method, teacher, resolution, len(captions)),
+        _table("parameters", [(name, f"{n:,}") for name, n in parameters(method, frozen).items()]),
+        _memory(c, method, frozen, ema, resolution),
+        _work(c, method, frozen, resolution, len(captions)),
         _downloads(c, plan, teacher, rewards),
     ]
     return "\n\n".join(sections)
 
 
-def parameters(method: Method, teacher: Teacher | None) -> dict[str, int]:
+def parameters(method: Method, teacher: Frozen) -> dict[str, int]:
     """Numbers of parameters by title. A LoRA's student includes the network that it shares with the teacher."""
     own, players = list(method.parameters()), method.players()
     several = {f"trained as {name}": count(p) for name, p in players.items()} if len(players) > 1 else {}
@@ -81,7 +85,7 @@ def parameters(method: Method, teacher: Teacher | None) -> dict[str, int]:
     return {**frozen, **out}
 
 
-def held_bytes(method: Method, teacher: Teacher | None, ema: EMA | None) -> dict[str, int]:
+def held_bytes(method: Method, teacher: Frozen, ema: EMA | None) -> dict[str, int]:
     """Bytes that stay on the device during the whole run, by title."""
     trained = [p for p in method.parameters() if p.requires_grad]
     counted: set[int] = {id(p) for p in trained}
@@ -100,7 +104,7 @@ def held_bytes(method: Method, teacher: Teacher | None, ema: EMA | None) -> dict
     return {title: size for title, size in out.items() if size}
 
 
-def step_bytes(config: RunConfig, method: Method, teacher: Teacher | None, resolution: int) -> int | None:
+def step_bytes(config: RunConfig, method: Method, teacher: Frozen, resolution: int) -> int | None:
     """Bytes beyond `held_bytes` at the peak of a step, were all of it float32; None where a step needs values.
 
     Forward and backward of each player run on the meta device, attention without its score matrix.
@@ -132,7 +136,9 @@ def step_bytes(config: RunConfig, method: Method, teacher: Teacher | None, resol
     return counter.peak
 
 
-def components(teacher: Teacher | None) -> dict[str, nn.Module]:
+def components(teacher: Frozen) -> dict[str, nn.Module]:
+    if isinstance(teacher, Autoencoder):
+        return {"vae": teacher.vae}
     pipeline = teacher.pipeline.components if teacher else {}
     return {name: m for name, m in pipeline.items() if isinstance(m, nn.Module)}
 
@@ -161,13 +167,13 @@ def _texts(c: RunConfig, resolution: int) -> tuple[list[str], tuple[str, ...]]:
     return data.captions, data.classes
 
 
-def _batch(c: RunConfig, method: Method, teacher: Teacher | None, resolution: int) -> Batch:
+def _batch(c: RunConfig, method: Method, teacher: Frozen, resolution: int) -> Batch:
     size = c.train_batch_size
     batch = Batch(Draws(c.seed, 0, range(size), META), captions=[""] * size)
     if "images" in method.needs:
         batch.images = torch.empty(size, 3, resolution, resolution, device=META)
     if "latents" in method.needs:
-        assert isinstance(teacher, LatentTeacher)
+        assert isinstance(teacher, Codec)
         batch.latents = torch.empty(size, *latent_record(teacher, resolution), device=META)
     if "prompts" in method.needs:
         assert isinstance(teacher, LatentTeacher)
@@ -178,10 +184,10 @@ def _batch(c: RunConfig, method: Method, teacher: Teacher | None, resolution: in
     return batch
 
 
-def latent_record(teacher: LatentTeacher, resolution: int) -> tuple[int, int, int]:
-    """Shape of an image's mean and log-variance."""
-    side = resolution // teacher.pipeline.vae_scale_factor
-    return (2 * teacher.vae.config.latent_channels, side, side)
+def latent_record(codec: Codec, resolution: int) -> tuple[int, int, int]:
+    """Shape of what the latent cache keeps of an image: mean and log-variance."""
+    channels, height, width = codec.latent_shape(resolution)
+    return 2 * channels, height, width
 
 
 def prompt_record(teacher: LatentTeacher) -> tuple[int, int]:
@@ -202,7 +208,7 @@ def _heading(c: RunConfig, plan: Blueprint | None, resolution: int) -> str:
     return _table("", rows)
 
 
-def _memory(c: RunConfig, method: Method, teacher: Teacher | None, ema: EMA | None, resolution: int) -> str:
+def _memory(c: RunConfig, method: Method, teacher: Frozen, ema: EMA | None, resolution: int) -> str:
     held = held_bytes(method, teacher, ema)
     half = c.mixed_precision != "no"
     if half:
@@ -226,7 +232,7 @@ def _memory(c: RunConfig, method: Method, teacher: Teacher | None, ema: EMA | No
     return _table(f"memory per device in GiB, {c.train_batch_size} images in each", rows)
 
 
-def _work(c: RunConfig, method: Method, teacher: Teacher | None, resolution: int, num_rows: int) -> str:
+def _work(c: RunConfig, method: Method, teacher: Frozen, resolution: int, num_rows: int) -> str:
     n = num_processes()
     size = c.train_batch_size * c.gradient_accumulation_steps * n
     parts = f"{c.train_batch_size} x {c.gradient_accumulation_steps} accumulated x {n} processes"
@@ -235,9 +241,9 @@ def _work(c: RunConfig, method: Method, teacher: Teacher | None, resolution: int
         seen += f", {size * c.max_train_steps / num_rows:.1f} times each of {num_rows:,}"
     rows = [("global batch", f"{size} = {parts}"), ("images seen", seen)]
     needs = method.needs
-    if isinstance(teacher, LatentTeacher) and "latents" in needs:
+    if isinstance(teacher, Codec) and "latents" in needs:
         kept = 2 * torch.Size(latent_record(teacher, resolution)).numel()
-        if "prompts" in needs:
+        if isinstance(teacher, LatentTeacher) and "prompts" in needs:
             item = DTYPES[c.mixed_precision].itemsize
             kept += item * torch.Size(prompt_record(teacher)).numel()
         every = f", {gib(kept * num_rows)} GiB in all" if num_rows else ", for every image of the data"
@@ -262,6 +268,9 @@ def _downloads(c: RunConfig, plan: Blueprint | None, teacher: Teacher | None, re
         for name in plan.missing:
             frozen = [p for p in components(teacher)[name].parameters() if not p.requires_grad]
             rows.append((f"{c.teacher.path} {name}", f"about {gib(item * count(frozen))} GiB"))
+    if c.vae and not is_here(c.vae):
+        sizes = count(list(Autoencoder.planned(c.vae).vae.parameters()))
+        rows.append((c.vae.path, f"about {gib(4 * sizes)} GiB"))
     rows += [(c.data.name, reason) for reason in missing_data(c.data.name)]
     rows += [(f"reward {name}", "unless it is here: looked up when the run starts") for name in rewards]
     return _table("must be downloaded", rows or [("nothing", "")])

@@ -27,6 +27,15 @@ def guided_x0_eps(
     return guided(x0[0], x0[1], scale), guided(eps[0], eps[1], scale)
 
 
+def guided_velocity(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition, scale: Tensor
+) -> Tensor:
+    """dx_t/dt of the guided teacher, (B, ...)."""
+    process = denoiser.process
+    x0, eps = guided_x0_eps(denoiser, x_t, t, condition, scale)
+    return per_sample(process.alpha_dot(t), x_t) * x0 + per_sample(process.sigma_dot(t), x_t) * eps
+
+
 def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
     """Sinusoidal embedding of w (B,), shape (B, dim): u = 1000 w, sines first (arXiv 2310.04378)."""
     half = dim // 2

@@ -44,3 +44,25 @@ def hinge_critic(real: Tensor, fake: Tensor) -> Tensor:
 def hinge_generator(fake: Tensor) -> Tensor:
     """-mean D(fake): the generator's side."""
     return -fake.float().mean()
+
+
+def adaptive(squares: Tensor, p: float, c: float) -> Tensor:
+    """D / sg((D + c)^p), (B,), of each sample's sum D of squared errors: p = 0 is D, p = 1 near 1 whatever D is.
+
+    MeanFlow, arXiv 2505.13447, eq. 22; c belongs to a sum over all elements.
+    """
+    return squares / (squares.detach() + c) ** p
+
+
+def unit_step(prediction: Tensor, step: Tensor, p: float, c: float, per_element: bool = False) -> Tensor:
+    """|u - sg(u + g / (|g| + c)^p)|^2, (B,), for a wanted step g of the prediction u; gradient -2 g / (|g| + c)^p.
+
+    FastGen's opt_grad. At p = 1 the gradient has about unit norm, as `adaptive` has at p = 0.5. per_element: g is
+    first divided by the square root of its number of elements.
+    """
+    g = step.detach().double().flatten(1)
+    if per_element:
+        g = g / g.shape[1] ** 0.5
+    g = g / (torch.linalg.vector_norm(g, dim=1, keepdim=True) + c) ** p
+    u = prediction.double().flatten(1)
+    return (u - (u.detach() + g)).square().sum(1)

@@ -174,3 +174,24 @@ class EDM(NoiseProcess):
         sigma, sd = sigma.double(), self.sigma_data
         norm = (sigma.square() + sd**2).sqrt()
         return sd**2 / norm.square(), sigma * sd / norm, 1 / norm
+
+
+class RectifiedFlow(NoiseProcess):
+    """Straight paths from data at t = 0 to noise at t = 1 (arXiv 2209.03003): alpha = 1 - t, sigma = t."""
+
+    t_range = (0.0, 1.0)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t.double()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.double()
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t, dtype=torch.float64)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=torch.float64)
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-0.5 * log_snr.double())

@@ -20,6 +20,7 @@ from ..pipelines.export import write_adapter, write_export
 from .batches import Batches
 from .catalog import method_named
 from .checkpoint import Checkpoints, RawWeights, kept_state, restore_state, write_folder, writing
+from .codec import Autoencoder
 from .config import RunConfig, as_tree
 from .data import load_data
 from .draws import mix
@@ -94,6 +95,7 @@ class Runner:
         torch.manual_seed(c.seed)
         device = self.accelerator.device
         teacher = Teacher.load(c.teacher) if c.teacher else None
+        vae = Autoencoder.load(c.vae) if c.vae else None
         resolution = c.resolution or (teacher.resolution if teacher else None)
         if resolution is None:
             raise UserError("resolution: missing; without a teacher the image size must be given")
@@ -103,10 +105,12 @@ class Runner:
         )  # fmt: skip
         kind = method_named(c.method["name"])
         settings = kind.Settings(**{k: v for k, v in c.method.items() if k != "name"})
-        parts = Parts(teacher, c.student, data.captions, data.classes, resolution)
+        parts = Parts(teacher, c.student, data.captions, data.classes, resolution, vae=vae)
         method: Method = kind(settings, parts)
-        if teacher is not None:
-            teacher.to(device, DTYPES[c.mixed_precision])
+        parts.check(method.needs)
+        for frozen in (teacher, vae):
+            if frozen is not None:
+                frozen.to(device, DTYPES[c.mixed_precision])
         self._memory_savers(method)
         self.method = method
         self.players = method.players()
@@ -131,7 +135,7 @@ class Runner:
             self.ema.to(device)
         self.model = self.accelerator.prepare(method)
         self.optimisers = {k: self.accelerator.prepare(o) for k, o in self.optimisers.items()}
-        self.batches = Batches(c, method.needs, data, teacher, self.accelerator)
+        self.batches = Batches(c, method.needs, data, teacher, parts.codec, self.accelerator)
         if log_with:
             self.accelerator.init_trackers("fewstep", config=flat(as_tree(c)))
 

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
+from .codec import Codec
 from .condition import Condition
 from .errors import UserError
 from .methods.base import Batch, Parts
@@ -56,6 +57,38 @@ class LatentSpace(Space):
         return self.teacher.decode(x0)
 
 
+class ClassLatentSpace(Space):
+    """The latents of an autoencoder, with class labels or nothing told beside them.
+
+    classes     names in the order of the labels where the network is class-conditional, else empty
+    null_label  what the network is told in place of a label to say none
+    """
+
+    def __init__(self, codec: Codec, shape: tuple[int, int, int], classes: Sequence[str], null_label: int):
+        self.codec, self.shape = codec, shape
+        self.classes, self.null_label = tuple(classes), null_label
+        self.needs = frozenset({"latents", "labels"} if classes else {"latents"})
+
+    def samples(self, batch: Batch) -> Tensor:
+        assert batch.latents is not None
+        return self.codec.latents(batch.latents, batch.draws)
+
+    def condition(self, captions: Sequence[str]) -> Condition:
+        return self._with_null(labels_of(captions, self.classes))
+
+    def told(self, batch: Batch) -> Condition:
+        return self._with_null(super().told(batch))
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return self.codec.decode(x0)
+
+    def _with_null(self, condition: Condition) -> Condition:
+        labels = condition.arguments.get("class_labels")
+        if labels is None:
+            return condition
+        return Condition(condition.arguments, {"class_labels": torch.full_like(labels[:1], self.null_label)})
+
+
 class PixelSpace(Space):
     """Pixels in [-1, 1], three channels or, as the mean of them, one.
 
@@ -73,12 +106,7 @@ class PixelSpace(Space):
         return batch.images if self.shape[0] == 3 else batch.images.mean(1, keepdim=True)
 
     def condition(self, captions: Sequence[str]) -> Condition:
-        if not self.classes:
-            return Condition({}, {})
-        unknown = next((c for c in captions if c not in self.classes), None)
-        if unknown is not None:
-            raise UserError(f"{unknown!r} is none of the classes: {', '.join(self.classes)}")
-        return Condition({"class_labels": torch.tensor([self.classes.index(c) for c in captions])}, {})
+        return labels_of(captions, self.classes)
 
     def decode(self, x0: Tensor) -> Tensor:
         return x0.expand(-1, 3, -1, -1)
@@ -100,6 +128,48 @@ def latent_space(network: Any, teacher: LatentTeacher) -> LatentSpace:
     return LatentSpace(teacher)
 
 
+def labels_of(captions: Sequence[str], classes: Sequence[str]) -> Condition:
+    """Class names as labels; nothing where there are no classes."""
+    if not classes:
+        return Condition({}, {})
+    unknown = next((c for c in captions if c not in classes), None)
+    if unknown is not None:
+        raise UserError(f"{unknown!r} is none of the classes: {', '.join(classes)}")
+    return Condition({"class_labels": torch.tensor([classes.index(c) for c in captions])}, {})
+
+
+def space_of(network: Any, parts: Parts) -> Space:
+    """Where a network works: a latent teacher's texts and latents if it takes texts, else latents with classes where
+    there is an autoencoder, else pixels."""
+    if isinstance(network, UNet2DConditionModel):
+        return latent_space(network, parts.need_latent_teacher())
+    codec = parts.codec
+    if codec is None:
+        return pixel_space(network, parts)
+    assert parts.resolution is not None
+    shape, config = codec.latent_shape(parts.resolution), network.config
+    if (config.in_channels, config.sample_size) != shape[:2]:
+        raise UserError(
+            f"student.network: in_channels {config.in_channels}, sample_size {config.sample_size}, but the latents of "
+            f"{parts.resolution} px are {shape[0]} x {shape[1]} x {shape[2]}; make them equal"
+        )
+    count = fitting_classes(config.num_class_embeds, parts.classes)
+    return ClassLatentSpace(codec, shape, parts.classes if count else (), count)
+
+
+def fitting_classes(count: int | None, classes: Sequence[str]) -> int:
+    """How many classes a network tells apart, 0 for none. UserError where the data have others."""
+    if count is not None and not classes:
+        raise UserError(
+            f"data.name: the network tells {count} classes apart, the data name none; set num_class_embeds to null"
+        )
+    if count is not None and count < len(classes):
+        raise UserError(
+            f"student.network.num_class_embeds: {count}, but the data have {len(classes)} classes; raise it"
+        )
+    return count or 0
+
+
 def pixel_space(network: Any, parts: Parts) -> PixelSpace:
     """Where a diffusers UNet2DModel works. Raises UserError where the data or their size do not fit the network."""
     if not isinstance(network, UNet2DModel):
@@ -113,13 +183,5 @@ def pixel_space(network: Any, parts: Parts) -> PixelSpace:
         raise UserError(
             f"resolution: {parts.resolution}, but the network's sample_size is {side}; make them equal"
         )
-    count = config.num_class_embeds
-    if count is not None and not parts.classes:
-        raise UserError(
-            f"data.name: the network tells {count} classes apart, the data name none; set num_class_embeds to null"
-        )
-    if count is not None and count < len(parts.classes):
-        raise UserError(
-            f"student.network.num_class_embeds: {count}, but the data have {len(parts.classes)} classes; raise it"
-        )
-    return PixelSpace((config.in_channels, side, side), parts.classes if count is not None else ())
+    count = fitting_classes(config.num_class_embeds, parts.classes)
+    return PixelSpace((config.in_channels, side, side), parts.classes if count else ())

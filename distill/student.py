@@ -8,14 +8,15 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from ..pipelines.transformer_two_time import TwoTimeDiT
 from .config import StudentSettings
-from .denoiser import Denoiser, denoiser_of
+from .denoiser import Denoiser, denoiser_of, takes_span
 from .errors import UserError
 from .process import NoiseProcess
 
@@ -25,13 +26,20 @@ ADAPTER = "student"
 class Student(nn.Module):
     """The trained network behind the call of `base`, the denoiser that it starts from.
 
-    full: a float32 copy, with a guidance embedding input of `guidance_dim` where a method asks for one; its new layer
-    starts at zero, so that the student is the teacher at step 0. lora: the teacher's own network with an adapter;
-    `teacher_mode()` switches the adapter off, and there is no second base network.
+    full: a float32 copy, with a guidance embedding input of `guidance_dim` or a second time where a method asks for
+    one; its new layer starts at zero, so that the student is the teacher at step 0. lora: the teacher's own network
+    with an adapter; `teacher_mode()` switches the adapter off, and there is no second base network.
     """
 
-    def __init__(self, base: Denoiser, settings: StudentSettings, guidance_dim: int | None = None):
+    def __init__(
+        self,
+        base: Denoiser,
+        settings: StudentSettings,
+        guidance_dim: int | None = None,
+        two_times: bool = False,
+    ):
         super().__init__()
+        assert not (two_times and guidance_dim is not None)
         self.lora = settings.kind == "lora"
         network: Any = base.network
         if self.lora:
@@ -45,7 +53,7 @@ class Student(nn.Module):
                 adapter_name=ADAPTER,
             )
         else:
-            network = full_copy(network, guidance_dim)
+            network = full_copy(network, guidance_dim, two_times)
         if settings.dropout is not None:
             set_dropout(network, settings.dropout)
         self.denoiser = denoiser_of(network, base.process, base.kind)
@@ -90,24 +98,49 @@ class Student(nn.Module):
         return network
 
 
-def full_copy(base: nn.Module, guidance_dim: int | None) -> nn.Module:
-    """A trainable copy; `guidance_dim` adds time_embedding.cond_proj, started at zero unless the base has one."""
-    if guidance_dim is None:
-        network: Any = copy.deepcopy(base)
-    else:
+def full_copy(base: nn.Module, guidance_dim: int | None, two_times: bool = False) -> nn.Module:
+    """A trainable copy; `guidance_dim` adds time_embedding.cond_proj, `two_times` an embedding of the span t - r, both
+    started at zero unless the base has them."""
+    if guidance_dim is not None:
         assert isinstance(base, UNet2DConditionModel)
-        network = with_guidance_input(base, guidance_dim)
+        network: Any = with_guidance_input(base, guidance_dim)
+    elif two_times and not takes_span(base):
+        network = with_span_input(base)
+    else:
+        network = copy.deepcopy(base)
     return network.float().requires_grad_(True).train()
 
 
 def with_guidance_input(base: UNet2DConditionModel, guidance_dim: int) -> UNet2DConditionModel:
     if base.config.time_cond_proj_dim == guidance_dim:
         return copy.deepcopy(base)
-    config = {k: v for k, v in base.config.items() if k != "_use_default_values"}  # or ours would be dropped
-    network = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": guidance_dim})
-    missing, unexpected = network.load_state_dict(base.state_dict(), strict=False)
-    assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
+    network = extended(base, "time_embedding.cond_proj.", time_cond_proj_dim=guidance_dim)
     nn.init.zeros_(network.time_embedding.cond_proj.weight)
+    return network
+
+
+def with_span_input(base: Any) -> Any:
+    """A diffusers UNet whose class_labels take t - r, embedded as t is and added to it."""
+    if not isinstance(base, UNet2DConditionModel | UNet2DModel):
+        raise UserError(
+            f"student: {type(base).__name__} cannot take a second time; {TwoTimeDiT.__name__} can"
+        )
+    if base.class_embedding is not None:
+        raise UserError(
+            "student: the network is told a class where its second time would go; use one without classes"
+        )
+    network = extended(base, "class_embedding.", class_embed_type="timestep")
+    nn.init.zeros_(network.class_embedding.linear_2.weight)
+    nn.init.zeros_(network.class_embedding.linear_2.bias)
+    return network
+
+
+def extended(base: Any, prefix: str, **config: Any) -> Any:
+    """A network of `base`'s class with changed configuration and its weights, those below `prefix` new."""
+    kept = {k: v for k, v in base.config.items() if k != "_use_default_values"}  # or ours would be dropped
+    network = type(base).from_config({**kept, **config})
+    missing, unexpected = network.load_state_dict(base.state_dict(), strict=False)
+    assert all(k.startswith(prefix) for k in missing) and not unexpected, (missing, unexpected)
     return network
 
 
@@ -121,9 +154,10 @@ def set_dropout(network: nn.Module, probability: float) -> None:
 
 
 def new_denoiser(architecture: dict[str, Any], process: NoiseProcess, kind: str) -> Denoiser:
-    """A diffusers network with new weights: its class under `_class_name`, else UNet2DModel, and its arguments."""
+    """A network with new weights: a diffusers class or our TwoTimeDiT under `_class_name`, else UNet2DModel, and its
+    arguments."""
     name = architecture.get("_class_name", "UNet2DModel")
-    cls = getattr(diffusers, str(name), None)
+    cls: Any = TwoTimeDiT if name == TwoTimeDiT.__name__ else getattr(diffusers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise UserError(f"student.network: diffusers has no model {name!r}; see _class_name in the configs")
     config = {k: v for k, v in architecture.items() if not k.startswith("_")}

@@ -17,10 +17,10 @@ from diffusers import (
 from torch import Tensor
 
 from ..pipelines.pipeline_edm import EDMPipeline
+from .codec import Codec
 from .condition import Condition
 from .config import TeacherSettings
 from .denoiser import Denoiser, UNet2DConditionDenoiser, UNet2DDenoiser
-from .draws import Draws
 from .errors import UserError
 from .process import EDM, VP
 
@@ -127,11 +127,8 @@ class Teacher(ABC):
                     p.data = p.data.to(torch.float32 if upcast else dtype)
 
 
-class LatentTeacher(Teacher):
-    """A StableDiffusionPipeline with a variance-preserving scheduler, whose process is `noise`.
-
-    Latents are in the diffusion model's units: scaling_factor * (autoencoder latent - shift_factor).
-    """
+class LatentTeacher(Teacher, Codec):
+    """A StableDiffusionPipeline with a variance-preserving scheduler, whose process is `noise`."""
 
     def __init__(self, pipeline: DiffusionPipeline, path: str):
         if getattr(pipeline, "scheduler", None) is None:
@@ -144,10 +141,7 @@ class LatentTeacher(Teacher):
         config = pipeline.unet.config
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
         self.resolution = config.sample_size * pipeline.vae_scale_factor
-
-    @property
-    def vae(self) -> Any:
-        return self.pipeline.vae
+        self.vae = pipeline.vae
 
     @torch.no_grad()
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -157,28 +151,6 @@ class LatentTeacher(Teacher):
 
     def condition(self, captions: Sequence[str]) -> Condition:
         return Condition(self.encode_prompts(captions), self.encode_prompts([""]))
-
-    def posterior(self, images: Tensor) -> Tensor:
-        """(B, 2C, h, w): mean and log-variance of images (B, 3, H, W) in [-1, 1], unscaled."""
-        dist = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        return torch.cat([dist.mean, dist.logvar], dim=1).float()
-
-    def latents(self, posterior: Tensor, draws: Draws) -> Tensor:
-        """A sample of the posterior in the diffusion model's units, (B, C, h, w)."""
-        mean, logvar = posterior.float().chunk(2, dim=1)
-        z = mean + (0.5 * logvar).exp() * draws.normal(mean.shape[1:])
-        return (z - self._shift()) * self.vae.config.scaling_factor
-
-    def unscaled(self, latents: Tensor) -> Tensor:
-        """The same latents in the autoencoder's units."""
-        return latents / self.vae.config.scaling_factor + self._shift()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), about [-1, 1], differentiable."""
-        return self.vae.decode(self.unscaled(latents).to(self.vae.dtype), return_dict=False)[0]
-
-    def _shift(self) -> float:
-        return self.vae.config.get("shift_factor") or 0.0
 
 
 class PixelTeacher(Teacher):

@@ -10,14 +10,29 @@ from torch.overrides import TorchFunctionMode
 from .interface import attention
 
 
-class ForwardModeAttention(TorchFunctionMode):
+class ContiguousGroupNorm(TorchFunctionMode):
+    """Context in which inputs of `F.group_norm` are made contiguous: torch's forward-mode formula for it fails on
+    channels-last ones, which UNet2DModel's attention produces."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.group_norm:
+            return contiguous_group_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class ForwardModeAttention(ContiguousGroupNorm):
     """Context in which `F.scaled_dot_product_attention` is `fewstep.kernels.attention`.
 
         with ForwardModeAttention():
             out, tangent = torch.func.jvp(model, (x, t), (tx, tt))
 
-    Inputs of `F.group_norm` are made contiguous: torch's forward-mode formula for it fails on channels-last ones,
-    which UNet2DModel's attention produces. Raises ValueError as `attention` does, dropout included.
+    Inputs of `F.group_norm` are made contiguous too. Raises ValueError as `attention` does, dropout included.
     """
 
     def __torch_function__(
@@ -27,12 +42,9 @@ class ForwardModeAttention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return scaled_dot_product_attention(*args, **kwargs)
-        if func is F.group_norm:
-            return contiguous_group_norm(*args, **kwargs)
-        return func(*args, **kwargs)
+            return scaled_dot_product_attention(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def scaled_dot_product_attention(

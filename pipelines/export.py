@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 
 
 def is_own(model: Any) -> bool:
-    """Whether a pipeline's class stands in a file of this folder."""
+    """Whether the class of a pipeline or of a component stands in a file of this folder."""
     return Path(inspect.getfile(type(model))).parent == FOLDER
 
 
@@ -55,21 +55,27 @@ def in_float32(components: Mapping[str, Any]) -> dict[str, Any]:
 def write_export(export: Export, folder: Path, card: str = "") -> None:
     """Save into the empty `folder`; no JSON in it names a path of the machine it was made on.
 
-    A pipeline class of ours takes its one file along, and model_index.json names it: diffusers then loads the folder
-    with trust_remote_code=True, without this project.
+    A pipeline class of ours takes its one file along, a network class of ours its own into its component's folder, and
+    model_index.json names them: diffusers then loads the folder with trust_remote_code=True, without this project.
     """
     export.model.save_pretrained(folder, safe_serialization=True)
     if is_own(export.model):
-        source = Path(inspect.getfile(type(export.model)))
-        shutil.copy(source, folder / source.name)
         index = folder / "model_index.json"
-        tree = json.loads(index.read_text())
-        index.write_text(
-            json.dumps({**tree, "_class_name": [source.stem, type(export.model).__name__]}, indent=2) + "\n"
-        )
+        named = {"_class_name": copied(export.model, folder)}
+        for name, part in export.model.components.items():
+            if part is not None and is_own(part):
+                named[name] = copied(part, folder / name)
+        index.write_text(json.dumps({**json.loads(index.read_text()), **named}, indent=2) + "\n")
     for part in export.beside:
         part.save_pretrained(folder)
     write_notes(export, folder, card)
+
+
+def copied(own: Any, folder: Path) -> list[str]:
+    """Puts the file of an object's class into `folder`; module and class, as model_index.json names them."""
+    source = Path(inspect.getfile(type(own)))
+    shutil.copy(source, folder / source.name)
+    return [source.stem, type(own).__name__]
 
 
 def write_adapter(export: Export, folder: Path, card: str = "") -> None:

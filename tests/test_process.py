@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 from fewstep.distill.errors import UserError
-from fewstep.distill.process import EDM, VP, NoiseProcess, per_sample
+from fewstep.distill.process import EDM, VP, NoiseProcess, RectifiedFlow, per_sample
 from torch import Tensor
 
 SD: dict[str, Any] = {
@@ -247,3 +247,30 @@ def test_variance_exploding_states_are_variance_preserving_ones_divided_by_alpha
     back, s = vp.map_to(EDM(), mapped[inside], t[inside])
     torch.testing.assert_close(s, sigma[inside], rtol=1e-9, atol=0)
     torch.testing.assert_close(back, x[inside], rtol=1e-9, atol=0)
+
+
+def test_the_straight_path_and_its_slopes() -> None:
+    process, t = RectifiedFlow(), torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
+    x0, eps = torch.randn(2, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(process.noised(x0, eps, t), torch.lerp(x0, eps, t[:, None]))
+    slope = torch.func.jvp(lambda s: process.noised(x0, eps, s), (t,), (torch.ones_like(t),))[1]
+    torch.testing.assert_close(slope, eps - x0)
+    assert process.alpha_dot(t).tolist() == [-1] * 3 and process.sigma_dot(t).tolist() == [1] * 3
+    torch.testing.assert_close(process.time_of(process.log_snr(t)), t)
+    assert process.time_of(process.log_snr(t)).dtype == torch.float64
+
+
+def test_straight_paths_reach_what_stable_diffusion_was_trained_on(vp: VP) -> None:
+    """Its times end at 0.0283 and 0.93596; state and time go there and back."""
+    process, ends = RectifiedFlow(), torch.tensor([0.0, 999.0])
+    low, high = process.time_of(vp.log_snr(ends)).tolist()
+    assert low == pytest.approx(0.0283, abs=5e-5) and high == pytest.approx(0.93596, abs=5e-6)
+    t, z = torch.tensor([0.05, 0.5, 0.9], dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    y, s = process.map_to(vp, z, t)
+    torch.testing.assert_close((vp.sigma(s) / vp.alpha(s)), t / (1 - t))
+    torch.testing.assert_close(y, (vp.alpha(s) + vp.sigma(s))[:, None] * z)
+    back, time = vp.map_to(process, y, s)
+    torch.testing.assert_close(back, z)
+    torch.testing.assert_close(time, t)
+    _, cut = process.map_to(vp, z, torch.tensor([0.0, 0.5, 1.0]))
+    assert cut[0] == 0 and cut[2] == 999

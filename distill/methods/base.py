@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ...pipelines.export import Export
+from ..codec import Autoencoder, Codec
 from ..condition import Condition
 from ..config import StudentSettings
 from ..draws import Draws
@@ -66,6 +67,7 @@ class Parts:
     classes     names of the data's classes in the order of their labels, empty where there are none
     resolution  side of the training images in pixels
     reward      gives the reward of a name
+    vae         the autoencoder that stands in for a teacher's, None where there is none
     """
 
     teacher: Teacher | None
@@ -74,6 +76,19 @@ class Parts:
     classes: tuple[str, ...] = ()
     resolution: int | None = None
     reward: Callable[[str], Reward] = load_reward
+    vae: Autoencoder | None = None
+
+    @property
+    def codec(self) -> Codec | None:
+        """Between pictures and latents: the latent teacher's or `vae`; None where samples are pixels."""
+        return self.teacher if isinstance(self.teacher, LatentTeacher) else self.vae
+
+    def check(self, needs: frozenset[str]) -> None:
+        """UserError for a `vae` that a method with these needs would not use."""
+        if self.vae is not None and self.codec is not self.vae:
+            raise UserError("vae: the teacher has an autoencoder of its own; leave the key out")
+        if self.vae is not None and "latents" not in needs:
+            raise UserError("vae: this method does not work in latents here; leave the key out")
 
     def need_teacher(self) -> Teacher:
         if self.teacher is None:

@@ -1,8 +1,6 @@
 """Consistency training and distillation in EDM's noise levels: iCT (arXiv 2310.14189), with CT and CD (arXiv
 2303.01469) and ECT (arXiv 2406.14548) as settings of one loss."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -26,6 +24,7 @@ from ..curriculum import (
     square_root,
 )
 from ..denoiser import Denoiser, DenoiserView, seen_in
+from ..draws import random_state, same_random
 from ..ema import EMA
 from ..errors import UserError
 from ..generator import Generator, fresh_from, seeded
@@ -318,26 +317,3 @@ class ICT(Method):
                     f"{most:.4g}; set them within it"
                 )
         return denoiser
-
-
-def random_state(device: torch.device) -> Tensor:
-    """The state of the generator that dropout draws from."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-@contextmanager
-def same_random(state: Tensor, device: torch.device) -> Iterator[None]:
-    """Within it dropout draws the masks that it drew after `state`; afterwards it goes on from where it was."""
-    after = random_state(device)
-    _set_random(state, device)
-    try:
-        yield
-    finally:
-        _set_random(after, device)
-
-
-def _set_random(state: Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    elif device.type != "meta":
-        torch.set_rng_state(state)

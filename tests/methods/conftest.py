@@ -1,5 +1,6 @@
-"""Latent consistency methods on the tiny pipeline."""
+"""Latent consistency methods on the tiny pipeline; meanflow_reference.py can be imported."""
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,9 @@ def build(
         for p in [*method.student.trained().values(), *averages]:
             p.add_(shake * torch.randn(p.shape, generator=generator))
     return method
+
+
+sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture

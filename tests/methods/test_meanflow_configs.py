@@ -1,0 +1,41 @@
+"""Every MeanFlow configuration passes a dry run, at the published sizes and without a network."""
+
+from pathlib import Path
+
+import pytest
+from fewstep.distill.config import load_config, read_yaml
+from fewstep.distill.dry_run import describe
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def dry_run(name: str) -> str:
+    return describe(load_config(read_yaml(CONFIGS / f"{name}.yaml")))
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [
+        ("b", 131_091_472),
+        pytest.param("l", 459_137_040, marks=pytest.mark.slow),
+        pytest.param("xl", 676_440_592, marks=pytest.mark.slow),
+    ],
+)
+def test_imagenet_recipes_have_the_papers_size_and_fetch_nothing(size: str, parameters: int) -> None:
+    text = dry_run(f"imagenet256/meanflow_{size}")
+    assert f"{parameters:,}\n" in text
+    assert "stabilityai/sd-vae-ft-mse  about 0.312 GiB" in text
+    assert "activations, estimate" in text and "not estimated" not in text
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10/meanflow", "emoji/meanflow", "emoji/meanflow_distill", "emoji/meanflow_dit"]
+)
+def test_other_recipes_pass(name: str) -> None:
+    text = dry_run(name)
+    assert "activations, estimate" in text and "not estimated" not in text
