@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from .codec import Codec
@@ -171,8 +171,8 @@ def fitting_classes(count: int | None, classes: Sequence[str]) -> int:
 
 
 def pixel_space(network: Any, parts: Parts) -> PixelSpace:
-    """Where a diffusers UNet2DModel works. Raises UserError where the data or their size do not fit the network."""
-    if not isinstance(network, UNet2DModel):
+    """Where a network without texts works. Raises UserError where the data or their size do not fit it."""
+    if isinstance(network, UNet2DConditionModel):
         raise UserError(
             f"student.network: a {type(network).__name__} does not work on pixels; leave _class_name out, or give a "
             "latent teacher"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...pipelines.export import Export, in_float32
 from ...pipelines.pipeline_latent_cm import LatentCMPipeline
+from ...pipelines.transformer_two_time import TwoTimeDiT
 from ..condition import Condition
 from ..config import settings
 from ..consistency import ConsistencyFunction, edm_boundary
@@ -303,6 +304,10 @@ class ICT(Method):
     def _space(self) -> Space:
         if isinstance(self.parts.teacher, LatentTeacher):
             return latent_space(self.student.network, self.parts.teacher)
+        if isinstance(self.student.network, TwoTimeDiT):
+            raise UserError(
+                "student.network: a TwoTimeDiT has no stock consistency pipeline; use a UNet2DModel"
+            )
         return pixel_space(self.student.network, self.parts)
 
     def _reachable(self, denoiser: Denoiser) -> Denoiser:

@@ -240,3 +240,10 @@ def test_pictures_are_one_and_two_steps_in_colour() -> None:
     for n, (title, row) in enumerate(rows.items(), start=1):
         expected = method.sample(["", ""], n, seeded(2, 4)).expand(-1, 3, -1, -1)
         assert torch.equal(row, expected) and torch.equal(again[title], row)
+
+
+def test_a_network_without_a_stock_pipeline_is_refused() -> None:
+    network = {"_class_name": "TwoTimeDiT", "sample_size": 8, "in_channels": 3, "num_layers": 1}
+    student = StudentSettings(init="scratch", network=network)
+    with pytest.raises(UserError, match="TwoTimeDiT has no stock consistency pipeline"):
+        ICT(ICTSettings(), Parts(None, student, [], (), 8))
