@@ -34,7 +34,8 @@ def test_defaults_are_those_of_ict() -> None:
     assert (s.distance, s.huber_c, s.weighting) == ("pseudo_huber", None, "inverse_gap")
     assert (s.s0, s.s1, s.p_mean, s.p_std) == (10, 1280, -1.1, 2.0)
     assert (s.sigma_min, s.sigma_max, s.sigma_data, s.rho) == (0.002, 80.0, 0.5, 7.0)
-    assert (s.q, s.k, s.b) == (2.0, 8.0, 1.0)
+    assert (s.q, s.k, s.b, s.num_stages) == (2.0, 8.0, 1.0, 8)
+    assert (s.solver, s.guidance_scale, s.num_points, s.target_decay) == ("heun", 1.0, 18, 0.9)
     assert [(p.benchmark.split(",")[0], p.steps, p.value) for p in ICT.published] == [
         ("CIFAR-10", 1, 2.83), ("CIFAR-10", 2, 2.46), ("ImageNet 64 x 64", 1, 4.02), ("ImageNet 64 x 64", 2, 3.2),
     ]  # fmt: skip
