@@ -78,6 +78,12 @@ def test_the_steps_of_the_calculation() -> None:
     close(parts_of(method)["rate"], torch.stack([double(0.1, 0.43), double(0.825, -1.0)]))
 
 
+def test_a_row_keeps_its_derivative_wherever_it_stands() -> None:
+    method = meanflow_on(Analytic())
+    flipped = method.rate(Z.flip(0), R.flip(0), T.flip(0), V.flip(0), Condition({}, {}))
+    close(flipped, torch.stack([double(0, 0), double(0.1, 0.43)]))
+
+
 def test_the_tangent_runs_along_v_0_1() -> None:
     """The values of wrong directions, so that none of them can pass as ours."""
     network = Analytic()
@@ -128,7 +134,11 @@ def test_fastgens_gradient_loss(c: float, per_element: bool, losses: tuple[float
     if not per_element:
         close(slope[0], double(1.8319253, -0.5396509), atol=1e-6)
     settings: dict[str, Any] = {"loss": "opt_grad", "norm_c": c, "per_element": per_element}
-    assert loss_and_gradient(**settings)[0].item() == pytest.approx(sum(losses) / 2, rel=1e-5)
+    ours, gradient = loss_and_gradient(**settings)
+    assert ours.item() == pytest.approx(sum(losses) / 2, rel=1e-5)
+    network = Analytic()
+    (chained,) = torch.autograd.grad((network(Z, T, T - R)[0] * slope).sum() / 2, network.abcd)
+    close(gradient, chained)
 
 
 def test_the_derivative_grows_in_over_the_warm_up() -> None:
@@ -175,12 +185,12 @@ def test_guidance_in_the_target(omega: float, kappa: float, value: float) -> Non
 
 
 def test_no_gradient_flows_through_the_guided_velocity() -> None:
-    """u = 1.5 is pulled to v - 0.5 u(null) + 0.5 u(label) of the same network; only the first u has a gradient."""
+    """u = 1.5 is pulled to 2 v - 1.5 u(null) + 0.5 u(label) of the same network; only the first u has a gradient."""
     network = Labelled()
-    method = meanflow_on(network, (T, T), omega=1.0, kappa=0.5, norm_p=0.0)
+    method = meanflow_on(network, (T, T), omega=2.0, kappa=0.5, norm_p=0.0)
     condition = Condition({"value": torch.full((2, 1), 1.5).double()}, {"value": double(0.5)[None]})
     loss = run(method, X0, Known(EPS, [double(0.5, 0.5)]), condition)["loss"]
-    target = V - 0.5 * 0.5 + 0.5 * 1.5
+    target = 2 * V - 1.5 * 0.5 + 0.5 * 1.5
     (slope,) = torch.autograd.grad(loss, network.free)
     assert slope.item() == pytest.approx((2 * (1.5 - target)).sum().item() / 2)
 

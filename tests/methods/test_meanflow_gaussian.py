@@ -125,6 +125,29 @@ def test_exact_mean_velocity_reaches_the_data_in_any_number_of_steps(num_steps: 
     torch.testing.assert_close(x, 0.5 + 0.5 * noise, rtol=0, atol=2e-6)
 
 
+class Mixture(nn.Module):
+    """The velocity of data at +-1.5 with standard deviation 0.2, from the posterior of the two modes."""
+
+    def forward(self, z: Tensor, t: Tensor, h: Tensor) -> tuple[Tensor]:
+        t = t.view(-1, 1)
+        spread = (1 - t) ** 2 * 0.04 + t**2
+        logits = torch.stack([-((z - (1 - t) * m) ** 2) / (2 * spread) for m in (-1.5, 1.5)])
+        modes = [-m + (t - (1 - t) * 0.04) / spread * (z - (1 - t) * m) for m in (-1.5, 1.5)]
+        return ((logits.softmax(0) * torch.stack(modes)).sum(0),)
+
+
+def test_recorded_values_of_two_modes_and_of_their_flow() -> None:
+    """Many steps of instantaneous velocities follow the flow; one of them does not."""
+    denoiser = Direct(Mixture(), RectifiedFlow(), "velocity")
+    z, t = double(0.3, -1.0)[:, None], double(0.5, 0.9)
+    found = denoiser(z, t, NOTHING).velocity[:, 0]
+    torch.testing.assert_close(found, double(-1.4625622319, -0.8007630704), rtol=0, atol=1e-9)
+    noise = double(0.3)[:, None]
+    many = mean_velocity_sample(denoiser, noise, NOTHING, [1 - i / 2000 for i in range(2001)])
+    assert many.item() == pytest.approx(1.3560391695, abs=2e-3)
+    assert abs(mean_velocity_sample(denoiser, noise, NOTHING, [1.0, 0.0]).item() - 1.356) > 0.5
+
+
 def learned(direction: Any = None, teacher: bool = False, **settings: Any) -> tuple[float, float]:
     """RMSE of u(z, 0, 1) and of u at random (r, t) after training on data N((1, -0.5), (0.5, 0.1)^2)."""
     torch.manual_seed(0)
