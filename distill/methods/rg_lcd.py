@@ -122,7 +122,8 @@ class RGLCD(LCD):
         if player == "lrm":
             return self.match(batch, carry["candidates"])
         s, step = self.settings, self.step(batch)
-        carry["candidates"] = torch.stack([step.prediction.detach(), step.target, step.z0])
+        if self.lrm is not None:
+            carry["candidates"] = torch.stack([step.prediction.detach(), step.target, step.z0])
         distance = self.distance(step)
         reward = self.rewarded(step.prediction, batch)
         out = {"distance": distance, "reward": reward.mean()}

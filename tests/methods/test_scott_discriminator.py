@@ -181,6 +181,14 @@ def test_gradient_checkpointing_does_not_reach_the_discriminators_pass(build_sco
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
+def test_the_target_follows_after_the_students_turn_alone(build_scott: Build) -> None:
+    method = build_scott(shake=0.05)
+    assert method.target is not None
+    for player, updates in (("discriminator", 0), ("student", 1)):
+        method.after(player)
+        assert int(method.target.updates) == updates
+
+
 def test_its_optimiser_has_its_own_rate(build_scott: Build) -> None:
     method = build_scott(discriminator_lr=3e-5, discriminator_beta1=0.0)
     assert method.optimiser("discriminator") == {"lr": 3e-5, "betas": (0.0, 0.999)}
