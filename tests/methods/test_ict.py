@@ -113,7 +113,7 @@ def test_random_numbers_repeat_within_the_context_and_resume_after_an_error() ->
     device = torch.device("cpu")
     state = ict.random_state(device)
     first, second = torch.rand(3), torch.rand(3)
-    ict._set_random(state, device)
+    torch.set_rng_state(state)
     assert torch.equal(torch.rand(3), first)
     with pytest.raises(KeyError), ict.same_random(state, device):
         assert torch.equal(torch.rand(3), first)
