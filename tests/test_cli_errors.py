@@ -290,6 +290,7 @@ def test_a_tracker_that_is_not_installed(refused: Refused) -> None:
 
 def test_a_gradient_that_is_not_finite(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "fewstep.distill.methods.lcd.distance", lambda kind, x, y, c: (x - y).mean() * torch.inf
+        "fewstep.distill.methods.latent_consistency.distance",
+        lambda kind, x, y, c: (x - y).mean() * torch.inf,
     )
     assert refused() == "step 1: the gradient of student is not finite; lower --learning_rate"
