@@ -12,8 +12,8 @@ from fewstep.distill.errors import UserError
 from fewstep.distill.metrics import scorers
 from fewstep.distill.metrics.image_text import Scorer
 from fewstep.distill.metrics.lite_minilm import LiteMiniLM
-from fewstep.distill.metrics.picture_rule import PictureRule
 from fewstep.distill.metrics.pickscore import PickScore
+from fewstep.distill.metrics.picture_rule import PictureRule
 from fewstep.distill.metrics.scorers import make_scorer
 from fewstep.distill.rewards import ImageRewardReward, ScorerReward, capped, load_reward
 from safetensors.torch import load_file
