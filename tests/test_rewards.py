@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics import scorers
+from fewstep.distill.metrics.image_text import Scorer
 from fewstep.distill.metrics.lite_minilm import LiteMiniLM
 from fewstep.distill.metrics.pickscore import PickScore
+from fewstep.distill.metrics.picture_rule import PictureRule
 from fewstep.distill.metrics.scorers import make_scorer
 from fewstep.distill.rewards import ImageRewardReward, ScorerReward, capped, load_reward
 from safetensors.torch import load_file
@@ -44,6 +46,30 @@ def test_the_offline_reward_is_its_scorers_cosine_with_a_gradient_in_the_picture
 
     ahead = pictures.detach() + 0.01 * pictures.grad / pictures.grad.norm()
     assert (reward(ahead.clamp(0, 1), CAPTIONS) > score).all()
+
+
+class Unfrozen(Scorer):
+    """Encoders whose weights were left trainable."""
+
+    name, weights_sha256, text_rule, num_features = "unfrozen", "0" * 64, "length", 3
+    picture_rule = PictureRule(8, "squash", "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = nn.Linear(1, 3)
+
+    def image_vectors(self, pictures: Tensor) -> Tensor:
+        return pictures.mean((2, 3))
+
+    def text_vectors(self, texts: list[str]) -> Tensor:
+        return self.text(torch.tensor([[float(len(t))] for t in texts]))
+
+
+def test_no_gradient_reaches_the_texts() -> None:
+    scorer, pictures = Unfrozen(), torch.rand(2, 3, 8, 8, requires_grad=True)
+    assert not scorer.encode_texts(CAPTIONS).requires_grad
+    scorer.similarity(pictures, CAPTIONS).sum().backward()
+    assert pictures.grad is not None and pictures.grad.any() and scorer.text.weight.grad is None
 
 
 def test_autocast_does_not_reach_a_reward() -> None:
