@@ -37,8 +37,7 @@ def derivative_of(
     In float32 whatever autocast says. Rows with r = t, where it would be multiplied by 0, are left out and 0, unless
     `every_row`: dropout then draws masks of the whole batch.
     """
-    everything = every_row or z.is_meta
-    rows = torch.arange(len(t), device=z.device) if everything else (r < t).nonzero()[:, 0]
+    rows = rows_with_span(r, t, every_row)
     out = torch.zeros_like(z)
     if len(rows) == 0:
         return out
@@ -50,6 +49,13 @@ def derivative_of(
     with nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False):
         out[rows] = total_derivative(u, z[rows], r[rows], t[rows], tangent[rows], **how)
     return out
+
+
+def rows_with_span(r: Tensor, t: Tensor, every_row: bool) -> Tensor:
+    """Indices of the rows with r < t, or of every row, as on the meta device, where values are not known."""
+    if every_row or t.is_meta:
+        return torch.arange(len(t), device=t.device)
+    return (r < t).nonzero()[:, 0]
 
 
 def total_derivative(

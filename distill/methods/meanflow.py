@@ -14,7 +14,7 @@ from ...pipelines.pipeline_meanflow import MeanFlowPipeline
 from ..condition import Condition
 from ..config import settings
 from ..denoiser import Denoiser, DenoiserView, reach, seen_in
-from ..derivative import Derivative, derivative_of
+from ..derivative import Derivative, derivative_of, rows_with_span
 from ..dispersive import Dispersion, dispersive
 from ..draws import Draws, random_state, same_random
 from ..errors import UserError
@@ -23,11 +23,14 @@ from ..guidance import guided_velocity
 from ..losses import adaptive, unit_step
 from ..process import RectifiedFlow, per_sample
 from ..space import ClassLatentSpace, LatentSpace, PixelSpace, space_of
+from ..span_targets import alpha_target, annealed_alpha, split_target
 from ..spans import SpanLaw, draw_spans
 from ..student import Student, new_denoiser, renewed
 from .base import Batch, Method, Parts, Progress, Published
 
 EXPORTED_STEPS = (1, 2, 4)
+ALPHA_KEYS = ("alpha_start", "alpha_end", "alpha_gamma", "alpha_clip", "target_clip")
+DERIVATIVE_KEYS = ("tangent", "tangent_warmup", "derivative", "derivative_step")
 PUBLISHED = tuple(
     Published(benchmark, "FID", steps, value, f"MeanFlow paper; {certainty}")
     for benchmark, steps, value, certainty in (
@@ -43,21 +46,31 @@ class MeanFlowSettings:
     """Defaults are the official ImageNet ones without guidance.
 
     source             of the velocity: data and noise, or the teacher
+    target             over r < t: by the derivative (MeanFlow), `alpha_target` or `split_target`, which need none
     tangent            of the derivative: that velocity, or the student's own u(z, t, t) (improved MeanFlow)
+    alpha_*            `annealed_alpha` by the share of the run: alpha_start, alpha_end, alpha_gamma, alpha_clip;
+                       rows with r < t weigh alpha
+    target_clip        bound of alpha_target's values, none unless given
     span_law, ratio    `draw_spans` of r <= t; ratio: share of rows with r < t
     p_mean, p_std      of logit t and r; r_mean, r_std: of logit r under span_law separate
     omega, kappa       guided velocity omega v + (1 - omega - kappa) u(z, t, t | none) + kappa u(z, t, t | y) where
                        guidance_start <= t <= guidance_end; from a teacher, omega is its guidance scale
     condition_dropout  share of rows trained without their condition, at r < t too (source data)
-    loss               l2: `adaptive` of the summed squares; opt_grad: `unit_step`, with per_element
-    norm_p, norm_c     of either
+    loss               l2: `adaptive` of the summed squares; opt_grad: `unit_step`
+    norm_p, norm_c     of either; per_element: they see the mean of the squares (l2), a gradient over sqrt(D) (opt_grad)
     tangent_warmup     steps over which the derivative's weight grows from 0 to 1
     derivative         back end of `total_derivative`; derivative_step: of finite_difference
     dispersive         regulariser on the outputs of the modules dispersive_blocks, summed: weight, tau
     """
 
     source: Literal["data", "teacher"] = "data"
+    target: Literal["derivative", "alpha_flow", "split"] = "derivative"
     tangent: Literal["velocity", "student"] = "velocity"
+    alpha_start: float = Field(0.0, ge=0, lt=1)
+    alpha_end: float = Field(1.0, gt=0, le=1)
+    alpha_gamma: float = Field(25.0, gt=0)
+    alpha_clip: float = Field(0.005, ge=0, lt=0.5)
+    target_clip: float | None = Field(None, gt=0)
     span_law: SpanLaw = "sorted"
     ratio: float = Field(0.25, ge=0, le=1)
     p_mean: float = -0.4
@@ -85,7 +98,7 @@ class MeanFlowSettings:
 class MeanFlow(Method):
     """u(z_t, r, t) is pulled to v - (t - r) d/dt u (arXiv 2505.13447, eq. 6 and 10), t = 0 the data, t = 1 the noise.
 
-    The gradient flows through u alone: velocity, tangent and derivative are computed without one, the derivative in a
+    The gradient flows through u alone: velocity, tangent and target are computed without one, the derivative in a
     pass of its own. Rows with r = t need no derivative: that pass leaves them out, unless the network has dropout,
     whose masks must be those of the graded pass. Times are cut to what teacher and student were trained on.
     """
@@ -135,17 +148,15 @@ class MeanFlow(Method):
         z = self.process.noised(x0, eps, t)
         with torch.no_grad():  # the only gradient is that of u
             velocity, tangent, told = self.velocities(x0, eps, z, t, batch)
-            with same_random(random_state(x0.device), x0.device):
-                rate = self.rate(z, r, t, tangent, told)
-            warm = min(1.0, progress.iteration / s.tangent_warmup) if s.tangent_warmup else 1.0
-            target = velocity - warm * per_sample(t - r, z) * rate
+            target, weight = self.target(z, r, t, velocity, tangent, told, batch.draws, progress)
         seen = self.denoiser(z, t, told, r=r, features=s.dispersive_blocks)
         u = seen.velocity
         squares = (u - target).square().flatten(1)
         if s.loss == "l2":
-            loss = adaptive(squares.sum(1), s.norm_p, s.norm_c).mean()
+            errors = squares.mean(1) if s.per_element else squares.sum(1)
+            loss = (weight * adaptive(errors, s.norm_p, s.norm_c)).mean()
         else:
-            loss = unit_step(u, target - u, s.norm_p, s.norm_c, s.per_element).mean()
+            loss = (weight * unit_step(u, target - u, s.norm_p, s.norm_c, s.per_element)).mean()
         error, point = squares.detach().mean(1), (r == t).float()
         out = {
             "loss": loss,
@@ -200,6 +211,51 @@ class MeanFlow(Method):
 
     def instantaneous(self, z: Tensor, t: Tensor, told: Condition) -> Tensor:
         return self.denoiser(z, t, told, r=t).velocity
+
+    def target(
+        self,
+        z: Tensor,
+        r: Tensor,
+        t: Tensor,
+        velocity: Tensor,
+        tangent: Tensor,
+        told: Condition,
+        draws: Draws,
+        progress: Progress,
+    ) -> tuple[Tensor, Tensor]:
+        """What u(z, r, t) is pulled to, the velocity itself where r = t, and the rows' weights (B,)."""
+        s, one = self.settings, torch.ones_like(t)
+        state = random_state(z.device)
+        alpha = 0.0
+        if s.target == "alpha_flow":
+            done = progress.iteration / progress.total
+            alpha = annealed_alpha(done, s.alpha_start, s.alpha_end, s.alpha_gamma, s.alpha_clip)
+        if s.target != "split" and alpha == 0:
+            with same_random(state, z.device):
+                rate = self.rate(z, r, t, tangent, told)
+            warm = min(1.0, progress.iteration / s.tangent_warmup) if s.tangent_warmup else 1.0
+            return velocity - warm * per_sample(t - r, z) * rate, one
+        share = draws.uniform().double() if s.target == "split" else one
+        rows = rows_with_span(r, t, self.drops)
+        target = velocity.clone()
+        if len(rows) == 0:
+            return target, one
+        chosen = told.rows(rows)
+
+        def u(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
+            with same_random(state, z.device):
+                return self.denoiser(z, t, chosen, r=r).velocity
+
+        span = z[rows], r[rows], t[rows]
+        if s.target == "split":
+            found = split_target(u, *span, share[rows])
+        else:
+            found = alpha_target(u, *span, velocity[rows], tangent[rows], alpha)
+            if s.target_clip is not None:
+                found = found.clamp(-s.target_clip, s.target_clip)
+        point = (r == t)[rows].view(-1, *[1] * (z.ndim - 1))
+        target[rows] = torch.where(point, velocity[rows], found)
+        return target, torch.where(r < t, alpha, 1.0) if s.target == "alpha_flow" else one
 
     def rate(self, z: Tensor, r: Tensor, t: Tensor, tangent: Tensor, told: Condition) -> Tensor:
         """d/dt u of the student along (tangent, 0, 1)."""
@@ -285,7 +341,12 @@ def check(s: MeanFlowSettings, parts: Parts) -> None:
     separate = s.span_law == "separate"
     if separate != (s.r_mean is not None) or separate != (s.r_std is not None):
         raise UserError("method.r_mean, r_std: span_law separate needs both, sorted takes neither")
-    if s.per_element and s.loss == "l2":
-        raise UserError("method.per_element: has no effect on l2; leave it out, or set loss to opt_grad")
+    unused = () if s.target == "alpha_flow" else ALPHA_KEYS
+    unused += DERIVATIVE_KEYS if s.target == "split" else ()
+    for key in unused:
+        if getattr(s, key) != getattr(MeanFlowSettings(), key):
+            raise UserError(f"method.{key}: has no effect on target {s.target}; leave it out")
+    if s.alpha_start >= s.alpha_end:
+        raise UserError(f"method.alpha_start: {s.alpha_start} is not below alpha_end {s.alpha_end}")
     if (s.dispersive == "none") != (not s.dispersive_blocks):
         raise UserError("method.dispersive_blocks: name the modules to disperse, and none without dispersive")

@@ -245,7 +245,6 @@ def assert_exported(method: MeanFlow, captions: list[str], call: dict[str, Any],
         (None, {"guidance_start": 0.6, "guidance_end": 0.3}, "method.guidance_start: 0.6 is above"),
         (None, {"span_law": "separate"}, "method.r_mean, r_std: span_law separate needs both"),
         (None, {"r_mean": 1.0, "r_std": 1.0}, "method.r_mean, r_std: .* sorted takes neither"),
-        (None, {"per_element": True}, "method.per_element: has no effect on l2"),
         (None, {"dispersive": "mp1"}, "method.dispersive_blocks: name the modules to disperse"),
         (
             None,
