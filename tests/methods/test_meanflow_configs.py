@@ -19,17 +19,20 @@ def dry_run(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("size", "parameters"),
+    ("name", "vae", "parameters"),
     [
-        ("b", 131_091_472),
-        pytest.param("l", 459_137_040, marks=pytest.mark.slow),
-        pytest.param("xl", 676_440_592, marks=pytest.mark.slow),
+        ("meanflow_b", "mse", 131_091_472),
+        pytest.param("meanflow_l", "mse", 459_137_040, marks=pytest.mark.slow),
+        pytest.param("meanflow_xl", "mse", 676_440_592, marks=pytest.mark.slow),
+        pytest.param("alpha_flow_xl", "ema", 676_440_592, marks=pytest.mark.slow),
     ],
 )
-def test_imagenet_recipes_have_the_papers_size_and_fetch_nothing(size: str, parameters: int) -> None:
-    text = dry_run(f"imagenet256/meanflow_{size}")
+def test_imagenet_recipes_have_the_papers_size_and_fetch_nothing(
+    name: str, vae: str, parameters: int
+) -> None:
+    text = dry_run(f"imagenet256/{name}")
     assert f"{parameters:,}\n" in text
-    assert "stabilityai/sd-vae-ft-mse  about 0.312 GiB" in text
+    assert f"stabilityai/sd-vae-ft-{vae}  about 0.312 GiB" in text
     assert "activations, estimate" in text and "not estimated" not in text
 
 
