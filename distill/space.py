@@ -119,7 +119,7 @@ def latent_space(network: Any, teacher: LatentTeacher) -> LatentSpace:
             f"student.network: a {type(network).__name__} is told no prompts; latents need "
             "_class_name: UNet2DConditionModel"
         )
-    ours, theirs = network.config, teacher.pipeline.unet.config
+    ours, theirs = network.config, teacher.family.network.config
     for key in ("in_channels", "sample_size", "cross_attention_dim"):
         if ours[key] != theirs[key]:
             raise UserError(
