@@ -166,6 +166,20 @@ def test_sdxl_without_a_prompt(tiny_families: Families, tmp_path: Path) -> None:
     assert torch.allclose(ours, output[:1], atol=1e-5)
 
 
+def test_sd3_without_its_t5(tiny_families: Families, tmp_path: Path) -> None:
+    """Zeros stand where its states would."""
+    folder = shutil.copytree(tiny_families("sd3"), tmp_path / "sd3")
+    index = folder / "model_index.json"
+    without = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    index.write_text(json.dumps({**json.loads(index.read_text()), **without}))
+    teacher = load(folder)
+    states = teacher.encode_prompts([PROMPT])["encoder_hidden_states"]
+    assert len(teacher.text_encoders) == 2 and states.shape == (1, 12 + 256, 32)
+    assert states[:, :12].any() and not states[:, 12:].any()
+    assert DiffusionPipeline.from_pretrained(folder).text_encoder_3 is None
+    assert teacher.assembled(teacher.family.network).text_encoder_3 is None
+
+
 def test_the_guidance_that_flux_is_told(tiny_families: Families) -> None:
     folder = tiny_families("flux")
     call = {**CALLS["flux"], "true_cfg_scale": 1.0, "guidance_scale": 7.0}
