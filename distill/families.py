@@ -25,9 +25,10 @@ Texts = dict[str, Tensor]
 
 class Family(ABC):
     """component: the pipeline's name of its network; encoders: its text encoders; patch: latents on a side of what the
-    network sees as one."""
+    network sees as one; embedded_class: runs a network with an embedding of the guidance scale, None where none can."""
 
     component = "transformer"
+    embedded_class: Any = None
     encoders: tuple[str, ...] = ("text_encoder",)
     patch = 1
 
@@ -68,10 +69,10 @@ class Family(ABC):
 
 
 class StableDiffusion(Family):
-    """A U-Net and one CLIP; `embedded_class` runs a network that is told its guidance scale."""
+    """A U-Net and one CLIP."""
 
     component = "unet"
-    embedded_class: Any = LatentConsistencyModelPipeline
+    embedded_class = LatentConsistencyModelPipeline
 
     def denoiser(self) -> Denoiser:
         config = self.pipeline.scheduler.config

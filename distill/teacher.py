@@ -75,12 +75,18 @@ def load_edm(folder: str, **kwargs: Any) -> EDMPipeline:
 def lacks_scheduler(folder: Path) -> bool:
     """Whether model_index.json names none, or its configuration is not there."""
     try:
-        library, _ = json.loads((folder / "model_index.json").read_text())["scheduler"]
-    except (KeyError, TypeError):
-        return True
+        return lacks(folder, "scheduler") or not (folder / "scheduler" / "scheduler_config.json").is_file()
     except (OSError, ValueError):
         return False
-    return library is None or not (folder / "scheduler" / "scheduler_config.json").is_file()
+
+
+def lacks(folder: Path, part: str) -> bool:
+    """Whether model_index.json names no class for a component."""
+    try:
+        library, _ = json.loads((folder / "model_index.json").read_text())[part]
+    except (KeyError, TypeError):
+        return True
+    return library is None
 
 
 class Teacher(ABC):
@@ -112,6 +118,8 @@ class Teacher(ABC):
             return PixelTeacher(load_edm(folder, dtype=torch.float32, **options), settings.path)
         if class_of(folder) in (None, "StableDiffusionPipeline"):
             options |= {"safety_checker": None, "requires_safety_checker": False}
+        if class_of(folder) == "StableDiffusion3Pipeline" and lacks(Path(folder), "text_encoder_3"):
+            options |= {"text_encoder_3": None, "tokenizer_3": None}  # diffusers asks for them by name
         pipeline = load_pipeline(folder, dtype=torch.float32, **options)
         return LatentTeacher(pipeline, settings.path, resolution)
 

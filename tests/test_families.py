@@ -15,8 +15,11 @@ from fewstep.distill.config import TeacherSettings
 from fewstep.distill.denoiser import FluxDenoiser, WanDenoiser
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
+from fewstep.distill.metrics.pipeline_source import PipelineSource
+from fewstep.distill.model_card import sampling_line
 from fewstep.distill.process import VP, RectifiedFlow
 from fewstep.distill.teacher import LatentTeacher, Teacher
+from fewstep.pipelines.export import Export
 from torch import Tensor
 
 from .tiny_families import BUILDERS, SIDE, flux_network, wan_network
@@ -176,7 +179,6 @@ def test_sd3_without_its_t5(tiny_families: Families, tmp_path: Path) -> None:
     states = teacher.encode_prompts([PROMPT])["encoder_hidden_states"]
     assert len(teacher.text_encoders) == 2 and states.shape == (1, 12 + 256, 32)
     assert states[:, :12].any() and not states[:, 12:].any()
-    assert DiffusionPipeline.from_pretrained(folder).text_encoder_3 is None
     assert teacher.assembled(teacher.family.network).text_encoder_3 is None
 
 
@@ -319,3 +321,25 @@ def test_a_pipeline_with_another_network(name: str, tiny_families: Families, tmp
     assert all(torch.equal(v, opened.vae.state_dict()[k]) for k, v in teacher.vae.state_dict().items())
     if name == "sdxl":
         assert opened.config.force_zeros_for_empty_prompt is False
+
+
+def test_the_pictures_of_a_video_pipeline_are_scored(tiny_families: Families) -> None:
+    """Videos of one frame; longer ones are refused."""
+    folder = tiny_families("wan")
+    source = PipelineSource(str(folder), torch.device("cpu"))
+    call = {**load(folder).call(), "num_inference_steps": 1, "guidance_scale": 1.0}
+    pictures, _ = source.pictures(range(2), [PROMPT, "dog"], 0, call)
+    assert pictures.shape == (2, 3, SIDE, SIDE) and pictures.dtype == torch.uint8
+    assert not torch.equal(pictures[0], pictures[1]) and source.evaluations() == 2
+    with pytest.raises(UserError, match="WanPipeline gives neither RGB nor grey pictures"):
+        source.pictures(range(2), [PROMPT], 0, {**call, "num_frames": 5})
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_the_line_of_the_card_draws_a_picture(name: str, tiny_families: Families) -> None:
+    teacher = load(tiny_families(name))
+    call = {**teacher.call(), "num_inference_steps": 1}
+    line = sampling_line(Export(teacher.pipeline, sampling={"1": call}))
+    found: dict[str, Any] = {"pipe": DiffusionPipeline.from_pretrained(tiny_families(name)), "torch": torch}
+    exec(line, found)
+    assert np.asarray(found["image"]).shape == (SIDE, SIDE, 3)
