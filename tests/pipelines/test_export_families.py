@@ -1,5 +1,6 @@
 """Students of SDXL, SD3, Flux and Wan: what plain diffusers opens is what was trained."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from fewstep.distill.batches import weights_hash
 from fewstep.distill.config import StudentSettings, TeacherSettings, load_config
 from fewstep.distill.generator import seeded
+from fewstep.distill.methods.base import Parts
+from fewstep.distill.methods.lcd import LCD
 from fewstep.distill.runner import Runner
 from fewstep.distill.student import Student
 from fewstep.distill.teacher import LatentTeacher, Teacher
@@ -62,7 +66,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def sdxl_runs(tiny_families: Families, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Runner]:
-    """Two steps of latent consistency distillation: all weights, and a LoRA whose alpha is not its rank."""
+    """Two steps of latent consistency distillation: all weights at 32 px, which are not the pipeline's own 16, and a
+    LoRA whose alpha is not its rank."""
     runs = {}
     for name, student in (("full", {}), ("lora", {"kind": "lora", "rank": 4, "lora_alpha": 12})):
         tree = {
@@ -75,6 +80,7 @@ def sdxl_runs(tiny_families: Families, tmp_path_factory: pytest.TempPathFactory)
             "max_train_steps": 2,
             "learning_rate": 5e-3,
             "validation_steps": 2,
+            "resolution": 32 if name == "full" else None,
         }
         runs[name] = Runner(load_config(tree))
         runs[name].train()
@@ -116,6 +122,7 @@ def test_students_of_sdxl_draw_our_images(
     images = ours(sdxl_runs["full" if name == "full" else "lora"], num_steps)
     assert str(plain[f"{name} class"]) == "StableDiffusionXLPipeline"
     assert images.std() > 0.005 and np.abs(images[0] - images[1]).max() > 0.005
+    assert images.shape[1:3] == ((32, 32) if name == "full" else (16, 16))
     assert np.abs(plain[f"{name} {num_steps}"] - images).max() < 1e-5
 
 
@@ -124,6 +131,23 @@ def test_the_lora_of_sdxl_matters(sdxl_runs: dict[str, Runner], plain: dict[str,
     with method.student.teacher_mode():
         without = ours(sdxl_runs["lora"], 2)
     assert np.abs(plain["lora 2"] - without).max() > 1e-4
+
+
+def test_prompts_of_sdxl_are_cached_for_both_its_text_encoders(sdxl_runs: dict[str, Runner]) -> None:
+    (index,) = Path(os.environ["FEWSTEP_CACHE"]).glob("prompts-*.json")
+    cache = json.loads(index.read_text())
+    method: Any = sdxl_runs["full"].method
+    pipeline = method.teacher.pipeline
+    hashes = [weights_hash(e) for e in (pipeline.text_encoder, pipeline.text_encoder_2)]
+    assert hashes[0] != hashes[1] and all(h in cache["key"] for h in hashes)
+    assert set(cache["fields"]) == {"encoder_hidden_states", "text_embeds"}
+
+
+def test_an_export_says_its_resolution_where_it_is_not_the_pipelines(tiny_families: Families) -> None:
+    for resolution, size in ((None, {}), (32, {"height": 32, "width": 32})):
+        teacher = Teacher.load(TeacherSettings(str(tiny_families("sdxl"))), resolution)
+        calls = LCD(LCD.Settings(guidance_dim=8), Parts(teacher, StudentSettings(), [])).calls(2.0)
+        assert calls["2"] == {"num_inference_steps": 2, "guidance_scale": 2.0, **size}
 
 
 TARGETS = {
