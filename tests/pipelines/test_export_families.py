@@ -143,6 +143,18 @@ def test_prompts_of_sdxl_are_cached_for_both_its_text_encoders(sdxl_runs: dict[s
     assert set(cache["fields"]) == {"encoder_hidden_states", "text_embeds"}
 
 
+def test_batches_of_sdxl(sdxl_runs: dict[str, Runner]) -> None:
+    """Prompts of the data, nothing in their place where they are dropped, the sizes of the run's resolution."""
+    for name, side in (("full", 32.0), ("lora", 16.0)):
+        (batch,) = sdxl_runs[name].batches.micro_batches(0)
+        assert batch.condition is not None
+        told, null = batch.condition.arguments, batch.condition.null().arguments
+        for arguments in (told, null):
+            assert arguments["time_ids"].tolist() == [[side, side, 0.0, 0.0, side, side]] * 2
+        texts = ("encoder_hidden_states", "text_embeds")
+        assert all(told[k].any() and not null[k].any() for k in texts)
+
+
 def test_an_export_says_its_resolution_where_it_is_not_the_pipelines(tiny_families: Families) -> None:
     for resolution, size in ((None, {}), (32, {"height": 32, "width": 32})):
         teacher = Teacher.load(TeacherSettings(str(tiny_families("sdxl"))), resolution)
