@@ -286,14 +286,14 @@ def test_precision_of_the_frozen_parts(tiny_families: Families) -> None:
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_half_precision_network_takes_float32_texts(name: str, tiny_families: Families) -> None:
-    """At t = 1/2, which bfloat16 holds: Flux rounds its time too."""
+    """Flux rounds 1,000 times its guidance too."""
     teacher = load(tiny_families(name))
     x, t, told = torch.randn(1, *teacher.shape), torch.tensor([0.5]), teacher.condition([PROMPT])
     with torch.no_grad():
         wanted = teacher.denoiser(x, t, told).output
         teacher.family.network.to(torch.bfloat16)
         low = teacher.denoiser(x, t, told).output
-    assert low.dtype == torch.float32 and 0 < (low - wanted).norm() / wanted.norm() < 0.05
+    assert low.dtype == torch.float32 and 0 < (low - wanted).norm() / wanted.norm() < 0.1
 
 
 @pytest.mark.parametrize("name", FLOWS)
