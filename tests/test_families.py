@@ -11,13 +11,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from fewstep.distill.condition import Condition
-from fewstep.distill.config import TeacherSettings
+from fewstep.distill.config import StudentSettings, TeacherSettings
 from fewstep.distill.denoiser import FluxDenoiser, WanDenoiser
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics.pipeline_source import PipelineSource
 from fewstep.distill.model_card import sampling_line
 from fewstep.distill.process import VP, RectifiedFlow
+from fewstep.distill.student import Student
 from fewstep.distill.teacher import LatentTeacher, Teacher
 from fewstep.pipelines.export import Export
 from torch import Tensor
@@ -282,6 +283,14 @@ def test_precision_of_the_frozen_parts(tiny_families: Families) -> None:
     exact = load(tiny_families("wan"))
     wanted = exact.denoiser(x, torch.tensor([0.4]), exact.condition([PROMPT])).output
     assert low.dtype == whole and 0 < (low - wanted).norm() / wanted.norm() < 0.05
+
+
+def test_a_lora_stays_in_float32_on_a_half_precision_teacher(tiny_families: Families) -> None:
+    teacher = load(tiny_families("flux"))
+    student = Student(teacher.denoiser, StudentSettings(kind="lora", rank=2))
+    teacher.to(torch.device("cpu"), torch.bfloat16)
+    assert {p.dtype for p in student.trained().values()} == {torch.float32}
+    assert teacher.family.network.x_embedder.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", BUILDERS)
