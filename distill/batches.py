@@ -47,7 +47,7 @@ class Batches:
             if not isinstance(teacher, LatentTeacher):
                 raise UserError("teacher: missing; prompts are encoded by a latent teacher's text encoder")
             self.prompts = self._prompt_cache(teacher)
-            self.empty = teacher.encode_prompts([""])
+            self.told, self.empty = teacher.told, teacher.encode_empty()
         if "labels" in needs:
             self.labels = torch.tensor(data.labels)
 
@@ -75,7 +75,7 @@ class Batches:
         if "latents" in self.needs:
             batch.latents = self.latents[rows].to(self.device)
         if "prompts" in self.needs:
-            batch.condition = Condition(self.prompts[batch.captions], self.empty).to(self.device)
+            batch.condition = self.told(self.prompts[batch.captions], self.empty).to(self.device)
         if "labels" in self.needs:
             batch.condition = Condition({"class_labels": self.labels[rows]}, {}).to(self.device)
         return batch
@@ -95,9 +95,10 @@ class Batches:
         def encode(captions: list[str]) -> dict[str, Tensor]:
             return {k: v.cpu() for k, v in teacher.encode_prompts(captions).items()}
 
-        a, encoder = self.accelerator, teacher.pipeline.text_encoder
+        a = self.accelerator
+        encoders = " ".join(f"{weights_hash(e)} {e.dtype}" for e in teacher.text_encoders)
         return PromptCache.build(
-            self.data.captions, encode, key=f"{teacher.path} {weights_hash(encoder)} {encoder.dtype}",
+            self.data.captions, encode, key=f"{teacher.path} {encoders}",
             is_main=a.is_main_process, barrier=a.wait_for_everyone, progress=_bar("encoding prompts", a),
         )  # fmt: skip
 

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch import Tensor
 
 from .config import AutoencoderSettings
 from .draws import Draws
 from .errors import UserError
+from .frozen import move_frozen
 
 # As published in its config.json; scaling_factor is AutoencoderKL's default, 0.18215.
 SD_VAE: dict[str, Any] = {
@@ -24,38 +25,66 @@ KNOWN_AUTOENCODERS = {"stabilityai/sd-vae-ft-mse": SD_VAE, "stabilityai/sd-vae-f
 
 
 class Codec:
-    """Latents are in the diffusion model's units: scaling_factor * (autoencoder latent - shift_factor)."""
+    """Latents are in the diffusion model's units: scale * (autoencoder latent - shift).
+
+    Scale and shift are AutoencoderKL's scaling_factor and shift_factor, or of each channel 1 / latents_std and
+    latents_mean of AutoencoderKLWan, to which pictures are videos of one frame.
+    """
 
     vae: Any
     path: str
 
     def posterior(self, images: Tensor) -> Tensor:
         """(B, 2C, h, w): mean and log-variance of images (B, 3, H, W) in [-1, 1], unscaled."""
-        dist = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        return torch.cat([dist.mean, dist.logvar], dim=1).float()
+        dist = self.vae.encode(self._framed(images.to(self.vae.dtype))).latent_dist
+        return self._unframed(torch.cat([dist.mean, dist.logvar], dim=1).float())
 
     def latents(self, posterior: Tensor, draws: Draws) -> Tensor:
         """A sample of the posterior in the diffusion model's units, (B, C, h, w)."""
         mean, logvar = posterior.float().chunk(2, dim=1)
         z = mean + (0.5 * logvar).exp() * draws.normal(mean.shape[1:])
-        return (z - self._shift()) * self.vae.config.scaling_factor
+        shift, scale = self._units(z)
+        return (z - shift) * scale
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """The same latents in the autoencoder's units."""
-        return latents / self.vae.config.scaling_factor + self._shift()
+        shift, scale = self._units(latents)
+        return latents / scale + shift
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), about [-1, 1], differentiable."""
-        return self.vae.decode(self.unscaled(latents).to(self.vae.dtype), return_dict=False)[0]
+        z = self._framed(self.unscaled(latents).to(self.vae.dtype))
+        return self._unframed(self.vae.decode(z, return_dict=False)[0])
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) for pictures of this side."""
-        config = self.vae.config
-        side = resolution // 2 ** (len(config.block_out_channels) - 1)
-        return config.latent_channels, side, side
+        side = resolution // vae_scale_factor(self.vae)
+        return self.vae.config.z_dim if self._video else self.vae.config.latent_channels, side, side
 
-    def _shift(self) -> float:
-        return self.vae.config.get("shift_factor") or 0.0
+    @property
+    def _video(self) -> bool:
+        return isinstance(self.vae, AutoencoderKLWan)
+
+    def _framed(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(2) if self._video else x
+
+    def _unframed(self, x: Tensor) -> Tensor:
+        return x.squeeze(2) if self._video else x
+
+    def _units(self, like: Tensor) -> tuple[Any, Any]:
+        """Shift and scale."""
+        config = self.vae.config
+        if not self._video:
+            return config.get("shift_factor") or 0.0, config.scaling_factor
+        mean, std = (like.new_tensor(config[k]).view(-1, 1, 1) for k in ("latents_mean", "latents_std"))
+        return mean, 1 / std
+
+
+def vae_scale_factor(vae: Any) -> int:
+    """Pixels per latent along a side."""
+    if isinstance(vae, AutoencoderKLWan):
+        return vae.config.scale_factor_spatial
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 class Autoencoder(Codec):
@@ -91,10 +120,8 @@ class Autoencoder(Codec):
             raise unreadable(settings, error) from error
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """An autoencoder stays in float32 where its config asks for that (force_upcast)."""
-        self.vae.to(device)
-        for p in self.vae.parameters():
-            p.data = p.data.to(torch.float32 if self.vae.config.get("force_upcast", False) else dtype)
+        """As `move_frozen`."""
+        move_frozen(self.vae, device, dtype)
 
 
 def unreadable(settings: AutoencoderSettings, error: Exception) -> UserError:

@@ -56,6 +56,7 @@ class StudentSettings:
     network  architecture of new weights: a diffusers model's arguments and its `_class_name` (UNet2DModel where there
              is none; TwoTimeDiT is ours); null for the teacher's architecture
     dropout  of the residual blocks while training; null for what the architecture says
+    target_modules  of the LoRA; the default is a U-Net's, in place of which a transformer takes its attention's layers
     """
 
     kind: Literal["full", "lora"] = "full"

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    WanTransformer3DModel,
+)
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -17,6 +23,7 @@ from .errors import UserError
 from .process import EDM, NoiseProcess, per_sample
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "edm", "velocity")
+ADDED_CONDITIONS = ("text_embeds", "time_ids")  # SDXL's, which its U-Net takes as one nested argument
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,10 @@ class Denoiser(nn.Module):
     def call(self, x_t: Tensor, t: Tensor, r: Tensor | None, condition: Condition) -> tuple[tuple, dict]:
         """The network's own positional and keyword arguments."""
 
+    def state(self, output: Tensor, x_t: Tensor) -> Tensor:
+        """The network's output in the layout of x_t."""
+        return output
+
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """State and time as the network was trained to see them: c_in x and 250 ln sigma for "edm", else as they are.
 
@@ -135,7 +146,8 @@ class Denoiser(nn.Module):
                 output = self.network(*args, **kwargs)
             else:
                 output = functional_call(self.network, weights, args, kwargs)
-        return Prediction(output[0].to(x_t.dtype), x_t, t, self.process, self.kind, kept)
+        seen = self.state(output[0], x_t).to(x_t.dtype)
+        return Prediction(seen, x_t, t, self.process, self.kind, kept)
 
 
 def _keeper(kept: dict[str, Tensor], name: str):
@@ -145,8 +157,18 @@ def _keeper(kept: dict[str, Tensor], name: str):
     return keep
 
 
+def nested(arguments: dict[str, Any]) -> dict[str, Any]:
+    """SDXL's added conditions under added_cond_kwargs, which diffusers' U-Net wants; the others as they are."""
+    added = {k: arguments[k] for k in ADDED_CONDITIONS if k in arguments}
+    flat = {k: v for k, v in arguments.items() if k not in added}
+    return {**flat, "added_cond_kwargs": added} if added else flat
+
+
 class UNet2DConditionDenoiser(Denoiser):
-    """Stable Diffusion's calling convention: (sample, timestep, encoder_hidden_states=..., ...)."""
+    """Stable Diffusion's calling convention: (sample, timestep, encoder_hidden_states=..., ...).
+
+    Of SDXL, text_embeds and time_ids are entries of the condition like any other.
+    """
 
     network: UNet2DConditionModel
 
@@ -154,7 +176,8 @@ class UNet2DConditionDenoiser(Denoiser):
         if r is not None:
             raise ValueError("a UNet2DConditionModel has one time; r needs a two-time student")
         dtype = self.network.dtype
-        return (x_t.to(dtype), t.to(torch.float32)), {**condition.to(dtype).arguments, "return_dict": False}
+        told = nested(condition.to(dtype).arguments)
+        return (x_t.to(dtype), t.to(torch.float32)), {**told, "return_dict": False}
 
 
 class UNet2DDenoiser(Denoiser):
@@ -191,7 +214,7 @@ class TwoTimeUNetDenoiser(TwoTimeDenoiser):
     """class_embed_type "timestep" of diffusers' UNets: an embedding of class_labels, added to that of t, takes h."""
 
     def told(self, h: Tensor, condition: Condition) -> dict:
-        return {"class_labels": h, **condition.to(self.network.dtype).arguments}
+        return {"class_labels": h, **nested(condition.to(self.network.dtype).arguments)}
 
 
 class TwoTimeDiTDenoiser(TwoTimeDenoiser):
@@ -201,10 +224,76 @@ class TwoTimeDiTDenoiser(TwoTimeDenoiser):
         return {"span": h, **condition.arguments}
 
 
+class TransformerDenoiser(Denoiser):
+    """Keyword arguments alone: hidden_states, timestep and the condition's entries. t is that of RectifiedFlow.
+
+    `time_scale`: what the network is told of t in [0, 1].
+    """
+
+    network: Any
+    time_scale = 1000.0
+
+    def call(self, x_t: Tensor, t: Tensor, r: Tensor | None, condition: Condition) -> tuple[tuple, dict]:
+        if r is not None:
+            raise ValueError(f"a {type(self.network).__name__} has one time; r needs a two-time student")
+        dtype = self.network.dtype
+        states, positions = self.tokens(x_t.to(dtype), condition)
+        time = (self.time_scale * t).to(torch.float32)
+        told = {**condition.to(dtype).arguments, **positions, "return_dict": False}
+        return (), {"hidden_states": states, "timestep": time, **told}
+
+    def tokens(self, x_t: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
+        """x_t in the network's layout, and the arguments that tell where its parts stand."""
+        return x_t, {}
+
+
+class SD3Denoiser(TransformerDenoiser):
+    """SD3Transformer2DModel (arXiv 2403.03206): encoder_hidden_states (B, L, D), pooled_projections (B, P)."""
+
+
+class FluxDenoiser(TransformerDenoiser):
+    """FluxTransformer2DModel: as SD3's and, of a guidance-distilled one, guidance (B,).
+
+    States are (B, C, h, w) with even h and w; the network sees 2 x 2 patches as tokens (B, h w / 4, 4 C).
+    """
+
+    time_scale = 1.0
+
+    def tokens(self, x_t: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
+        rows, columns = x_t.shape[2] // 2, x_t.shape[3] // 2
+        patches = x_t.unflatten(3, (columns, 2)).unflatten(2, (rows, 2))  # (B, C, rows, 2, columns, 2)
+        grid = torch.cartesian_prod(*(torch.arange(float(n), device=x_t.device) for n in (rows, columns)))
+        length = condition.arguments["encoder_hidden_states"].shape[1]
+        positions = {
+            "img_ids": torch.nn.functional.pad(grid.view(-1, 2), (1, 0)),
+            "txt_ids": torch.zeros(length, 3, device=x_t.device),
+        }
+        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), positions
+
+    def state(self, output: Tensor, x_t: Tensor) -> Tensor:
+        rows, columns = x_t.shape[2] // 2, x_t.shape[3] // 2
+        patches = output.unflatten(2, (-1, 2, 2)).unflatten(1, (rows, columns))
+        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+class WanDenoiser(TransformerDenoiser):
+    """WanTransformer3DModel: encoder_hidden_states (B, L, D). States are (B, C, T, h, w), or (B, C, h, w) of pictures,
+    which the network sees as videos of one frame."""
+
+    def tokens(self, x_t: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
+        return x_t.unsqueeze(2) if x_t.ndim == 4 else x_t, {}
+
+    def state(self, output: Tensor, x_t: Tensor) -> Tensor:
+        return output.reshape(x_t.shape)
+
+
 ADAPTERS: dict[type[nn.Module], type[Denoiser]] = {
     UNet2DConditionModel: UNet2DConditionDenoiser,
     UNet2DModel: UNet2DDenoiser,
     TwoTimeDiT: TwoTimeDiTDenoiser,
+    SD3Transformer2DModel: SD3Denoiser,
+    FluxTransformer2DModel: FluxDenoiser,
+    WanTransformer3DModel: WanDenoiser,
 }
 
 

@@ -1,5 +1,6 @@
 """`--dry_run`: what a configuration would train, hold in memory and download, from its architecture alone."""
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -28,7 +29,14 @@ from .rewards import Reward, UnloadedReward
 from .runner import DTYPES, Carry
 from .teacher import LatentTeacher, Teacher
 
-TITLES = {"unet": "teacher network", "vae": "autoencoder", "text_encoder": "text encoder"}
+TITLES = {
+    "unet": "teacher network",
+    "transformer": "teacher network",
+    "vae": "autoencoder",
+    "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
+    "text_encoder_3": "third text encoder",
+}
 META = torch.device("meta")
 Frozen = Teacher | Autoencoder | None  # what a run holds beside the student
 
@@ -40,7 +48,7 @@ def describe(config: RunConfig) -> str:
     """
     c = config
     plan = blueprint(c.teacher) if c.teacher else None
-    teacher = meta_teacher(c.teacher, plan.parts) if c.teacher and plan else None
+    teacher = meta_teacher(c.teacher, plan.architecture, c.resolution) if c.teacher and plan else None
     vae = Autoencoder.planned(c.vae) if c.vae else None
     resolution = c.resolution or (teacher.resolution if teacher else None)
     if resolution is None:
@@ -93,7 +101,8 @@ def held_bytes(method: Method, teacher: Frozen, ema: EMA | None) -> dict[str, in
     for name, module in components(teacher).items():
         tensors = [t for t in tensors_of(module) if id(t) not in counted]
         counted |= {id(t) for t in tensors}
-        out[f"{TITLES.get(name, name)}, {str(tensors[0].dtype).removeprefix('torch.')}"] = nbytes(tensors)
+        dtype = str(getattr(module, "dtype", tensors[0].dtype)).removeprefix("torch.")
+        out[f"{TITLES.get(name, name)}, {dtype}"] = nbytes(tensors)
     rest = [t for t in tensors_of(method) if id(t) not in counted]
     out["trained weights, float32"] = nbytes(trained)
     out["gradients"] = nbytes(trained)
@@ -177,8 +186,9 @@ def _batch(c: RunConfig, method: Method, teacher: Frozen, resolution: int) -> Ba
         batch.latents = torch.empty(size, *latent_record(teacher, resolution), device=META)
     if "prompts" in method.needs:
         assert isinstance(teacher, LatentTeacher)
-        states = torch.empty(size, *prompt_record(teacher), device=META)
-        batch.condition = Condition({"encoder_hidden_states": states}, {"encoder_hidden_states": states[:1]})
+        shapes = teacher.family.shapes()
+        texts = {k: torch.empty(size, *shape, device=META) for k, shape in shapes.items()}
+        batch.condition = teacher.told(texts, {k: v[:1] for k, v in texts.items()})
     if "labels" in method.needs:
         batch.condition = Condition({"class_labels": torch.zeros(size, dtype=torch.long, device=META)}, {})
     return batch
@@ -190,10 +200,9 @@ def latent_record(codec: Codec, resolution: int) -> tuple[int, int, int]:
     return 2 * channels, height, width
 
 
-def prompt_record(teacher: LatentTeacher) -> tuple[int, int]:
-    """Shape of a prompt's text states."""
-    text = teacher.pipeline.text_encoder.config
-    return (text.max_position_embeddings, text.hidden_size)
+def prompt_size(teacher: LatentTeacher) -> int:
+    """Numbers that the prompt cache keeps of a caption."""
+    return sum(math.prod(shape) for shape in teacher.family.shapes().values())
 
 
 def _heading(c: RunConfig, plan: Blueprint | None, resolution: int) -> str:
@@ -245,7 +254,7 @@ def _work(c: RunConfig, method: Method, teacher: Frozen, resolution: int, num_ro
         kept = 2 * torch.Size(latent_record(teacher, resolution)).numel()
         if isinstance(teacher, LatentTeacher) and "prompts" in needs:
             item = DTYPES[c.mixed_precision].itemsize
-            kept += item * torch.Size(prompt_record(teacher)).numel()
+            kept += item * prompt_size(teacher)
         every = f", {gib(kept * num_rows)} GiB in all" if num_rows else ", for every image of the data"
         rows.append(("disk for caches", f"{kept / 2**10:.0f} KiB an image{every}"))
     return _table("work", rows)

@@ -1,9 +1,13 @@
-"""Parameters that a loss must not train."""
+"""Parameters that a loss must not train: kept out of graphs, and moved in the precision that they need."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
+from diffusers import AutoencoderKLWan
 from torch import nn
+from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -17,3 +21,19 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for p in held:
             p.requires_grad_(True)
+
+
+def move_frozen(module: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves a module and casts its parameters that are not trained.
+
+    In float32 stay: an autoencoder whose config asks for it (force_upcast), that of Wan (as its authors run it), and
+    what a class names in _keep_in_fp32_modules, those of transformers beside float16 alone.
+    """
+    module.to(device)
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    if isinstance(module, PreTrainedModel) and dtype != torch.float16:
+        kept = set()
+    whole = isinstance(module, AutoencoderKLWan) or getattr(module.config, "force_upcast", False)
+    for name, p in module.named_parameters():
+        if not p.requires_grad:  # a LoRA trained on this network stays in float32
+            p.data = p.data.to(torch.float32 if whole or kept & set(name.split(".")) else dtype)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,69 +13,18 @@ import transformers
 from ..pipelines.pipeline_edm import EDMPipeline
 from .config import TeacherSettings
 from .errors import UserError
+from .families import FAMILIES
+from .published_teachers import KNOWN_TEACHERS, Architecture
 from .teacher import EMBEDDED, KNOWN_CLASSES, LatentTeacher, PixelTeacher, Teacher, class_of, locate
 
-PARTS = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json",
-         "scheduler": "scheduler_config.json"}  # fmt: skip
-PIXEL_PARTS = ("unet", "scheduler")
 WEIGHTS = (".safetensors", ".bin")
-
-# As published in the repositories' configuration files; parameters: 859,520,964 + 83,653,863 + 123,060,480.
-SD15: dict[str, dict[str, Any]] = {
-    "unet": {
-        "_class": ("diffusers", "UNet2DConditionModel"),
-        "sample_size": 64,
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "layers_per_block": 2,
-        "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
-    },
-    "vae": {
-        "_class": ("diffusers", "AutoencoderKL"),
-        "sample_size": 512,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "latent_channels": 4,
-        "scaling_factor": 0.18215,
-    },
-    "text_encoder": {
-        "_class": ("transformers", "CLIPTextModel"),
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 77,
-        "projection_dim": 768,
-        "hidden_act": "quick_gelu",
-    },
-    "scheduler": {
-        "_class": ("diffusers", "PNDMScheduler"),
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "num_train_timesteps": 1000,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-    },
-}
-
-KNOWN_TEACHERS = {"stable-diffusion-v1-5/stable-diffusion-v1-5": SD15}
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """parts: the configuration of each component, its library and class under "_class"; missing: components whose
-    weights are not on this machine; origin: where the configurations were read."""
+    """missing: components whose weights are not on this machine; origin: where the configurations were read."""
 
-    parts: dict[str, dict[str, Any]]
+    architecture: Architecture
     missing: tuple[str, ...]
     origin: str
 
@@ -88,25 +38,22 @@ def blueprint(settings: TeacherSettings) -> Blueprint:
             "`python scripts/train_teacher.py configs/emoji/teacher.yaml` or give another pipeline folder"
         )
     if Path(place).is_dir():
-        parts = _read_folder(Path(place), settings.path)
-        return Blueprint(parts, _without_weights(Path(place), parts, settings.variant), "its folder")
+        return _drawn(_read_folder(Path(place), settings.path), Path(place), settings, "its folder")
     cached = _snapshot(settings)
-    if cached is not None and all((cached / p / f).is_file() for p, f in PARTS.items()):
-        parts = _read_folder(cached, settings.path)
-        return Blueprint(parts, _without_weights(cached, parts, settings.variant), "the local hub cache")
+    if cached is not None and _is_whole(cached):
+        return _drawn(_read_folder(cached, settings.path), cached, settings, "the local hub cache")
     if settings.path in KNOWN_TEACHERS:
-        parts = KNOWN_TEACHERS[settings.path]
-        return Blueprint(
-            parts, _without_weights(cached, parts, settings.variant), "its published configuration"
-        )
-    parts = _read_folder(_fetch_configurations(settings), settings.path)
-    return Blueprint(parts, _without_weights(cached, parts, settings.variant), "the hub")
+        return _drawn(KNOWN_TEACHERS[settings.path], cached, settings, "its published configuration")
+    found = _read_folder(_fetch_configurations(settings), settings.path)
+    return _drawn(found, cached, settings, "the hub")
 
 
-def meta_teacher(settings: TeacherSettings, parts: dict[str, dict[str, Any]]) -> Teacher:
+def meta_teacher(
+    settings: TeacherSettings, architecture: Architecture, resolution: int | None = None
+) -> Teacher:
     """The teacher with every weight on the meta device, in float32 and without a tokenizer."""
     built = {}
-    for name, config in parts.items():
+    for name, config in architecture.parts.items():
         library, kind = config["_class"]
         cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind, None)
         if cls is None:
@@ -121,25 +68,58 @@ def meta_teacher(settings: TeacherSettings, parts: dict[str, dict[str, Any]]) ->
             built[name] = (
                 cls.from_config(own) if library == "diffusers" else cls(cls.config_class.from_dict(own))
             )
-    if "vae" not in built:
+    if architecture.kind == EDMPipeline.__name__:
         return PixelTeacher(EDMPipeline(**built), settings.path)
-    pipeline = diffusers.StableDiffusionPipeline(
-        **built, tokenizer=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
-    return LatentTeacher(pipeline, settings.path)
+    pipeline = getattr(diffusers, architecture.kind)
+    takes = signature(pipeline).parameters
+    absent = {k: None for k, p in takes.items() if p.default is p.empty and k not in built}
+    options = {k: v for k, v in architecture.options.items() if k in takes}
+    if "safety_checker" in absent:
+        options["requires_safety_checker"] = False
+    return LatentTeacher(pipeline(**built, **absent, **options), settings.path, resolution)
 
 
-def _read_folder(folder: Path, path: str) -> dict[str, dict[str, Any]]:
+def _drawn(
+    architecture: Architecture, folder: Path | None, settings: TeacherSettings, origin: str
+) -> Blueprint:
+    return Blueprint(architecture, _without_weights(folder, architecture.parts, settings.variant), origin)
+
+
+def _parts_of(kind: str | None) -> tuple[str, ...]:
+    """The components that a pipeline class computes with, () for a class without an adapter."""
+    if kind == EDMPipeline.__name__:
+        return ("unet", "scheduler")
+    family = next((f for cls, f in FAMILIES.items() if cls.__name__ == kind), None)
+    return () if family is None else (family.component, "vae", *family.encoders, "scheduler")
+
+
+def _file_of(part: str) -> str:
+    return "scheduler_config.json" if part == "scheduler" else "config.json"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all configurations of a cached pipeline are there."""
+    if not (folder / "model_index.json").is_file():
+        return False
+    index = _read_json(folder / "model_index.json", str(folder))
+    parts = [p for p in _parts_of(class_of(str(folder))) if None not in (index.get(p) or [None])]
+    return bool(parts) and all((folder / p / _file_of(p)).is_file() for p in parts)
+
+
+def _read_folder(folder: Path, path: str) -> Architecture:
     index, kind = _read_json(folder / "model_index.json", path), class_of(str(folder))
-    if kind not in ("StableDiffusionPipeline", "EDMPipeline"):
+    names = _parts_of(kind)
+    if not kind or not names:
         raise UserError(f"teacher.path: {path} is a {kind}; {KNOWN_CLASSES}")
     parts = {}
-    for name in PARTS if kind == "StableDiffusionPipeline" else PIXEL_PARTS:
-        file = PARTS[name]
+    for name in names:
         if None in (index.get(name) or [None]):
+            if name == "text_encoder_3":  # Stable Diffusion 3 runs without its T5
+                continue
             raise UserError(f"teacher.path: {path} has no {name}; save the pipeline with its {name}")
-        parts[name] = {**_read_json(folder / name / file, path), "_class": tuple(index[name])}
-    return parts
+        parts[name] = {**_read_json(folder / name / _file_of(name), path), "_class": tuple(index[name])}
+    options = {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, list)}
+    return Architecture(kind, parts, options)
 
 
 def _read_json(file: Path, path: str) -> dict[str, Any]:
@@ -175,7 +155,7 @@ def _fetch_configurations(settings: TeacherSettings) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["model_index.json", *(f"{part}/{file}" for part, file in PARTS.items())]
+        wanted = ["model_index.json", "*/config.json", "scheduler/scheduler_config.json"]
         return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=wanted))
     except Exception as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())[:120]

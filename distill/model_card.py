@@ -49,7 +49,8 @@ def sampling_line(export: Export) -> str:
         else {"prompt": 0}
     )
     if "prompt" in takes:
-        return f'image = pipe("red apple"{arguments}).images[0]'
+        picture = "frames[0][0]" if "num_frames" in call else "images[0]"
+        return f'image = pipe("red apple"{arguments}).{picture}'
     label = "class_labels=0" if export.model.unet.config.num_class_embeds is not None else ""
     return f"image = pipe({(label + arguments) if label else arguments[2:]}).images[0]"
 

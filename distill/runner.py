@@ -94,7 +94,7 @@ class Runner:
             torch.backends.cuda.matmul.allow_tf32 = True
         torch.manual_seed(c.seed)
         device = self.accelerator.device
-        teacher = Teacher.load(c.teacher) if c.teacher else None
+        teacher = Teacher.load(c.teacher, c.resolution) if c.teacher else None
         vae = Autoencoder.load(c.vae) if c.vae else None
         resolution = c.resolution or (teacher.resolution if teacher else None)
         if resolution is None:

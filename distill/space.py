@@ -11,6 +11,7 @@ from torch import Tensor
 from .codec import Codec
 from .condition import Condition
 from .errors import UserError
+from .families import StableDiffusion
 from .methods.base import Batch, Parts
 from .teacher import LatentTeacher
 
@@ -113,13 +114,21 @@ class PixelSpace(Space):
 
 
 def latent_space(network: Any, teacher: LatentTeacher) -> LatentSpace:
-    """Where a diffusers UNet2DConditionModel works. Raises UserError where it does not fit the teacher's latents."""
+    """Where a diffusers UNet2DConditionModel works, for methods whose own pipelines take one text encoder's states.
+
+    Raises UserError for other teachers and where it does not fit the teacher's latents.
+    """
+    if type(teacher.family) is not StableDiffusion:
+        raise UserError(
+            f"teacher.path: {teacher.path} is a {type(teacher.pipeline).__name__}; this method's exported pipeline "
+            "knows one text encoder and a U-Net: use a StableDiffusionPipeline"
+        )
     if not isinstance(network, UNet2DConditionModel):
         raise UserError(
             f"student.network: a {type(network).__name__} is told no prompts; latents need "
             "_class_name: UNet2DConditionModel"
         )
-    ours, theirs = network.config, teacher.pipeline.unet.config
+    ours, theirs = network.config, teacher.family.network.config
     for key in ("in_channels", "sample_size", "cross_attention_dim"):
         if ours[key] != theirs[key]:
             raise UserError(

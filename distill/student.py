@@ -15,12 +15,16 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..pipelines.transformer_two_time import TwoTimeDiT
-from .config import StudentSettings
+from .config import LORA_TARGETS, StudentSettings
 from .denoiser import Denoiser, denoiser_of, takes_span
 from .errors import UserError
 from .process import NoiseProcess
 
 ADAPTER = "student"
+# The attention's projections, as diffusers' LoRA scripts for SD3 and Flux take them; Wan has the first four.
+TRANSFORMER_LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+)  # fmt: skip
 
 
 class Student(nn.Module):
@@ -48,7 +52,7 @@ class Student(nn.Module):
                     r=settings.rank,
                     lora_alpha=settings.lora_alpha,
                     lora_dropout=settings.lora_dropout,
-                    target_modules=list(settings.target_modules),
+                    target_modules=list(lora_targets(network, settings)),
                 ),
                 adapter_name=ADAPTER,
             )
@@ -96,6 +100,15 @@ class Student(nn.Module):
         network.fuse_lora(adapter_names=[ADAPTER])
         network.unload_lora()
         return network
+
+
+def lora_targets(network: nn.Module, settings: StudentSettings) -> tuple[str, ...]:
+    """student.target_modules; a transformer has its own default."""
+    if settings.target_modules == LORA_TARGETS and not isinstance(
+        network, UNet2DConditionModel | UNet2DModel
+    ):
+        return TRANSFORMER_LORA_TARGETS
+    return settings.target_modules
 
 
 def full_copy(base: nn.Module, guidance_dim: int | None, two_times: bool = False) -> nn.Module:

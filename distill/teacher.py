@@ -3,30 +3,28 @@
 import json
 from abc import ABC
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    CMStochasticIterativeScheduler,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    UNet2DModel,
-)
+from diffusers import CMStochasticIterativeScheduler, DiffusionPipeline, UNet2DModel
 from torch import Tensor
 
+from ..pipelines.export import Adapter, in_float32
 from ..pipelines.pipeline_edm import EDMPipeline
-from .codec import Codec
+from .codec import Codec, vae_scale_factor
 from .condition import Condition
 from .config import TeacherSettings
-from .denoiser import Denoiser, UNet2DConditionDenoiser, UNet2DDenoiser
+from .denoiser import Denoiser, UNet2DDenoiser
 from .errors import UserError
+from .families import FAMILY_NAMES, family_of
+from .frozen import move_frozen
 from .process import EDM, VP
 
 TEACHERS = Path(__file__).parent / "teachers"
 EMBEDDED = {"emoji-sd": TEACHERS / "emoji_sd", "fashion-edm": TEACHERS / "fashion_edm"}
-KNOWN_CLASSES = "teachers so far are folders of StableDiffusionPipeline and EDMPipeline"
+KNOWN_CLASSES = f"teachers so far are {', '.join(FAMILY_NAMES)} and {EDMPipeline.__name__}"
 
 
 def locate(path: str) -> str:
@@ -77,12 +75,18 @@ def load_edm(folder: str, **kwargs: Any) -> EDMPipeline:
 def lacks_scheduler(folder: Path) -> bool:
     """Whether model_index.json names none, or its configuration is not there."""
     try:
-        library, _ = json.loads((folder / "model_index.json").read_text())["scheduler"]
-    except (KeyError, TypeError):
-        return True
+        return lacks(folder, "scheduler") or not (folder / "scheduler" / "scheduler_config.json").is_file()
     except (OSError, ValueError):
         return False
-    return library is None or not (folder / "scheduler" / "scheduler_config.json").is_file()
+
+
+def lacks(folder: Path, part: str) -> bool:
+    """Whether model_index.json names no class for a component."""
+    try:
+        library, _ = json.loads((folder / "model_index.json").read_text())[part]
+    except (KeyError, TypeError):
+        return True
+    return library is None
 
 
 class Teacher(ABC):
@@ -103,54 +107,98 @@ class Teacher(ABC):
             module.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, settings: TeacherSettings) -> "Teacher":
-        """The teacher that a path names. Raises UserError for a path, class or scheduler that will not do."""
+    def load(cls, settings: TeacherSettings, resolution: int | None = None) -> "Teacher":
+        """The teacher that a path names; a latent one works at `resolution`, by default its own.
+
+        Raises UserError for a path, class, scheduler or resolution that will not do.
+        """
         folder = locate(settings.path)
         options = {k: v for k in ("variant", "revision") if (v := getattr(settings, k)) is not None}
         if class_of(folder) == EDMPipeline.__name__:
             return PixelTeacher(load_edm(folder, dtype=torch.float32, **options), settings.path)
-        pipeline = load_pipeline(
-            folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False, **options
-        )
-        return LatentTeacher(pipeline, settings.path)
+        if class_of(folder) in (None, "StableDiffusionPipeline"):
+            options |= {"safety_checker": None, "requires_safety_checker": False}
+        if class_of(folder) == "StableDiffusion3Pipeline" and lacks(Path(folder), "text_encoder_3"):
+            options |= {"text_encoder_3": None, "tokenizer_3": None}  # diffusers asks for them by name
+        pipeline = load_pipeline(folder, dtype=torch.float32, **options)
+        return LatentTeacher(pipeline, settings.path, resolution)
 
     def modules(self) -> list[torch.nn.Module]:
         return [m for m in self.pipeline.components.values() if isinstance(m, torch.nn.Module)]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Moves the frozen parts; an autoencoder stays in float32 where its config asks for that (force_upcast)."""
+        """Moves the frozen parts, each in the precision that it needs (`move_frozen`)."""
         for module in self.modules():
-            upcast = isinstance(module, AutoencoderKL) and module.config.get("force_upcast", False)
-            module.to(device)
-            for p in module.parameters():
-                if not p.requires_grad:  # a LoRA trained on this network stays in float32
-                    p.data = p.data.to(torch.float32 if upcast else dtype)
+            move_frozen(module, device, dtype)
 
 
 class LatentTeacher(Teacher, Codec):
-    """A StableDiffusionPipeline with a variance-preserving scheduler, whose process is `noise`."""
+    """A latent pipeline of diffusers; `family` knows what is its class's own."""
 
-    def __init__(self, pipeline: DiffusionPipeline, path: str):
+    def __init__(self, pipeline: Any, path: str, resolution: int | None = None):
         if getattr(pipeline, "scheduler", None) is None:
             raise UserError(f"teacher.path: {path} has no scheduler; save the pipeline with its scheduler")
-        if not isinstance(pipeline, StableDiffusionPipeline):
+        family = family_of(pipeline)
+        if family is None:
             raise UserError(f"teacher.path: {path} is a {type(pipeline).__name__}; {KNOWN_CLASSES}")
-        self.noise = VP.from_scheduler(pipeline.scheduler.config)
-        kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
-        super().__init__(pipeline, path, UNet2DConditionDenoiser(pipeline.unet, self.noise, kind))
-        config = pipeline.unet.config
-        self.shape = (config.in_channels, config.sample_size, config.sample_size)
-        self.resolution = config.sample_size * pipeline.vae_scale_factor
-        self.vae = pipeline.vae
+        self.family, self.vae = family, pipeline.vae
+        super().__init__(pipeline, path, family.denoiser())
+        self.resolution = resolution or family.resolution()
+        self.shape = self.latent_shape(self.resolution)
+        unit = vae_scale_factor(self.vae) * family.patch
+        if self.resolution % unit:
+            raise UserError(f"resolution: {self.resolution} is no multiple of {unit}, which {path} needs")
+
+    @property
+    def noise(self) -> VP:
+        """The process of a variance-preserving teacher. Raises UserError for another."""
+        if not isinstance(self.process, VP):
+            raise UserError(
+                f"teacher.path: {self.path} works in straight paths (rectified flow); this method needs a "
+                "variance-preserving teacher such as Stable Diffusion"
+            )
+        return self.process
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        found = (getattr(self.pipeline, name) for name in self.family.encoders)
+        return [encoder for encoder in found if encoder is not None]
 
     @torch.no_grad()
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """The text states as the network's keyword arguments, (B, L, D)."""
-        embeds, _ = self.pipeline.encode_prompt(list(captions), self.vae.device, 1, False)
-        return {"encoder_hidden_states": embeds}
+        """What the text encoders say, as the network's keyword arguments, first dimension that of the captions."""
+        return self.family.encode(list(captions), self.vae.device)
+
+    @torch.no_grad()
+    def encode_empty(self) -> dict[str, Tensor]:
+        """The same where the prompt is dropped, first dimension 1."""
+        return self.family.empty(self.vae.device)
+
+    def told(self, texts: dict[str, Tensor], empty: dict[str, Tensor]) -> Condition:
+        """The condition of encoded prompts, with the arguments that no prompt changes."""
+        first = next(iter(texts.values()))
+        fixed = self.family.fixed(len(first), self.resolution)
+        return Condition({**texts, **{k: v.to(first.device) for k, v in fixed.items()}}, empty)
 
     def condition(self, captions: Sequence[str]) -> Condition:
-        return Condition(self.encode_prompts(captions), self.encode_prompts([""]))
+        return self.told(self.encode_prompts(captions), self.encode_empty())
+
+    def assembled(self, network: Any, cls: Any = None, **parts: Any) -> Any:
+        """A pipeline of the teacher's class, or of `cls`, with `network` for its own and other `parts`, in float32."""
+        cls, name = cls or type(self.pipeline), self.family.component
+        components = in_float32(
+            {k: v for k, v in self.pipeline.components.items() if k not in (name, *parts)}
+        )
+        config = {k: v for k, v in self.pipeline.config.items() if k in signature(cls).parameters}
+        return cls(**{**config, **components, **parts, name: network})
+
+    def adapter(self, weights: dict[str, Tensor], scheduler: Any) -> Adapter:
+        """A LoRA of the teacher's network with what its export needs."""
+        return Adapter(weights, scheduler, type(self.pipeline), self.family.component)
+
+    def call(self) -> dict[str, Any]:
+        """Arguments of a pipeline's call that give pictures of the teacher's resolution; {} where it is the default."""
+        return self.family.call(self.resolution)
 
 
 class PixelTeacher(Teacher):

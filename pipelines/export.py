@@ -23,10 +23,13 @@ def is_own(model: Any) -> bool:
 
 @dataclass
 class Adapter:
-    """weights: a LoRA in peft's keys with its scale multiplied in; scheduler: what the teacher's pipeline needs."""
+    """weights: a LoRA in peft's keys with its scale multiplied in; scheduler: what the teacher's pipeline needs;
+    pipeline: the teacher's class; component: its name of the network, unet or transformer."""
 
     weights: dict[str, Tensor]
     scheduler: Any
+    pipeline: Any = StableDiffusionPipeline
+    component: str = "unet"
 
 
 @dataclass
@@ -80,11 +83,11 @@ def copied(own: Any, folder: Path) -> list[str]:
 
 def write_adapter(export: Export, folder: Path, card: str = "") -> None:
     """Save the LoRA into the empty `folder` as pytorch_lora_weights.safetensors, with its scheduler's configuration."""
-    assert export.adapter is not None
-    StableDiffusionPipeline.save_lora_weights(
-        folder, unet_lora_layers=export.adapter.weights, safe_serialization=True
-    )
-    export.adapter.scheduler.save_pretrained(folder)
+    adapter = export.adapter
+    assert adapter is not None
+    layers = {f"{adapter.component}_lora_layers": adapter.weights}
+    adapter.pipeline.save_lora_weights(folder, **layers, safe_serialization=True)
+    adapter.scheduler.save_pretrained(folder)
     write_notes(export, folder, card)
 
 

@@ -1,8 +1,10 @@
 """Shared by all tests: no network, one thread, fixed seeds, and a tiny real Stable Diffusion folder."""
 
+import functools
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+
+from .tiny_families import saved
 
 MERGES = ["c a", "ca t</w>", "d o", "do g</w>", "r e", "re d</w>"]
 MAX_TOKENS = 12
@@ -109,3 +113,15 @@ def tiny_tokenizer(folder: Path):
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def tiny_families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """tiny_families("sdxl"), sd3, flux or wan: a folder that its stock pipeline loads, random weights, 16 px."""
+    folder = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def build(name: str) -> Path:
+        return saved(name, tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")), folder / name)
+
+    return build

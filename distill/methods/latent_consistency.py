@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
+from diffusers import LCMScheduler
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...pipelines.export import Adapter, Export, in_float32
+from ...pipelines.export import Export
 from ..condition import Condition
 from ..config import settings
 from ..consistency import ConsistencyFunction, lcm_boundary
@@ -192,21 +192,13 @@ class LatentConsistency(Method):
             clip_sample=False,
             set_alpha_to_one=False,
         )
-        components = self.teacher.pipeline.components
-        parts = in_float32({k: v for k, v in components.items() if k != "unet"}) | {"scheduler": scheduler}
+        assembled = partial(self.teacher.assembled, scheduler=scheduler)
         if not self.student.lora:
-            pipeline = LatentConsistencyModelPipeline(
-                **{**parts, "unet": self.student.network}, requires_safety_checker=False
-            )
+            pipeline = assembled(self.student.network, self.teacher.family.embedded_class)
             return Export(pipeline, sampling=self.calls(s.w_export + 1))
-        calls = self.calls(1.0)
-        pipeline = None
-        if self.parts.student.export_fused:
-            pipeline = StableDiffusionPipeline(
-                **{**parts, "unet": self.student.fused()}, requires_safety_checker=False
-            )
-        adapter = Adapter(self.student.lora_weights(), scheduler)
-        return Export(pipeline, sampling=calls, adapter=adapter)
+        pipeline = assembled(self.student.fused()) if self.parts.student.export_fused else None
+        adapter = self.teacher.adapter(self.student.lora_weights(), scheduler)
+        return Export(pipeline, sampling=self.calls(1.0), adapter=adapter)
 
     def calls(self, guidance_scale: float) -> dict[str, dict[str, Any]]:
         """sampling.json: the stock scheduler finds LCM's even times by itself, others are named."""
@@ -216,5 +208,5 @@ class LatentConsistency(Method):
         for n in EXPORTED_STEPS:
             if n <= total:
                 where = {"num_inference_steps": n} if stock else {"timesteps": self.times(n)}
-                out[str(n)] = {**where, "guidance_scale": guidance_scale}
+                out[str(n)] = {**where, "guidance_scale": guidance_scale, **self.teacher.call()}
         return out

@@ -109,7 +109,7 @@ class PipelineSource(Source):
             inputs["batch_size"] = len(rows)
         start = time.perf_counter()
         try:
-            images = getattr(self.pipe(**inputs), "images", None)
+            images = pictures_of(self.pipe(**inputs))
         except (ValueError, TypeError, IndexError) as error:  # the last: a label beyond the network's
             kind = type(self.pipe).__name__
             raise UserError(f"{self.name}: {kind} refuses the call ({first_line(error)})") from error
@@ -154,6 +154,14 @@ class PipelineSource(Source):
             "pipeline_class": type(self.pipe).__name__,
             "scheduler": type(self.pipe.scheduler).__name__,
         }
+
+
+def pictures_of(output: Any) -> Any:
+    """What a call gives: pictures, or (B, C, H, W) of videos of one frame; None of anything else."""
+    frames = getattr(output, "frames", None)
+    if isinstance(frames, Tensor) and frames.ndim == 5 and frames.shape[1] == 1:
+        return frames[:, 0]
+    return getattr(output, "images", None)
 
 
 def _num_classes(denoiser: Any) -> int | None:

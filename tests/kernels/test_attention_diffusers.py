@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_reference import assert_close
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    WanTransformer3DModel,
+)
 from diffusers.models.attention_dispatch import attention_backend
 from fewstep.kernels import ForwardModeAttention, diffusers_hooks
 from torch import Tensor, nn
@@ -77,7 +84,31 @@ def flux() -> tuple[nn.Module, Call, tuple[int, ...]]:
     return model, call, (1, 16, 4)
 
 
-MODELS = [dit, unet, conditional_unet, flux]
+def sd3() -> tuple[nn.Module, Call, tuple[int, ...]]:
+    model = SD3Transformer2DModel(
+        sample_size=4, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32,
+        caption_projection_dim=16, pooled_projection_dim=32, out_channels=4, pos_embed_max_size=4, qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )  # fmt: skip
+    text, pooled = torch.randn(2, 5, 32, dtype=torch.float64), torch.randn(2, 32, dtype=torch.float64)
+
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        told = {"encoder_hidden_states": text.to(x.dtype), "pooled_projections": pooled.to(x.dtype)}
+        return model(x, timestep=t, **told).sample
+
+    return model, call, (2, 4, 4, 4)
+
+
+def wan() -> tuple[nn.Module, Call, tuple[int, ...]]:
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        ffn_dim=32, num_layers=2, rope_max_seq_len=8,
+    )  # fmt: skip
+    text = torch.randn(2, 5, 16, dtype=torch.float64)
+    return model, lambda x, t: model(x, t, text.to(x.dtype)).sample, (2, 4, 2, 4, 4)
+
+
+MODELS = [dit, unet, conditional_unet, flux, sd3, wan]
 
 
 def model_jvp(call: Call, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -174,9 +205,12 @@ def test_a_model_without_attention_modules_is_refused() -> None:
         diffusers_hooks.wrap_attention_processors(nn.Linear(2, 2))
 
 
-def test_the_dispatcher_takes_our_backend() -> None:
+@pytest.mark.parametrize("build", [flux, wan], ids=lambda b: b.__name__)
+def test_the_dispatcher_takes_our_backend(
+    build: Callable[[], tuple[nn.Module, Call, tuple[int, ...]]],
+) -> None:
     assert diffusers_hooks.register_attention_backend() and diffusers_hooks.register_attention_backend()
-    model, call, shape = flux()
+    model, call, shape = build()
     model.double()
     expected = explicit_jvp(call, shape, torch.float64)
     with attention_backend("fewstep"):

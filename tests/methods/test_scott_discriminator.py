@@ -10,10 +10,11 @@ from diffusers import UNet2DConditionModel
 from fewstep.distill.config import LORA_TARGETS, StudentSettings, TeacherSettings
 from fewstep.distill.discriminator import Discriminator
 from fewstep.distill.draws import Draws
-from fewstep.distill.known_teachers import SD15, meta_teacher
+from fewstep.distill.known_teachers import meta_teacher
 from fewstep.distill.losses import hinge_critic, hinge_generator
 from fewstep.distill.methods.base import Progress
 from fewstep.distill.methods.scott import SCott
+from fewstep.distill.published_teachers import SD15
 from torch import Tensor, nn
 
 from .test_lcd import CAPTIONS, batch_of

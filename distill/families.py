@@ -1,0 +1,234 @@
+"""What differs between the latent pipelines of diffusers: network, prompts, sizes. One small class each."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FluxPipeline,
+    LatentConsistencyModelPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    WanPipeline,
+)
+from torch import Tensor
+
+from .codec import vae_scale_factor
+from .denoiser import Denoiser, denoiser_of
+from .errors import UserError
+from .process import VP, RectifiedFlow
+
+Texts = dict[str, Tensor]
+
+
+class Family(ABC):
+    """component: the pipeline's name of its network; encoders: its text encoders; patch: latents on a side of what the
+    network sees as one; embedded_class: runs a network with an embedding of the guidance scale, None where none can."""
+
+    component = "transformer"
+    embedded_class: Any = None
+    encoders: tuple[str, ...] = ("text_encoder",)
+    patch = 1
+
+    def __init__(self, pipeline: Any):
+        self.pipeline = pipeline
+
+    @property
+    def network(self) -> Any:
+        return getattr(self.pipeline, self.component)
+
+    def denoiser(self) -> Denoiser:
+        """The network in straight paths."""
+        return denoiser_of(self.network, RectifiedFlow(), "velocity")
+
+    @abstractmethod
+    def resolution(self) -> int:
+        """Side in pixels where nobody asks for another."""
+
+    @abstractmethod
+    def encode(self, captions: list[str], device: torch.device) -> Texts:
+        """The text encoders' part of the network's keyword arguments, first dimension that of the captions."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one caption's `encode`, from the configurations alone."""
+
+    def empty(self, device: torch.device) -> Texts:
+        """What stands in place of `encode` where the prompt is dropped, first dimension 1."""
+        return self.encode([""], device)
+
+    def fixed(self, rows: int, resolution: int) -> Texts:
+        """Arguments that no prompt changes."""
+        return {}
+
+    def call(self, resolution: int) -> dict[str, Any]:
+        """Arguments of the pipeline's own call that give such pictures; {} where they are its defaults."""
+        return {} if resolution == self.resolution() else {"height": resolution, "width": resolution}
+
+
+class StableDiffusion(Family):
+    """A U-Net and one CLIP."""
+
+    component = "unet"
+    embedded_class = LatentConsistencyModelPipeline
+
+    def denoiser(self) -> Denoiser:
+        config = self.pipeline.scheduler.config
+        kind = config.get("prediction_type", "epsilon")
+        return denoiser_of(self.network, VP.from_scheduler(config), kind)
+
+    def resolution(self) -> int:
+        return self.network.config.sample_size * vae_scale_factor(self.pipeline.vae)
+
+    def encode(self, captions: list[str], device: torch.device) -> Texts:
+        embeds, _ = self.pipeline.encode_prompt(captions, device, 1, False)
+        return {"encoder_hidden_states": embeds}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        text = self.pipeline.text_encoder.config
+        return {"encoder_hidden_states": (text.max_position_embeddings, text.hidden_size)}
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Two CLIPs, the second one's pooled state, and the sizes of arXiv 2307.01952: no crop, nothing resized."""
+
+    encoders = ("text_encoder", "text_encoder_2")
+    embedded_class = StableDiffusionXLPipeline
+
+    def encode(self, captions: list[str], device: torch.device) -> Texts:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            captions, device=device, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": embeds, "text_embeds": pooled}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        first, second = self.pipeline.text_encoder.config, self.pipeline.text_encoder_2.config
+        return {
+            "encoder_hidden_states": (first.max_position_embeddings, first.hidden_size + second.hidden_size),
+            "text_embeds": (second.projection_dim,),
+        }
+
+    def empty(self, device: torch.device) -> Texts:
+        texts = super().empty(device)
+        if not self.pipeline.config.force_zeros_for_empty_prompt:
+            return texts
+        return {k: torch.zeros_like(v) for k, v in texts.items()}
+
+    def fixed(self, rows: int, resolution: int) -> Texts:
+        sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32)
+        return {"time_ids": sizes.expand(rows, -1)}
+
+
+class StableDiffusion3(Family):
+    """Two CLIPs and a T5, whose states follow theirs; without the T5 they are zeros."""
+
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    tokens = 256  # the pipeline's default
+
+    def __init__(self, pipeline: Any):
+        super().__init__(pipeline)
+        self.patch = self.network.config.patch_size
+
+    def resolution(self) -> int:
+        return self.network.config.sample_size * vae_scale_factor(self.pipeline.vae)
+
+    def encode(self, captions: list[str], device: torch.device) -> Texts:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            captions, None, None, device, do_classifier_free_guidance=False, max_sequence_length=self.tokens
+        )
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        config, clip = self.network.config, self.pipeline.text_encoder.config
+        return {
+            "encoder_hidden_states": (
+                clip.max_position_embeddings + self.tokens,
+                config.joint_attention_dim,
+            ),
+            "pooled_projections": (config.pooled_projection_dim,),
+        }
+
+
+class Flux(Family):
+    """A T5's states and a CLIP's pooled one; a guidance-distilled network is told the pipeline's default scale."""
+
+    encoders = ("text_encoder", "text_encoder_2")
+    patch = 2
+    guidance = 3.5  # FluxPipeline's default
+
+    @property
+    def tokens(self) -> int:
+        """As the model cards of FLUX.1-dev and, without guidance, FLUX.1-schnell call the pipeline."""
+        return 512 if self.network.config.guidance_embeds else 256
+
+    def resolution(self) -> int:
+        return self.pipeline.default_sample_size * vae_scale_factor(self.pipeline.vae)
+
+    def encode(self, captions: list[str], device: torch.device) -> Texts:
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            captions, None, device, max_sequence_length=self.tokens
+        )
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.network.config
+        return {
+            "encoder_hidden_states": (self.tokens, config.joint_attention_dim),
+            "pooled_projections": (config.pooled_projection_dim,),
+        }
+
+    def fixed(self, rows: int, resolution: int) -> Texts:
+        if not self.network.config.guidance_embeds:
+            return {}
+        return {"guidance": torch.full((rows,), self.guidance)}
+
+    def call(self, resolution: int) -> dict[str, Any]:
+        return super().call(resolution) | {"max_sequence_length": self.tokens}
+
+
+class Wan(Family):
+    """A UMT5's states; pictures are videos of one frame."""
+
+    tokens = 512  # the default of the pipeline's call; its encode_prompt has another
+
+    def __init__(self, pipeline: Any):
+        super().__init__(pipeline)
+        config = pipeline.config
+        if pipeline.transformer_2 is not None or config.boundary_ratio is not None or config.expand_timesteps:
+            raise UserError(
+                "teacher.path: a WanPipeline with two networks or a time for every token (Wan 2.2) has no adapter; "
+                "give one of Wan 2.1"
+            )
+        self.patch = self.network.config.patch_size[1]
+
+    def resolution(self) -> int:
+        return 480  # WanPipeline's default height
+
+    def encode(self, captions: list[str], device: torch.device) -> Texts:
+        embeds, _ = self.pipeline.encode_prompt(
+            captions, do_classifier_free_guidance=False, max_sequence_length=self.tokens, device=device
+        )
+        return {"encoder_hidden_states": embeds}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"encoder_hidden_states": (self.tokens, self.network.config.text_dim)}
+
+    def call(self, resolution: int) -> dict[str, Any]:
+        return {"height": resolution, "width": resolution, "num_frames": 1}
+
+
+FAMILIES: dict[type[DiffusionPipeline], type[Family]] = {
+    StableDiffusionPipeline: StableDiffusion,
+    StableDiffusionXLPipeline: StableDiffusionXL,
+    StableDiffusion3Pipeline: StableDiffusion3,
+    FluxPipeline: Flux,
+    WanPipeline: Wan,
+}
+FAMILY_NAMES: tuple[str, ...] = tuple(cls.__name__ for cls in FAMILIES)
+
+
+def family_of(pipeline: Any) -> Family | None:
+    """None for a pipeline class without one."""
+    return next((family(pipeline) for cls, family in FAMILIES.items() if isinstance(pipeline, cls)), None)
