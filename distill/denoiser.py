@@ -119,8 +119,9 @@ class Denoiser(nn.Module):
         """The network's own positional and keyword arguments."""
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """State and time as the network was trained to see them: c_in x and 250 ln sigma for "edm", x / sigma_data and t
-        for "trigflow", else as they are.
+        """State and time as the network was trained to see them.
+
+        c_in x and 250 ln sigma for "edm", x / sigma_data and t for "trigflow", else what is given.
 
         250 ln sigma is EDM's c_noise times 1,000, what diffusers' CMStochasticIterativeScheduler feeds.
         """
@@ -244,9 +245,9 @@ def denoiser_of(network: nn.Module, process: NoiseProcess, kind: str) -> Denoise
 class DenoiserView(Denoiser):
     """`inner` as a denoiser of another process: state and times are mapped by equal signal-to-noise ratio.
 
-    Data and noise of the inner prediction are those of the outer state. At high noise eps follows from x0, at low noise it
-    is the inner one, so that the velocity is divided by no coefficient that vanishes. Ratios beyond the inner process's
-    ends are cut as `NoiseProcess.map_to` says.
+    Data and noise of the inner prediction are those of the outer state. At high noise eps follows from x0, at low noise
+    it is the inner one, so that the velocity is divided by no coefficient that vanishes. Ratios beyond the inner
+    process's ends are cut as `NoiseProcess.map_to` says.
     """
 
     def __init__(self, inner: Denoiser, process: NoiseProcess):

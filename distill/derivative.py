@@ -94,8 +94,8 @@ def scaled_derivative(
     """scale d/dt of a denoiser's velocity along dx/dt = `velocity`, (B, ...) without a gradient, scale (B,).
 
     Forward mode starts from scale (velocity, 1) and never holds the bare derivative, whose time part may be unbounded
-    where `scale` vanishes (the rearranged JVP of sCM, arXiv 2410.11081, section 4). finite_difference: central, at times
-    `within`. Network and tangents in float32 whatever autocast says.
+    where `scale` vanishes (the rearranged JVP of sCM, arXiv 2410.11081, section 4). finite_difference: central, at
+    times `within`. Network and tangents in float32 whatever autocast says.
     """
 
     def u(x: Tensor, t: Tensor) -> Tensor:
