@@ -34,7 +34,7 @@ class DMD2Settings:
     student_update_freq  fake-score steps per student step: 5, in SD 1.5's recipe 10 (dfake_gen_update_ratio)
     fake_score_lr        of fake score and discriminator, as the run's unless given
     min_share, max_share the share of the teacher's time where the scores are compared (min, max_step_percent)
-    gan_weight           of -log D(G) in the student's loss (gen_cls_loss_weight: SDXL 5e-3, SD 1.5 1e-3, ImageNet 3e-3);
+    gan_weight           of -log D(G) in the student's loss (gen_cls_loss_weight: SDXL 5e-3, SD 1.5 1e-3);
                          0: no discriminator
     critic_weight        of the discriminator's loss in the fake score's (guidance_cls_loss_weight)
     sigma_data           the data's standard deviation per element, of TrigFlow, in which all of it is written

@@ -217,7 +217,8 @@ class LogWeight(nn.Module):
 
     def forward(self, sigma: Tensor) -> Tensor:
         angle = (sigma.log() / 4).float()[:, None] * self.frequencies.to(sigma.device)
-        return self.linear(torch.cat([angle.cos(), angle.sin()], dim=1))[:, 0].double()
+        features = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.linear.weight.dtype)
+        return self.linear(features)[:, 0].double()
 
 
 def tangent(

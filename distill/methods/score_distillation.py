@@ -53,6 +53,7 @@ class ScoreDistillation(Method):
         )  # pi/2, or the largest time of a network that ends before
         inset = 1e-6  # at an end itself the map of times has no derivative
         self.within = max(low for low, _ in ends) + inset, self.start_time - inset
+        self.sampling = TrigSampling(self.denoiser, self.sampling_times())
         self.fake_score = FakeScore(parts.need_teacher().denoiser, self.student) if scored else None
 
     @cached_property
@@ -82,10 +83,6 @@ class ScoreDistillation(Method):
         times = self.rollout_times(draws, num_steps)
         generator = Generator(self.function, times, grad_steps="last")
         return generator(noise, told, lambda x: draws.normal(x.shape[1:]).double())
-
-    @cached_property
-    def sampling(self) -> TrigSampling:
-        return TrigSampling(self.denoiser, self.sampling_times())
 
     @abstractmethod
     def sampling_times(self) -> list[float]:
