@@ -1,5 +1,6 @@
 """Few-step sampling of a consistency function in TrigFlow, at times that a stock scheduler can express."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -33,7 +34,9 @@ class TrigSampling:
         self.own = denoiser.inner.process if isinstance(denoiser, DenoiserView) else denoiser.process
         self.kind = denoiser.inner.kind if isinstance(denoiser, DenoiserView) else denoiser.kind
         self.steps = [int(t + 1e-6) for t in self._own_times(times)] if self.whole else []
-        rounded = self._times_of(self.steps) if self.whole else [float(torch.tensor(t)) for t in times]
+        rounded = self._times_of(self.steps) if self.whole else list(times)
+        if not isinstance(self.own, VP | RectifiedFlow):
+            rounded = [below_float32(t) for t in rounded]
         self.times = [t for i, t in enumerate(rounded) if i == 0 or t < rounded[0]]
         self.steps = self.steps[:1] + [k for k in self.steps[1:] if k < self.steps[0]]
         if any(a <= b for a, b in pairwise(self.times)):
@@ -100,3 +103,9 @@ class TrigSampling:
     def _times_of(self, steps: Sequence[int]) -> list[float]:
         s = torch.tensor(list(steps), dtype=torch.float64, device="cpu")
         return self.process.time_of(self.own.log_snr(s)).tolist()
+
+
+def below_float32(t: float) -> float:
+    """The time as SCMScheduler holds it, and not above pi/2, which float32's nearest number is."""
+    near = torch.tensor(t, dtype=torch.float32, device="cpu")
+    return float(near if near.item() <= math.pi / 2 else near.nextafter(torch.zeros_like(near)))
