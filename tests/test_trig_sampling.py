@@ -126,6 +126,14 @@ def test_times_beyond_the_first_are_left_out_and_others_must_decrease() -> None:
         sampler(vp, "epsilon", [1.5, 0.6, 1.0])
 
 
+def test_no_time_is_rounded_beyond_the_end() -> None:
+    for inner, kind in ((TrigFlow(), "trigflow"), (RectifiedFlow(), "velocity")):
+        sampling, ours = sampler(inner, kind, [math.pi / 2, 1.0])
+        assert sampling.times[0] <= math.pi / 2
+        noise, *fresh = drawn(0, 2)
+        assert ours(noise, 2, fresh).isfinite().all()
+
+
 def test_the_start_is_unit_noise_of_the_networks_own_process() -> None:
     one = torch.ones(1)
     time = math.atan(80.0)
