@@ -245,6 +245,10 @@ def check(s: RCMSettings) -> None:
     """UserError for settings that contradict each other or would have no effect."""
     if s.scm_weight == 0 == s.score_weight:
         raise UserError("method.score_weight: 0, and method.scm_weight too; nothing is left to train on")
+    if s.scm_weight == 0 and (s.tangent_warmup or s.adaptive):
+        raise UserError(
+            "method.tangent_warmup, adaptive: no effect without the consistency term; leave them out, or set scm_weight"
+        )
     if s.source == "data" and s.guidance_scale != 1 and s.score_weight == 0:
         raise UserError(
             f"method.guidance_scale: {s.guidance_scale} guides the teacher; set method.source to teacher"

@@ -1,5 +1,6 @@
 """DMD2 on the tiny pipeline and on formulas: turns, losses by hand, the discriminator, who gets a gradient."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from fewstep.distill.condition import Condition
 from fewstep.distill.config import StudentSettings
+from fewstep.distill.denoiser import reach
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.base import Batch, Parts
@@ -137,6 +139,36 @@ def test_each_player_moves_alone_and_hears_the_discriminator(kind: Any, tiny_pip
     assert set(method.averaged()) == {k for k in trained if k.startswith("student.")}
 
 
+def test_a_loras_teacher_ignores_the_adapter_and_gives_no_gradient(tiny_pipeline: Path) -> None:
+    lora = tiny(tiny_pipeline, StudentSettings(kind="lora", rank=2, lora_alpha=2), guidance_scale=2.0)
+    plain = tiny(tiny_pipeline, guidance_scale=2.0)
+    x, t = torch.randn(4, 4, 8, 8).double().requires_grad_(), torch.linspace(0.2, 1.4, 4).double()
+    told = lora.space.condition(CAPTIONS)
+    ours, theirs = lora.guided(x, t, told), plain.guided(x, t, told)
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(ours, theirs, strict=True))
+    with torch.no_grad():
+        student, empty = lora.denoiser(x, t, told).x0, plain.source(x, t, told.null()).x0
+        assert not torch.allclose(student, plain.source(x, t, told).x0, atol=1e-2)
+        by_hand = empty + 2 * (plain.source(x, t, told).x0 - empty)
+    torch.testing.assert_close(ours[0], by_hand, rtol=1e-4, atol=1e-4)
+    low, high = reach(lora.denoiser)
+    assert low < lora.within[0] and lora.within[1] < high == lora.start_time
+
+
+def test_the_scores_are_the_fakes_then_the_teachers() -> None:
+    """The fake one unguided at the same renoised state, neither with a gradient."""
+    method = built(DMD2, straight(Affine(*TEACHER)), gan_weight=0.0)
+    with torch.no_grad():
+        next(iter(method.fake_score.parameters())).add_(1.0)
+    sample, t = torch.randn(4, 1, 2, 2).double().requires_grad_(), torch.full((4,), 0.9).double()
+    fake, teacher = method.scores(sample, t, NOTHING, Draws(0, 0, range(4)))
+    eps = Draws(0, 0, range(4)).normal((1, 2, 2)).double()
+    x = method.process.noised(sample.detach(), eps, t)
+    torch.testing.assert_close(teacher, method.source(x, t, NOTHING).x0)
+    torch.testing.assert_close(fake, method.fake_score(method.process, x, t, NOTHING).x0.detach())
+    assert not torch.allclose(fake, teacher) and not fake.requires_grad and not teacher.requires_grad
+
+
 def test_the_discriminator_learns_to_tell_and_the_student_to_pass(tiny_pipeline: Path) -> None:
     method = tiny(tiny_pipeline)
     real, fake = torch.full((4, 4, 8, 8), 2.0).double(), torch.full((4, 4, 8, 8), -2.0).double()
@@ -155,6 +187,26 @@ def test_the_discriminator_learns_to_tell_and_the_student_to_pass(tiny_pipeline:
     fake.requires_grad_()
     (towards,) = torch.autograd.grad(F.softplus(-logits(fake, graded=False)).mean(), fake)
     assert logits(fake.detach() - 0.5 * towards / towards.norm()).mean() > logits(fake).mean()
+
+
+def test_adversarial_losses_by_hand(tiny_pipeline: Path) -> None:
+    """softplus(-D(G)); softplus(-D(real)) + softplus(D(G)): non-saturating, real latents on the real side."""
+    method = tiny(tiny_pipeline)
+    sample, seen = torch.randn(4, 4, 8, 8).double(), []
+
+    def judged(x: Tensor, told: Condition, draws: Draws, graded: bool = True) -> Tensor:
+        seen.append((torch.equal(x, sample), graded))
+        return torch.full((4,), -1.5 if torch.equal(x, sample) else 0.5)
+
+    method.judged = judged
+    method.rollout = lambda *_: sample
+    carry: dict[str, Any] = {}
+    out = method("student", latents(method, Draws(0, 0, range(4))), progress(), carry)
+    assert out["adversarial"].item() == pytest.approx(math.log1p(math.exp(1.5)), rel=1e-6)
+    out = method("fake_score", latents(method, Draws(0, 0, range(4))), progress(), carry)
+    expected = math.log1p(math.exp(-0.5)) + math.log1p(math.exp(-1.5))
+    assert out["critic"].item() == pytest.approx(expected, rel=1e-6)
+    assert seen == [(True, False), (False, True), (True, True)]
 
 
 @pytest.mark.parametrize(("side", "levels", "convolutions"), [(64, 4, 3), (8, 2, 2), (32, 1, 5)])

@@ -378,6 +378,8 @@ def test_the_average_is_of_the_student_alone_with_the_recorded_decays() -> None:
     [
         ({"scm_weight": 0.0, "score_weight": 0.0}, "nothing is left to train on"),
         ({"source": "data", "guidance_scale": 2.0, "score_weight": 0.0}, "method.guidance_scale: 2.0 guides"),
+        ({"scm_weight": 0.0, "tangent_warmup": 5}, "method.tangent_warmup, adaptive: no effect without"),
+        ({"scm_weight": 0.0, "adaptive": True}, "method.tangent_warmup, adaptive: no effect without"),
         ({"rollout_times": (1.5,)}, "method.rollout_times: 1 for rollouts of up to 4 steps; give 3"),
         ({"times": (0.6, 1.0)}, "do not decrease"),
     ],
