@@ -126,8 +126,8 @@ class Runner:
         self.earlier_seconds = 0.0
         averaged = method.averaged()
         self.ema = EMA(averaged, c.ema_decay, warmup=True, std=c.ema_std) if c.use_ema else None
-        moved_by = {id(p): player for player, group in self.players.items() for p in group}
-        self.averaging = {moved_by[id(p)] for p in averaged.values()}
+        kept = {id(p) for p in averaged.values()}
+        self.averaging = {k for k, group in self.players.items() if any(id(p) in kept for p in group)}
         if self.accelerator.is_main_process:
             self.folder.cut_log(start or 0)
         if start is not None:

@@ -132,6 +132,8 @@ def test_each_player_moves_alone_and_hears_the_discriminator(kind: Any, tiny_pip
     assert out["loss"].item() == pytest.approx((out["score"] + 1e-2 * out["critic"]).item(), rel=1e-5)
     found = gradients(method, out["loss"])
     assert found["student"] == 0 and found["fake_score"] > 0
+    alone = method("fake_score", latents(method, Draws(0, 0, range(4))), progress(), {})
+    assert gradients(method, alone["loss"])["student"] == 0
     head = [p.grad.abs().sum().item() for p in method.head.parameters()]
     assert min(head) > 0
     assert all(p.grad is None for p in method.parts.teacher.vae.parameters())
@@ -177,6 +179,8 @@ def test_the_discriminator_learns_to_tell_and_the_student_to_pass(tiny_pipeline:
     def logits(x: Tensor, graded: bool = True) -> Tensor:
         return method.judged(x, told, Draws(1, 0, range(4)), graded)
 
+    noises = [method.judged(real, told, Draws(seed, 0, range(4))) for seed in (1, 2)]
+    assert not torch.allclose(*noises, atol=1e-4)  # clean samples would be judged alike
     first = logits(real).mean() - logits(fake).mean()
     critic = F.softplus(-logits(real)).mean() + F.softplus(logits(fake)).mean()
     critic.backward()
