@@ -345,6 +345,21 @@ def test_the_learned_weight_is_algorithm_1s() -> None:
     assert {id(p) for p in method.log_weight.parameters()} <= trained
 
 
+def test_times_keep_to_the_teachers_reach_and_sampling_starts_at_sigma_max() -> None:
+    method = taught(score_weight=0.0)
+    method.within = (0.7, 0.8)
+    seen: list[Tensor] = []
+    noised = method.noised
+    method.noised = lambda x0, t, draws: seen.append(t) or noised(x0, t, draws)
+    method("student", batch_of(Draws(0, 0, range(64)), torch.randn(64, 1, 2, 2).double()), progress(), {})
+    assert seen[0].min() == 0.7 and seen[0].max() == 0.8
+    assert method.score_times(Draws(0, 0, range(64))).unique().numel() > 2
+    assert method.score_times(Draws(0, 0, range(64))).max() == 0.8
+    for sigma_max in (80.0, 10.0):
+        times = taught(sigma_max=sigma_max).sampling.times
+        assert times == pytest.approx([math.atan(sigma_max), 1.3, 1.0, 0.6])
+
+
 def test_times_of_the_score_term() -> None:
     shifted = built(RCM, straight(Affine(*TEACHER)), score_law="shifted", score_shift=5.0)
     draws = Draws(0, 0, range(4))
