@@ -5,9 +5,11 @@ from typing import Any
 
 from .errors import UserError
 from .methods.base import Method
+from .methods.dmd2 import DMD2
 from .methods.ict import ICT
 from .methods.lcd import LCD
 from .methods.meanflow import MeanFlow
+from .methods.rcm import RCM
 from .methods.rg_lcd import RGLCD
 from .methods.scott import SCott
 from .pretrain.autoencoder import Autoencoder
@@ -21,6 +23,8 @@ METHODS: dict[str, type[Method]] = {
     "scott": SCott,
     "ict": ICT,
     "meanflow": MeanFlow,
+    "rcm": RCM,
+    "dmd2": DMD2,
     "diffusion": Diffusion,
     "edm": EDMTraining,
     "autoencoder": Autoencoder,

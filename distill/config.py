@@ -95,7 +95,8 @@ class RawWeightsSettings:
 class RunConfig:
     """Keys are the flag names of diffusers' training scripts; train_batch_size is per device.
 
-    vae: the autoencoder of a method that works in latents without a teacher.
+    vae: the autoencoder of a method that works in latents without a teacher. ema_std: of EDM2's power function average,
+    in place of ema_decay.
     """
 
     output_dir: str
@@ -124,6 +125,7 @@ class RunConfig:
     enable_xformers_memory_efficient_attention: bool = False
     use_ema: bool = False
     ema_decay: float = Field(0.9999, gt=0, lt=1)
+    ema_std: float | None = Field(None, gt=0, lt=0.28)
     checkpointing_steps: int = Field(500, ge=1)
     checkpoints_total_limit: int | None = Field(2, ge=1)
     resume_from_checkpoint: str | None = "latest"

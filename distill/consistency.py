@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from .condition import Condition
@@ -37,6 +38,11 @@ def edm_boundary(sigma: Tensor, process: EDM) -> tuple[Tensor, Tensor]:
     """
     b = (sigma.double() - process.t_range[0]) / sigma.double()
     return edm_scalings(sigma, process)[0] - b * process.scalings(sigma)[0], b
+
+
+def no_boundary(t: Tensor) -> tuple[Tensor, Tensor]:
+    """f = x0: for a denoiser that is the identity at t = 0 by itself, as one of TrigFlow is."""
+    return torch.zeros_like(t), torch.ones_like(t)
 
 
 class ConsistencyFunction(nn.Module):

@@ -20,9 +20,9 @@ from torch.func import functional_call
 from ..pipelines.transformer_two_time import TwoTimeDiT
 from .condition import Condition
 from .errors import UserError
-from .process import EDM, NoiseProcess, per_sample
+from .process import EDM, NoiseProcess, TrigFlow, per_sample
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "edm", "velocity")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "edm", "velocity", "trigflow")
 ADDED_CONDITIONS = ("text_embeds", "time_ids")  # SDXL's, which its U-Net takes as one nested argument
 
 
@@ -31,8 +31,9 @@ class Prediction:
     """A network output at (x_t, t); every view is computed from it in float32 or better.
 
     output (B, ...) of the network; kind: what the network was trained to give (diffusers' prediction_type); "velocity":
-    dx_t/dt; "edm": F of x0 = c_skip x + c_out F (arXiv 2206.00364, eq. 7), in the EDM process alone. Of a two-time
-    network, u(x_t, r, t) is `velocity`, the mean one between r and t.
+    dx_t/dt; "edm": F of x0 = c_skip x + c_out F (arXiv 2206.00364, eq. 7), in the EDM process alone; "trigflow": F of
+    dx_t/dt = sigma_data F (arXiv 2410.11081), in TrigFlow alone. Of a two-time network, u(x_t, r, t) is `velocity`, the
+    mean one between r and t. noise: eps where it is known beside an x0 of kind "sample".
     """
 
     output: Tensor
@@ -41,6 +42,7 @@ class Prediction:
     process: NoiseProcess
     kind: str
     features: dict[str, Tensor] = field(default_factory=dict)
+    noise: Tensor | None = None
 
     def _coefficients(self) -> tuple[Tensor, Tensor]:
         x = self.x_t
@@ -57,9 +59,9 @@ class Prediction:
             return (self.x_t - s * self.output) / a
         if self.kind == "v_prediction":
             return (a * self.x_t - s * self.output) / (a * a + s * s)
-        if self.kind == "velocity":
+        if self.kind in ("velocity", "trigflow"):
             a_dot, s_dot = self._slopes()
-            return (s_dot * self.x_t - s * self.output) / (a * s_dot - s * a_dot)
+            return (s_dot * self.x_t - s * self.velocity) / (a * s_dot - s * a_dot)
         if self.kind == "edm":
             assert isinstance(self.process, EDM)
             c_skip, c_out, _ = self.process.scalings(self.t)
@@ -69,13 +71,20 @@ class Prediction:
     @property
     def eps(self) -> Tensor:
         a, s = self._coefficients()
-        if self.kind in ("sample", "edm"):
+        if self.noise is not None:
+            return self.noise
+        if self.kind == "sample":
             return (self.x_t - a * self.x0) / s
+        if self.kind == "edm":  # (x - x0) / sigma, written without the division
+            assert isinstance(self.process, EDM)
+            c_in = self.process.scalings(self.t)[2]
+            rest = per_sample(self.process.sigma(self.t) * c_in.square(), self.x_t)
+            return rest * self.x_t - per_sample(self.process.sigma_data * c_in, self.x_t) * self.output
         if self.kind == "v_prediction":
             return (s * self.x_t + a * self.output) / (a * a + s * s)
-        if self.kind == "velocity":
+        if self.kind in ("velocity", "trigflow"):
             a_dot, s_dot = self._slopes()
-            return (a * self.output - a_dot * self.x_t) / (a * s_dot - s * a_dot)
+            return (a * self.velocity - a_dot * self.x_t) / (a * s_dot - s * a_dot)
         return self.output
 
     @property
@@ -89,6 +98,9 @@ class Prediction:
         """dx_t/dt = alpha' x0 + sigma' eps in the process's own time."""
         if self.kind == "velocity":
             return self.output
+        if self.kind == "trigflow":
+            assert isinstance(self.process, TrigFlow)
+            return self.process.sigma_data * self.output
         a_dot, s_dot = self._slopes()
         return a_dot * self.x0 + s_dot * self.eps
 
@@ -106,6 +118,7 @@ class Denoiser(nn.Module):
         if kind not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type {kind!r} is not one of {', '.join(PREDICTION_TYPES)}")
         assert kind != "edm" or isinstance(process, EDM)
+        assert kind != "trigflow" or isinstance(process, TrigFlow)
         self.network, self.process, self.kind = network, process, kind
 
     @abstractmethod
@@ -117,10 +130,15 @@ class Denoiser(nn.Module):
         return output
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """State and time as the network was trained to see them: c_in x and 250 ln sigma for "edm", else as they are.
+        """State and time as the network was trained to see them.
+
+        c_in x and 250 ln sigma for "edm", x / sigma_data and t for "trigflow", else what is given.
 
         250 ln sigma is EDM's c_noise times 1,000, what diffusers' CMStochasticIterativeScheduler feeds.
         """
+        if self.kind == "trigflow":
+            assert isinstance(self.process, TrigFlow)
+            return x_t / self.process.sigma_data, t
         if self.kind != "edm":
             return x_t, t
         assert isinstance(self.process, EDM)
@@ -316,7 +334,9 @@ def denoiser_of(network: nn.Module, process: NoiseProcess, kind: str) -> Denoise
 class DenoiserView(Denoiser):
     """`inner` as a denoiser of another process: state and times are mapped by equal signal-to-noise ratio.
 
-    Ratios beyond the inner process's ends are cut as `NoiseProcess.map_to` says.
+    Data and noise of the inner prediction are those of the outer state. At high noise eps follows from x0, at low noise
+    it is the inner one, so that the velocity is divided by no coefficient that vanishes. Ratios beyond the inner
+    process's ends are cut as `NoiseProcess.map_to` says.
     """
 
     def __init__(self, inner: Denoiser, process: NoiseProcess):
@@ -344,7 +364,9 @@ class DenoiserView(Denoiser):
         if r is not None:
             r = self.inner.process.time_of(self.process.log_snr(r))
         seen = self.inner(z, s, condition, r=r, features=features, weights=weights)
-        return Prediction(seen.x0, x_t, t, self.process, self.kind, seen.features)
+        a, s = (per_sample(c(t), x_t) for c in (self.process.alpha, self.process.sigma))
+        eps = torch.where(s > a, (x_t - a * seen.x0) / torch.where(s > a, s, 1.0), seen.eps)
+        return Prediction(seen.x0, x_t, t, self.process, self.kind, seen.features, noise=eps)
 
 
 def reach(denoiser: Denoiser) -> tuple[float, float]:

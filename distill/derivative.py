@@ -78,19 +78,58 @@ def total_derivative(
 
     The result carries no gradient; u may not hold parameters that require one.
     """
-    along = velocity, torch.zeros_like(r), torch.ones_like(t)
+    if by == "finite_difference":
+        with torch.no_grad():
+            return central_difference(u, z, r, t, velocity, step, t_max)
+    return directional(u, (z, r, t), (velocity, torch.zeros_like(r), torch.ones_like(t)), by)
+
+
+def scaled_derivative(
+    denoiser: Denoiser,
+    weights: dict[str, Tensor],
+    x: Tensor,
+    t: Tensor,
+    velocity: Tensor,
+    scale: Tensor,
+    condition: Condition,
+    *,
+    by: Derivative,
+    step: float,
+    within: tuple[float, float],
+) -> Tensor:
+    """scale d/dt of a denoiser's velocity along dx/dt = `velocity`, (B, ...) without a gradient, scale (B,).
+
+    Forward mode starts from scale (velocity, 1) and never holds the bare derivative, whose time part may be unbounded
+    where `scale` vanishes (the rearranged JVP of sCM, arXiv 2410.11081, section 4). finite_difference: central, at
+    times `within`. Network and tangents in float32 whatever autocast says.
+    """
+
+    def u(x: Tensor, t: Tensor) -> Tensor:
+        return denoiser(x, t, condition, weights=weights).velocity
+
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        if by != "finite_difference":
+            return directional(u, (x, t), (per_sample(scale, x) * velocity, scale), by)
+        with torch.no_grad():
+            low = torch.full_like(t, within[0])
+            rate = central_difference(lambda x, _, t: u(x, t), x, low, t, velocity, step, within[1])
+            return per_sample(scale, x) * rate
+
+
+def directional(
+    f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...], by: Derivative
+) -> Tensor:
+    """The derivative of f at `at` in the direction `along`, without a gradient, by one of the first three back ends."""
     with torch.no_grad():
         if by == "kernel":
             with ForwardModeAttention():
-                return torch.func.jvp(u, (z, r, t), along)[1]
+                return torch.func.jvp(f, at, along)[1]
         if by == "math":
             with sdpa_kernel(SDPBackend.MATH), ContiguousGroupNorm():
-                return torch.func.jvp(u, (z, r, t), along)[1]
-        if by == "double_backward":
-            with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-                return torch.autograd.functional.jvp(u, (z, r, t), along)[1].detach()
-        assert by == "finite_difference"
-        return central_difference(u, z, r, t, velocity, step, t_max)
+                return torch.func.jvp(f, at, along)[1]
+        assert by == "double_backward"
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            return torch.autograd.functional.jvp(f, at, along)[1].detach()
 
 
 def central_difference(

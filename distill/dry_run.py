@@ -61,8 +61,7 @@ def describe(config: RunConfig) -> str:
         parts = Parts(teacher, c.student, captions, classes, resolution, reward=unloaded(rewards), vae=vae)
         method: Method = kind(settings, parts)
         parts.check(method.needs)
-        trained = {k: p for k, p in method.named_parameters() if p.requires_grad}
-        ema = EMA(trained, c.ema_decay) if c.use_ema else None
+        ema = EMA(method.averaged(), c.ema_decay) if c.use_ema else None
     frozen = teacher or vae
     if frozen is not None:
         frozen.to(META, DTYPES[c.mixed_precision])
@@ -131,13 +130,16 @@ def step_bytes(config: RunConfig, method: Method, teacher: Frozen, resolution: i
         if p.requires_grad:
             p.grad = torch.empty_like(p)
             known.append(p.grad)
-    batch, carry = _batch(config, method, teacher, resolution), Carry()
-    last = config.max_train_steps - 1  # when every player has joined
-    progress = Progress(last, config.max_train_steps, dict.fromkeys(method.players(), 0))
+    batch, total = _batch(config, method, teacher, resolution), config.max_train_steps
+    updates = dict.fromkeys(method.players(), 0)
+    late = [Progress(i, total, updates) for i in range(max(0, total - 100), total)]  # every player has joined
+    kinds = {method.turns(progress): progress for progress in late}  # iterations may differ in who moves
     with LiveBytes(known) as counter, fused_attention():
         try:
-            for player in method.turns(progress):
-                torch.autograd.backward(method(player, batch, progress, carry)["loss"])
+            for turns, progress in kinds.items():
+                carry = Carry()
+                for player in turns:
+                    torch.autograd.backward(method(player, batch, progress, carry)["loss"])
         except (RuntimeError, NotImplementedError) as error:
             if "meta" not in str(error):
                 raise

@@ -49,11 +49,13 @@ def chosen_times(grid: Sequence[int], num_steps: int, power: float = 1.0) -> lis
 class Generator:
     """Multistep consistency sampling (arXiv 2303.01469, algorithm 1) with fresh noise between the steps.
 
-    times      decreasing; the first is where the noise enters unless `start_index` says otherwise
+    times      decreasing, numbers or (B,); the first is where the noise enters unless `start_index` says otherwise
     grad_steps "last", "all" or "none": through which steps gradients flow
     """
 
-    def __init__(self, function: ConsistencyFunction, times: Sequence[float], grad_steps: str = "none"):
+    def __init__(
+        self, function: ConsistencyFunction, times: Sequence[float | Tensor], grad_steps: str = "none"
+    ):
         if grad_steps not in ("last", "all", "none"):
             raise ValueError(f"grad_steps {grad_steps!r} is not last, all or none")
         self.function, self.times, self.grad_steps = function, list(times), grad_steps
@@ -75,13 +77,17 @@ class Generator:
             graded = torch.is_grad_enabled() and (
                 self.grad_steps == "all" or (self.grad_steps == "last" and last)
             )
-            t = torch.full((len(noise),), float(self.times[i]), dtype=torch.float64, device=noise.device)
+            t = self._at(i, noise)
             with torch.set_grad_enabled(graded):
                 x0 = self.function(x_t, t, condition, weights=weights)
                 if not last:
-                    s = torch.full_like(t, float(self.times[i + 1]))
-                    x_t = process.renoised(x0, fresh(x0), s)
+                    x_t = process.renoised(x0, fresh(x0), self._at(i + 1, noise))
         return x0
+
+    def _at(self, index: int, noise: Tensor) -> Tensor:
+        """(B,) in float64."""
+        time = torch.as_tensor(self.times[index], dtype=torch.float64, device=noise.device)
+        return time.expand(len(noise))
 
 
 def fresh_from(generators: list[torch.Generator]) -> Callable[[Tensor], Tensor]:

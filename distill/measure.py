@@ -4,8 +4,9 @@ import platform
 import resource
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import diffusers
@@ -74,6 +75,39 @@ def _forget_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of every call, `rounds` of each, taken in turns after `warm_up` rounds that are not counted."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(warm_up + rounds):
+        for name, call in calls.items():
+            taken = seconds(call)
+            if i >= warm_up:
+                found[name].append(taken)
+    return found
+
+
+def added_mib(call: Callable[[], object], times: int = 3) -> float:
+    """MiB that some calls add to the peak of this process."""
+    before = peak_mib()
+    for _ in range(times):
+        call()
+    return peak_mib() - before
+
+
+def printed_number(script: str, *words: object) -> float:
+    """The last line that a process of its own prints: a peak that no earlier work has raised."""
+    command = [sys.executable, script, *map(str, words)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def three_quantiles(q: dict[str, float], unit: float = 1) -> str:
+    """Median (20 % to 80 %)."""
+    return f"{q['median'] * unit:.4g} ({q['q20'] * unit:.4g} to {q['q80'] * unit:.4g})"
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Noise processes: x_t = alpha(t) x0 + sigma(t) eps, time running from data to noise."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -43,6 +44,11 @@ class NoiseProcess(ABC):
     def log_snr(self, t: Tensor) -> Tensor:
         """log(alpha^2/sigma^2), (B,)."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
+
+    def share(self, u: Tensor) -> Tensor:
+        """The time at the share u in [0, 1] of the way from data to noise, (B,)."""
+        low, high = self.t_range
+        return low + u.double() * (high - low)
 
     def noised(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """alpha(t) x0 + sigma(t) eps."""
@@ -155,6 +161,11 @@ class EDM(NoiseProcess):
     def sigma_dot(self, t: Tensor) -> Tensor:
         return torch.ones_like(t, dtype=torch.float64)
 
+    def share(self, u: Tensor) -> Tensor:
+        """Even in sigma^(1/rho)."""
+        low, high = (s ** (1 / self.rho) for s in self.t_range)
+        return (low + u.double() * (high - low)) ** self.rho
+
     def renoised(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x + sqrt(t^2 - sigma_min^2) eps (arXiv 2303.01469, algorithm 1)."""
         return x + per_sample((t.double().square() - self.t_range[0] ** 2).clamp(min=0).sqrt(), eps) * eps
@@ -195,3 +206,31 @@ class RectifiedFlow(NoiseProcess):
 
     def time_of(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-0.5 * log_snr.double())
+
+
+class TrigFlow(NoiseProcess):
+    """x_t = cos(t) x0 + sigma_data sin(t) eps from data at t = 0 to noise at t = pi/2 (sCM, arXiv 2410.11081).
+
+    sigma_data is the standard deviation of the data per element; the velocity dx_t/dt is sigma_data F of the paper.
+    """
+
+    t_range = (0.0, math.pi / 2)
+
+    def __init__(self, sigma_data: float = 1.0):
+        assert sigma_data > 0
+        self.sigma_data = sigma_data
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t.double().cos()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_data * t.double().sin()
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return -t.double().sin()
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return self.sigma_data * t.double().cos()
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        return torch.atan(torch.exp(-0.5 * log_snr.double()) / self.sigma_data)

@@ -124,8 +124,10 @@ class Runner:
         }
         self.updates = dict.fromkeys(self.players, 0)
         self.earlier_seconds = 0.0
-        named = {k: p for k, p in method.named_parameters() if p.requires_grad}
-        self.ema = EMA(named, c.ema_decay, warmup=True) if c.use_ema else None
+        averaged = method.averaged()
+        self.ema = EMA(averaged, c.ema_decay, warmup=True, std=c.ema_std) if c.use_ema else None
+        kept = {id(p) for p in averaged.values()}
+        self.averaging = {k for k, group in self.players.items() if any(id(p) in kept for p in group)}
         if self.accelerator.is_main_process:
             self.folder.cut_log(start or 0)
         if start is not None:
@@ -198,7 +200,8 @@ class Runner:
         carries = [Carry() for _ in batches]
         progress = Progress(iteration, c.max_train_steps, dict(self.updates))
         values: dict[str, Tensor] = {}
-        for player in self.method.turns(progress):
+        turns = self.method.turns(progress)
+        for player in turns:
             torch.manual_seed(mix(c.seed, iteration, self.accelerator.process_index, len(player)))
             optimiser = self.optimisers[player]
             for i, (batch, carry) in enumerate(zip(batches, carries, strict=True)):
@@ -221,7 +224,7 @@ class Runner:
             self.schedules[player].step()
             self.updates[player] += 1
             self.method.after(player)
-        if self.ema is not None:
+        if self.ema is not None and self.averaging.intersection(turns):
             self.ema.update()
         return values
 

@@ -12,7 +12,6 @@ CUDA.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +21,19 @@ import torch
 from fewstep.distill.config import StudentSettings
 from fewstep.distill.derivative import DERIVATIVES
 from fewstep.distill.draws import Draws
-from fewstep.distill.measure import environment, peak_mib, quantiles, seconds
+from fewstep.distill.measure import (
+    added_mib,
+    environment,
+    in_turns,
+    printed_number,
+    quantiles,
+    three_quantiles,
+)
 from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.methods.meanflow import MeanFlow, MeanFlowSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTENDERS = ("flow", *DERIVATIVES)
-MEMORY_STEPS, WARM_UP = 3, 2
 UNET: dict[str, Any] = {
     "sample_size": 16, "block_out_channels": [32, 64], "layers_per_block": 2, "norm_num_groups": 8,
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
@@ -81,13 +86,7 @@ def stepper(model: str, contender: str, args: argparse.Namespace) -> tuple[Calla
 def times(model: str, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every contender, in turns."""
     steps = {name: stepper(model, name, args) for name in CONTENDERS}
-    for step, _ in steps.values():
-        for _ in range(WARM_UP):
-            step()
-    found: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for _ in range(args.steps):
-        for name, (step, _) in steps.items():
-            found[name].append(seconds(step))
+    found = in_turns({name: step for name, (step, _) in steps.items()}, args.steps)
     ratios = {k: [a / b for a, b in zip(v, found["flow"], strict=True)] for k, v in found.items()}
     return {
         "parameters": steps["flow"][1],
@@ -100,17 +99,7 @@ def memory(model: str, contender: str, args: argparse.Namespace) -> float:
     """MiB that the steps of one contender add to the peak of a process of its own."""
     words = ["--memory_of", model, contender, "--ratio", args.ratio, "--batch_size", args.batch_size]
     words += ["--layers", args.layers, "--heads", args.heads, "--threads", args.threads]
-    command = [sys.executable, __file__, *map(str, words)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return float(done.stdout.splitlines()[-1])
-
-
-def measured_memory(model: str, contender: str, args: argparse.Namespace) -> float:
-    step, _ = stepper(model, contender, args)
-    before = peak_mib()
-    for _ in range(MEMORY_STEPS):
-        step()
-    return peak_mib() - before
+    return printed_number(__file__, *words)
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
@@ -129,9 +118,6 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_text(model: str, row: dict[str, Any]) -> str:
-    def three(q: dict[str, float], unit: float = 1) -> str:
-        return f"{q['median'] * unit:.4g} ({q['q20'] * unit:.4g} to {q['q80'] * unit:.4g})"
-
     title = model if model == "unet" else f"transformer, {model} tokens"
     lines = [
         f"{title}, {row['parameters']:,} parameters",
@@ -139,8 +125,8 @@ def as_text(model: str, row: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for name, q in row["seconds"].items():
-        ratio = three(row["time_ratio"][name]) if name in row["time_ratio"] else "1"
-        lines.append(f"| {name} | {three(q, 1000)} | {ratio} | {row['mib'][name]:.0f} |")
+        ratio = three_quantiles(row["time_ratio"][name]) if name in row["time_ratio"] else "1"
+        lines.append(f"| {name} | {three_quantiles(q, 1000)} | {ratio} | {row['mib'][name]:.0f} |")
     return "\n".join(lines)
 
 
@@ -163,7 +149,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.memory_of:
-        print(measured_memory(*args.memory_of, args))
+        print(added_mib(stepper(*args.memory_of, args)[0]))
         return 0
     result = report(args)
     if args.output:

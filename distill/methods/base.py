@@ -129,6 +129,10 @@ class Method(nn.Module, ABC):
         """AdamW's arguments of this player that differ from the run's: lr, betas, eps, weight_decay."""
         return {}
 
+    def averaged(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by name whose averages pictures and export use where use_ema is set."""
+        return {k: p for k, p in self.named_parameters() if p.requires_grad}
+
     def turns(self, progress: Progress) -> tuple[str, ...]:
         """The players that move in this iteration, in order."""
         return tuple(self.players())
