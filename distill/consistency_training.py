@@ -247,10 +247,10 @@ class ConsistencyTraining(Method):
                 )
             return base
         if student.network is not None:
-            return new_denoiser(student.network, self.process, "edm")
+            return new_denoiser(student.network, self.process, "edm", student.norm)
         if teacher is None:
             raise UserError("student.network: missing; without a teacher the architecture must be given")
-        return renewed(teacher.denoiser, self.process, "edm")
+        return renewed(teacher.denoiser, self.process, "edm", student.norm)
 
     def _space(self) -> Space:
         return space_of(self.student.network, self.parts)
