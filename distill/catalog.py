@@ -7,6 +7,7 @@ from .errors import UserError
 from .methods.base import Method
 from .methods.ict import ICT
 from .methods.lcd import LCD
+from .methods.lct import LCT
 from .methods.meanflow import MeanFlow
 from .methods.rg_lcd import RGLCD
 from .methods.scott import SCott
@@ -20,6 +21,7 @@ METHODS: dict[str, type[Method]] = {
     "rg_lcd": RGLCD,
     "scott": SCott,
     "ict": ICT,
+    "lct": LCT,
     "meanflow": MeanFlow,
     "diffusion": Diffusion,
     "edm": EDMTraining,
