@@ -44,7 +44,7 @@ class TwoTimeDiT(ModelMixin, ConfigMixin):
         self.transformer_blocks = nn.ModuleList(
             Block(dim, num_attention_heads, attention_head_dim) for _ in range(num_layers)
         )
-        self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm_out: nn.Module = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
         if norm_type is not None:
@@ -55,7 +55,7 @@ class TwoTimeDiT(ModelMixin, ConfigMixin):
         if norm_type != "non_scaling":
             raise ValueError(f"norm_type {norm_type!r} is none of a transformer's; it has non_scaling")
         for block in self.transformer_blocks:
-            block.norm1.norm, block.norm2 = SampleNorm(shape), SampleNorm(shape)
+            block.get_submodule("norm1").norm, block.norm2 = SampleNorm(shape), SampleNorm(shape)
         self.norm_out = SampleNorm(shape)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """diffusers' U-Nets with other norms, among them Non-scaling LayerNorm; one file for trust_remote_code=True."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ class SampleNorm(nn.Module):
     scaled   with a learnable weight of that shape
     centred  subtract the mean, else divide by the root mean square alone
     """
+
+    weight: nn.Parameter | None
 
     def __init__(self, shape: tuple[int, ...], scaled: bool = False, centred: bool = True):
         super().__init__()
@@ -46,7 +49,9 @@ def change_norms(network: nn.Module, norm_type: str, **example: torch.Tensor) ->
     """
     if norm_type not in NORM_TYPES:
         raise ValueError(f"norm_type {norm_type!r} is not one of {', '.join(NORM_TYPES)}")
-    norms = {n: m for n, m in network.named_modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)}
+    norms: dict[str, Any] = {
+        n: m for n, m in network.named_modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)
+    }
     if norm_type in ("non_scaling_group", "non_scaling_instance"):
         for norm in norms.values():
             norm.weight = None
@@ -97,22 +102,26 @@ def one_sample(network: Any) -> dict[str, torch.Tensor]:
     return out
 
 
-def with_norm_type(init: Any) -> Any:
-    """A constructor's signature with norm_type added: diffusers reads from it what a configuration holds."""
-    signature = inspect.signature(init)
+def signed(parent: Any) -> Callable[[Any], Any]:
+    """Gives a constructor its parent's signature and norm_type: diffusers reads a configuration's keys from it."""
+    signature = inspect.signature(parent.__init__)
     added = inspect.Parameter("norm_type", inspect.Parameter.KEYWORD_ONLY, default="non_scaling")
-    return signature.replace(parameters=[*signature.parameters.values(), added])
+
+    def sign(init: Any) -> Any:
+        init.__signature__ = signature.replace(parameters=[*signature.parameters.values(), added])
+        return init
+
+    return sign
 
 
 class NormedUNet2DModel(UNet2DModel):
     """UNet2DModel for one resolution with `norm_type` among its arguments, one of `change_norms`."""
 
+    @signed(UNet2DModel)
     def __init__(self, *args: Any, norm_type: str = "non_scaling", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.register_to_config(norm_type=norm_type)
         change_norms(self, norm_type, **one_sample(self))
-
-    __init__.__signature__ = with_norm_type(UNet2DModel.__init__)
 
 
 class NormedUNet2DConditionModel(UNet2DConditionModel):
@@ -121,10 +130,9 @@ class NormedUNet2DConditionModel(UNet2DConditionModel):
     Transformer blocks, which the paper's network has not, are normed over their tokens and channels.
     """
 
+    @signed(UNet2DConditionModel)
     def __init__(self, *args: Any, norm_type: str = "non_scaling", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.register_to_config(norm_type=norm_type)
         states = torch.empty(1, 1, self.config.cross_attention_dim, device="meta")
         change_norms(self, norm_type, **one_sample(self), encoder_hidden_states=states)
-
-    __init__.__signature__ = with_norm_type(UNet2DConditionModel.__init__)

@@ -140,7 +140,7 @@ class LCT(ConsistencyTraining):
 
 
 def early_diffusion(prediction: Tensor, x0: Tensor, sigma: Tensor, level: float, process: EDM) -> Tensor:
-    """Mean of EDM's weight times the mean square of prediction - x0 over the samples with sigma <= level, 0 without any.
+    """EDM's weight times the mean square of prediction - x0, averaged where sigma <= level; 0 where that is nowhere.
 
     x0, prediction (B, ...), sigma (B,); weight 1 / sigma^2 + 1 / sigma_data^2 (arXiv 2206.00364, table 1).
     """
