@@ -27,6 +27,7 @@ ADM: dict[str, Any] = {
     "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"), "attention_head_dim": 8, "norm_num_groups": 4,
     "resnet_time_scale_shift": "scale_shift", "downsample_type": "resnet", "upsample_type": "resnet",
+    "attn_norm_num_groups": 4,
 }  # fmt: skip
 TEXT: dict[str, Any] = {
     "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
@@ -67,7 +68,7 @@ def test_every_norm_of_a_unet_is_replaced_and_none_scales() -> None:
     network, plain = NormedUNet2DModel(**ADM), UNet2DModel(**ADM)
     names = {n for n, m in plain.named_modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)}
     found = norms(network)
-    assert set(found) == names and len(names) == 24
+    assert set(found) == names and len(names) == 25
     assert not any(isinstance(m, nn.GroupNorm | nn.LayerNorm) for m in network.modules())
     shapes = {n: tuple(m.bias.shape) for n, m in found.items()}
     assert shapes["conv_norm_out"] == (8, 8, 8) and shapes["down_blocks.0.resnets.0.norm1"] == (8, 8, 8)
@@ -79,8 +80,8 @@ def test_every_norm_of_a_unet_is_replaced_and_none_scales() -> None:
     )
     assert shapes["mid_block.attentions.0.group_norm"] == (16, 16)  # of 4 x 4 positions
     student = Student(denoiser_of(network, EDM(), "edm"), StudentSettings())
-    trained = [k for k in student.trained() if "norm" in k]
-    assert trained and all(k.endswith("norm.bias") or "norm" in k.split(".")[-2] for k in trained)
+    trained = {k for k in student.trained() if "norm" in k}
+    assert trained == {f"{name}.bias" for name in names}
     assert not [k for k in student.network.state_dict() if "norm" in k and k.endswith("weight")]
 
 
