@@ -1,11 +1,15 @@
 """Runs of latent consistency training: statistics, resuming, parts of a batch, recipes."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from fewstep.distill.cli import main
 from fewstep.distill.config import load_config, read_yaml, with_overrides
 from fewstep.distill.dry_run import describe
@@ -116,6 +120,25 @@ def test_accumulated_parts_are_the_whole_batch_without_coupling(tree: Tree) -> N
         whole, split = (state(run, 4) for run in runs)
         same = all(torch.allclose(v, split[k], rtol=1e-4, atol=1e-6) for k, v in whole.items())
         assert same == (coupling == "none")
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_without_coupling(tree: Tree, tmp_path: Path) -> None:
+    weight = {"name": "lct", "coupling": "none", "diffusion_weight": 0}
+    alone = trained(tree("alone", method=weight))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree("both", method=weight, train_batch_size=2)))
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fewstep.distill.cli"]
+    child = subprocess.run(
+        [sys.executable, "-m", *launch, "distill", str(tmp_path / "run.yaml")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    ours, theirs = state(alone, 4), load_file(tmp_path / "both" / "checkpoint-4" / "state.safetensors")
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_pictures_without_captions(tree: Tree, tmp_path: Path) -> None:

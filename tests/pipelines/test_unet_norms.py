@@ -10,6 +10,9 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from fewstep.distill.config import Norm, StudentSettings
 from fewstep.distill.denoiser import denoiser_of
 from fewstep.distill.errors import UserError
+from fewstep.distill.methods.base import Parts
+from fewstep.distill.methods.meanflow import MeanFlow, MeanFlowSettings
+from fewstep.distill.pretrain.edm import EDMSettings, EDMTraining
 from fewstep.distill.process import EDM
 from fewstep.distill.student import Student, new_denoiser
 from fewstep.pipelines import transformer_two_time, unet_norms
@@ -21,6 +24,8 @@ from fewstep.pipelines.unet_norms import (
     SampleNorm,
 )
 from torch import Tensor, nn
+
+from ..methods.ict_parts import GREY, latent_teacher
 
 ADM: dict[str, Any] = {
     "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
@@ -209,3 +214,14 @@ def test_a_student_is_given_its_norm_by_its_settings(cls: str | None) -> None:
             "TwoTimeDiT": TwoTimeDiT,
         }
         new[cls](**config, norm_type="batch")
+
+
+def test_methods_with_new_weights_take_the_norm(tiny_pipeline: Path) -> None:
+    """MeanFlow's second time is an input beside it; the pixel teacher's own training reads the same key."""
+    scratch = StudentSettings(init="scratch", norm="non_scaling")
+    method = MeanFlow(MeanFlowSettings(), Parts(latent_teacher(tiny_pipeline), scratch, [], (), 16))
+    assert isinstance(method.student.network, NormedUNet2DConditionModel) and norms(method.student.network)
+    assert method.student.network.class_embedding is not None
+    grey = StudentSettings(init="scratch", network=GREY, norm="non_scaling")
+    teacher = EDMTraining(EDMSettings(), Parts(None, grey, [], (), 8))
+    assert isinstance(teacher.student.network, NormedUNet2DModel) and norms(teacher.student.network)
