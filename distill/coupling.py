@@ -11,8 +11,9 @@ def optimal_pairing(x0: Tensor, eps: Tensor, groups: Sequence[Hashable] | None =
     """The permutation pi (B,) with the smallest sum over a of |x0_a - eps_pi(a)|^2, so that eps[pi] belongs to x0.
 
     x0, eps (B, ...). Rows of equal `groups` exchange noise among themselves alone: coupling across conditions would
-    bias p(noise | condition). The linear assignment is exact and takes O(B^3) on the CPU, 2 ms for B = 128. The plan is
-    of these B rows: with it, a batch split into processes or accumulation steps has other pairs than the whole one.
+    bias p(noise | condition). The linear assignment is exact, O(B^3) on the CPU, with its costs 26 ms for 128 latents
+    of 4 x 32 x 32 on a busy core. The plan is of these B rows: with it, a batch split into processes or accumulation
+    steps has other pairs than the whole one.
     """
     if x0.is_meta:  # a dry run has no values
         return torch.arange(len(x0), device=x0.device)
