@@ -8,6 +8,7 @@ from .methods.base import Method
 from .methods.dmd2 import DMD2
 from .methods.ict import ICT
 from .methods.lcd import LCD
+from .methods.lct import LCT
 from .methods.meanflow import MeanFlow
 from .methods.rcm import RCM
 from .methods.rg_lcd import RGLCD
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
     "rg_lcd": RGLCD,
     "scott": SCott,
     "ict": ICT,
+    "lct": LCT,
     "meanflow": MeanFlow,
     "rcm": RCM,
     "dmd2": DMD2,

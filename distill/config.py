@@ -23,6 +23,8 @@ Precision = Annotated[
     BeforeValidator(lambda value: "no" if value is False else value),  # YAML reads a bare no as false
 ]
 
+Norm = Literal["non_scaling", "non_scaling_last", "layer", "rms", "non_scaling_group", "non_scaling_instance"]
+
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
     "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
@@ -57,12 +59,15 @@ class StudentSettings:
              is none; TwoTimeDiT is ours); null for the teacher's architecture
     dropout  of the residual blocks while training; null for what the architecture says
     target_modules  of the LoRA; the default is a U-Net's, in place of which a transformer takes its attention's layers
+    norm     of new weights, in place of the architecture's: those of pipelines/unet_norms.py, which tie a UNet to its
+             resolution
     """
 
     kind: Literal["full", "lora"] = "full"
     init: Literal["teacher", "scratch"] = "teacher"
     network: dict[str, Any] | None = None
     dropout: float | None = Field(None, ge=0, lt=1)
+    norm: Norm | None = None
     rank: int = Field(64, ge=1)
     lora_alpha: int = Field(64, ge=1)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
@@ -73,12 +78,13 @@ class StudentSettings:
 @settings
 class DataSettings:
     """name: "emoji", "emoji-noto", "emoji-twemoji", "fashion-mnist", "cifar10", an image folder, webdataset shards, or
-    a hub data set. random_flip: mirror every second image, for methods that train on pixels."""
+    a hub data set. caption_column: null for pictures without captions. random_flip: mirror every second image, for
+    methods that train on pixels."""
 
     name: str
     split: str = "train"
     image_column: str = "image"
-    caption_column: str = "text"
+    caption_column: str | None = "text"
     center_crop: bool = True
     random_flip: bool = False
 

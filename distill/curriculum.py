@@ -32,6 +32,21 @@ def scheduled_decay(num_points: int, s0: int, decay: float) -> float:
     return math.exp(s0 * math.log(decay) / (num_points - 1))
 
 
+def robust_scale(num_points: int, s0: int, first: float, slope: float, offset: float) -> float:
+    """c of the Cauchy loss with N grid points: `first` in the first stage, then exp(slope ln(N - 1) + offset).
+
+    sLCT, arXiv 2502.01441, as its code has it.
+    """
+    return first if num_points <= s0 + 1 else math.exp(slope * math.log(num_points - 1) + offset)
+
+
+def early_level(sigmas: Tensor, share: float) -> float:
+    """The largest sigma_hi of the pairs at the low-noise end: those j >= floor(share N) of pairs j = 0 .. N - 2 counted
+    from the noisiest (arXiv 2502.01441); sigmas (N,) increase. sigma_min, which no pair has, where there are none."""
+    total = len(sigmas)
+    return float(sigmas[max(0, total - 1 - math.floor(share * total))])
+
+
 def lognormal_bins(sigmas: Tensor, p_mean: float, p_std: float) -> Tensor:
     """p(i) of the N - 1 pairs (sigma_i, sigma_i+1): mass of ln sigma ~ N(p_mean, p_std^2) between them, normalised.
 

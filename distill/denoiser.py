@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..pipelines.transformer_two_time import TwoTimeDiT
+from ..pipelines.unet_norms import NormedUNet2DConditionModel, NormedUNet2DModel
 from .condition import Condition
 from .errors import UserError
 from .process import EDM, NoiseProcess, TrigFlow, per_sample
@@ -308,6 +309,8 @@ class WanDenoiser(TransformerDenoiser):
 ADAPTERS: dict[type[nn.Module], type[Denoiser]] = {
     UNet2DConditionModel: UNet2DConditionDenoiser,
     UNet2DModel: UNet2DDenoiser,
+    NormedUNet2DConditionModel: UNet2DConditionDenoiser,
+    NormedUNet2DModel: UNet2DDenoiser,
     TwoTimeDiT: TwoTimeDiTDenoiser,
     SD3Transformer2DModel: SD3Denoiser,
     FluxTransformer2DModel: FluxDenoiser,

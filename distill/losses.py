@@ -36,6 +36,21 @@ def mean_distance(kind: Literal["l1", "l2"], prediction: Tensor, target: Tensor)
     return d.abs().mean(1) if kind == "l1" else d.square().mean(1)
 
 
+def robust(kind: Literal["cauchy", "geman_mcclure", "mean_huber"], squares: Tensor, c: float) -> Tensor:
+    """rho(m; c), (B,), of each sample's mean m of squared differences, in float32 (arXiv 2502.01441).
+
+    cauchy ln(1 + m / (2 c^2)), geman_mcclure 2 m / (m + 4 c^2), mean_huber sqrt(m + c^2) - c. The gradient in sqrt(m)
+    of the first is 2 / sqrt(m) for m far above c^2, of the second 16 c^2 / sqrt(m)^3, of the third 1: the first two
+    forget outliers. m is a mean: a sum over D elements would be c smaller by sqrt(D).
+    """
+    m = squares.float()
+    if kind == "cauchy":
+        return (m / (2 * c**2)).log1p()
+    if kind == "geman_mcclure":
+        return 2 * m / (m + 4 * c**2)
+    return m / ((m + c**2).sqrt() + c)
+
+
 def hinge_critic(real: Tensor, fake: Tensor) -> Tensor:
     """The discriminator's mean relu(1 - D(real)) + mean relu(1 + D(fake)), in float32 (arXiv 1705.02894, eq. 3)."""
     return (1 - real.float()).relu().mean() + (1 + fake.float()).relu().mean()

@@ -8,15 +8,15 @@ from typing import Any
 import diffusers
 import torch
 
-from ..pipelines.export import Export, is_own
+from ..pipelines.export import Export, is_own, own_parts
 from .checkpoint import write_file
 from .config import RunConfig
 
 
 def loading_lines(export: Export, folder: str = "pipeline") -> str:
     """Python that opens the export with plain diffusers and samples with its own arguments."""
-    own = is_own(export.model)
-    note = "  # the one file of code in the folder" if own else ""
+    own = is_own(export.model) or own_parts(export.model)
+    note = "  # the .py files in the folder" if own else ""
     trust = ", trust_remote_code=True" if own else ""
     return (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"

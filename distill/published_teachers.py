@@ -1,7 +1,7 @@
 """Published configurations of well-known teachers, as diffusers' classes take them: no weights, no tokenizers.
 
-Read in public sources: SD 1.5, FLUX's transformer and autoencoder, SD 3.5 medium's transformer, Wan's transformer, UMT5's
-sizes. Recalled, and checked by their parameter counts alone: SDXL, SD3 medium, the autoencoder and schedulers of SD3.
+Read in public sources: SD 1.5, FLUX's transformer and autoencoder, SD 3.5 medium's transformer, Wan's transformer,
+UMT5's sizes. Recalled, and checked by their parameter counts alone: SDXL, SD3 medium, SD3's autoencoder and schedulers.
 """
 
 from dataclasses import dataclass, field

@@ -138,6 +138,8 @@ class Runner:
         self.model = self.accelerator.prepare(method)
         self.optimisers = {k: self.accelerator.prepare(o) for k, o in self.optimisers.items()}
         self.batches = Batches(c, method.needs, data, teacher, parts.codec, self.accelerator)
+        if start is None and "latents" in method.needs:
+            method.prepare(self.batches.latents)
         if log_with:
             self.accelerator.init_trackers("fewstep", config=flat(as_tree(c)))
 

@@ -15,6 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..pipelines.transformer_two_time import TwoTimeDiT
+from ..pipelines.unet_norms import NormedUNet2DConditionModel, NormedUNet2DModel
 from .config import LORA_TARGETS, StudentSettings
 from .denoiser import Denoiser, denoiser_of, takes_span
 from .errors import UserError
@@ -46,6 +47,8 @@ class Student(nn.Module):
         assert not (two_times and guidance_dim is not None)
         self.lora = settings.kind == "lora"
         network: Any = base.network
+        if settings.norm is not None and network.config.get("norm_type") != settings.norm:
+            raise UserError("student.norm: the teacher's weights have its norms; set student.init to scratch")
         if self.lora:
             network.add_adapter(
                 LoraConfig(
@@ -166,9 +169,18 @@ def set_dropout(network: nn.Module, probability: float) -> None:
         block.dropout.p = probability
 
 
-def new_denoiser(architecture: dict[str, Any], process: NoiseProcess, kind: str) -> Denoiser:
+NORMED: dict[Any, Any] = {
+    UNet2DModel: NormedUNet2DModel,
+    UNet2DConditionModel: NormedUNet2DConditionModel,
+    TwoTimeDiT: TwoTimeDiT,
+}
+
+
+def new_denoiser(
+    architecture: dict[str, Any], process: NoiseProcess, kind: str, norm: str | None = None
+) -> Denoiser:
     """A network with new weights: a diffusers class or our TwoTimeDiT under `_class_name`, else UNet2DModel, and its
-    arguments."""
+    arguments; `norm` in place of its own."""
     name = architecture.get("_class_name", "UNet2DModel")
     cls: Any = TwoTimeDiT if name == TwoTimeDiT.__name__ else getattr(diffusers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
@@ -178,6 +190,7 @@ def new_denoiser(architecture: dict[str, Any], process: NoiseProcess, kind: str)
     for key in config:
         if key not in known:
             raise UserError(f"student.network.{key}: {name} takes no such argument")
+    cls, config = normed(cls, config, norm)
     try:
         network = cls(**config)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -188,8 +201,18 @@ def new_denoiser(architecture: dict[str, Any], process: NoiseProcess, kind: str)
 
 
 @torch.no_grad()
-def renewed(base: Denoiser, process: NoiseProcess, kind: str) -> Denoiser:
-    """A network of the same architecture as `base`'s with new weights."""
+def renewed(base: Denoiser, process: NoiseProcess, kind: str, norm: str | None = None) -> Denoiser:
+    """A network of the same architecture as `base`'s with new weights; `norm` in place of its own."""
     network: Any = base.network
     config = {k: v for k, v in network.config.items() if k != "_use_default_values"}
-    return denoiser_of(type(network).from_config(config), process, kind)
+    cls, config = normed(type(network), config, norm)
+    return denoiser_of(cls.from_config(config), process, kind)
+
+
+def normed(cls: Any, config: dict[str, Any], norm: str | None) -> tuple[Any, dict[str, Any]]:
+    """A network's class and arguments with `norm` in place of its own norms."""
+    if norm is None:
+        return cls, config
+    if cls not in NORMED:
+        raise UserError(f"student.norm: {norm}: a {cls.__name__} has its own norms; leave the key out")
+    return NORMED[cls], {**config, "norm_type": norm}

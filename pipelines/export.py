@@ -21,6 +21,11 @@ def is_own(model: Any) -> bool:
     return Path(inspect.getfile(type(model))).parent == FOLDER
 
 
+def own_parts(model: Any) -> dict[str, Any]:
+    """The components of a pipeline whose classes stand in this folder, by name."""
+    return {k: v for k, v in getattr(model, "components", {}).items() if v is not None and is_own(v)}
+
+
 @dataclass
 class Adapter:
     """weights: a LoRA in peft's keys with its scale multiplied in; scheduler: what the teacher's pipeline needs;
@@ -62,12 +67,11 @@ def write_export(export: Export, folder: Path, card: str = "") -> None:
     model_index.json names them: diffusers then loads the folder with trust_remote_code=True, without this project.
     """
     export.model.save_pretrained(folder, safe_serialization=True)
+    named = {name: copied(part, folder / name) for name, part in own_parts(export.model).items()}
     if is_own(export.model):
+        named["_class_name"] = copied(export.model, folder)
+    if named:
         index = folder / "model_index.json"
-        named = {"_class_name": copied(export.model, folder)}
-        for name, part in export.model.components.items():
-            if part is not None and is_own(part):
-                named[name] = copied(part, folder / name)
         index.write_text(json.dumps({**json.loads(index.read_text()), **named}, indent=2) + "\n")
     for part in export.beside:
         part.save_pretrained(folder)

@@ -8,6 +8,7 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     DiffusionPipeline,
     ImagePipelineOutput,
+    ModelMixin,
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
@@ -22,10 +23,11 @@ class LatentCMPipeline(DiffusionPipeline):
     unet            gives EDM's F(c_in x, 250 ln sigma); with a `noise_schedule`, what that scheduler's network gives
                     at its own state and time of equal signal-to-noise (epsilon, v_prediction or sample)
     scheduler       noise levels and boundary condition, in latents of unit order
+    statistics      a LatentStatistics, of a network trained on normalised latents
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components: ClassVar[list[str]] = ["noise_schedule"]
+    _optional_components: ClassVar[list[str]] = ["noise_schedule", "statistics"]
 
     def __init__(
         self,
@@ -35,6 +37,7 @@ class LatentCMPipeline(DiffusionPipeline):
         tokenizer: CLIPTokenizer,
         scheduler: CMStochasticIterativeScheduler,
         noise_schedule: SchedulerMixin | None = None,
+        statistics: ModelMixin | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -44,6 +47,7 @@ class LatentCMPipeline(DiffusionPipeline):
             tokenizer=tokenizer,
             scheduler=scheduler,
             noise_schedule=noise_schedule,
+            statistics=statistics,
         )
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
@@ -82,7 +86,8 @@ class LatentCMPipeline(DiffusionPipeline):
         if output_type == "latent":
             images = x
         else:
-            z = x / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+            z = x if self.statistics is None else self.statistics.restored(x)
+            z = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
             images = self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0]
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()

@@ -16,6 +16,7 @@ class TwoTimeDiT(ModelMixin, ConfigMixin):
 
     diffusers' DiTTransformer2DModel has a table of embeddings in every block and no way in for a second time; this one
     has the weights that the papers count. num_class_embeds: labels, one more row stands for none; null: no labels.
+    norm_type: null for DiT's own; "non_scaling" for SampleNorm, which ties the network to its sample_size.
     """
 
     _supports_gradient_checkpointing = True
@@ -30,6 +31,7 @@ class TwoTimeDiT(ModelMixin, ConfigMixin):
         num_attention_heads: int = 12,
         attention_head_dim: int = 64,
         num_class_embeds: int | None = 1000,
+        norm_type: str | None = None,
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
@@ -42,10 +44,19 @@ class TwoTimeDiT(ModelMixin, ConfigMixin):
         self.transformer_blocks = nn.ModuleList(
             Block(dim, num_attention_heads, attention_head_dim) for _ in range(num_layers)
         )
-        self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm_out: nn.Module = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
+        if norm_type is not None:
+            self.change_norms(norm_type, ((sample_size // patch_size) ** 2, dim))
         self.initialise()
+
+    def change_norms(self, norm_type: str, shape: tuple[int, int]) -> None:
+        if norm_type != "non_scaling":
+            raise ValueError(f"norm_type {norm_type!r} is none of a transformer's; it has non_scaling")
+        for block in self.transformer_blocks:
+            block.get_submodule("norm1").norm, block.norm2 = SampleNorm(shape), SampleNorm(shape)
+        self.norm_out = SampleNorm(shape)
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -70,11 +81,13 @@ class TwoTimeDiT(ModelMixin, ConfigMixin):
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
-        span: torch.Tensor,
+        span: torch.Tensor | None = None,
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """hidden_states (B, C, H, W); timestep and span = timestep - r (B,), fractions; class_labels (B,)."""
+        """hidden_states (B, C, H, W); timestep and span = timestep - r (B,), fractions, 0 where there is no r;
+        class_labels (B,)."""
+        span = torch.zeros_like(timestep) if span is None else span
         x = self.pos_embed(hidden_states)
         c = self.time_embedding(self.time_proj(timestep).to(x.dtype))
         c = c + self.span_embedding(self.time_proj(span).to(x.dtype))
@@ -109,3 +122,14 @@ class Block(nn.Module):
         x = x + gate[:, None] * self.attn(y)
         y = self.norm2(x) * (1 + scale[:, None]) + shift[:, None]
         return x + gate_ff[:, None] * self.ff(y)
+
+
+class SampleNorm(nn.Module):
+    """Non-scaling LayerNorm (arXiv 2502.01441): over all tokens and channels of a sample, with a bias for each."""
+
+    def __init__(self, shape: tuple[int, int]):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.layer_norm(x, self.bias.shape, bias=self.bias, eps=1e-5)

@@ -97,7 +97,7 @@ def images(folder: Path, count: int = 3) -> Path:
             ["--max_train_steps", "few"],
             "max_train_steps: 'few' does not fit: input should be a valid integer",
         ),
-        (["--method.name", "lcdd"], "method.name: there is no method 'lcdd'; the nearest is lcd"),
+        (["--method.name", "lcdx"], "method.name: there is no method 'lcdx'; the nearest is lcd"),
     ],
 )
 def test_keys_and_types(arguments: list[str], line: str, refused: Refused, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_bare_no_means_full_precision() -> None:
         (["--data.nam", "x"], "data.nam: no such key; the nearest is name"),
         (["--teacher.pth", "x"], "teacher.pth: no such key; the nearest is path"),
         (["--method.w_mn", "3"], "method.w_mn: no such key; the nearest is w_min"),
-        (["--method.name", "lcdd"], "method.name: there is no method 'lcdd'; the nearest is lcd"),
+        (["--method.name", "lcdx"], "method.name: there is no method 'lcdx'; the nearest is lcd"),
         (["--method", "lcd"], "method: 'lcd' has no name; write `method: {name: lcd}`"),
         (["--method.name", "[a]"], "method: {'name': ['a'], 'w_min': 2} has no name; write `method: {name: lcd}`"),
         (["--teacher", "emoji-sd"], "teacher: 'emoji-sd' has no keys; write `teacher: {path: ...}`"),

@@ -11,6 +11,7 @@ from ...pipelines.export import Export
 from ..codec import Autoencoder, Codec
 from ..condition import Condition
 from ..config import StudentSettings
+from ..data import LatentCache
 from ..draws import Draws
 from ..errors import UserError
 from ..rewards import Reward, load_reward
@@ -136,6 +137,10 @@ class Method(nn.Module, ABC):
     def turns(self, progress: Progress) -> tuple[str, ...]:
         """The players that move in this iteration, in order."""
         return tuple(self.players())
+
+    def prepare(self, latents: LatentCache) -> None:
+        """Called once before the first step, in every process, where `needs` has latents: what is measured on all of
+        them. Kept in buffers: a resumed run has it from its checkpoint."""
 
     @abstractmethod
     def forward(

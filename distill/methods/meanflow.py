@@ -319,10 +319,10 @@ class MeanFlow(Method):
         if student.init == "teacher":
             return self.parts.need_latent_teacher().denoiser
         if student.network is not None:
-            return new_denoiser(student.network, self.process, "velocity")
+            return new_denoiser(student.network, self.process, "velocity", student.norm)
         if teacher is None:
             raise UserError("student.network: missing; without a teacher the architecture must be given")
-        return renewed(teacher.denoiser, self.process, "velocity")
+        return renewed(teacher.denoiser, self.process, "velocity", student.norm)
 
 
 def check(s: MeanFlowSettings, parts: Parts) -> None:

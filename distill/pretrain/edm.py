@@ -40,11 +40,11 @@ class EDMTraining(Method):
 
     def __init__(self, settings: EDMSettings, parts: Parts):
         super().__init__(settings, parts)
-        if parts.student.network is None:
+        s, student = settings, parts.student
+        if student.network is None:
             raise UserError("student.network: missing; give the arguments of a UNet2DModel")
-        s = settings
         self.process = EDM(s.sigma_min, s.sigma_max, s.sigma_data, s.rho)
-        self.student = Student(new_denoiser(parts.student.network, self.process, "edm"), parts.student)
+        self.student = Student(new_denoiser(student.network, self.process, "edm", student.norm), student)
         self.space = pixel_space(self.student.network, parts)
         self.needs = self.space.needs
 

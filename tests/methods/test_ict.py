@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from fewstep.distill import consistency_training, draws
 from fewstep.distill.checkpoint import kept_state
 from fewstep.distill.condition import Condition
 from fewstep.distill.curriculum import lognormal_bins
 from fewstep.distill.denoiser import Denoiser
 from fewstep.distill.draws import Draws
-from fewstep.distill.methods import ict
 from fewstep.distill.methods.base import Batch
 from fewstep.distill.methods.ict import ICT, ICTSettings
 from scipy.stats import chisquare
@@ -81,7 +81,7 @@ def test_both_passes_drop_the_same_units(settings: dict[str, Any], monkeypatch: 
     method = pixel_ict(network=GREY, dropout=0.5, **settings)
     fixed_pairs(method, 0.8, 0.8)
     assert step(method, pixel_batch(method))["distance"].item() == 0.0
-    monkeypatch.setattr(ict, "same_random", lambda *_: nullcontext())
+    monkeypatch.setattr(consistency_training, "same_random", lambda *_: nullcontext())
     assert step(method, pixel_batch(method))["distance"].item() > 1e-3
 
 
@@ -111,11 +111,11 @@ def test_the_next_pass_draws_new_masks() -> None:
 
 def test_random_numbers_repeat_within_the_context_and_resume_after_an_error() -> None:
     device = torch.device("cpu")
-    state = ict.random_state(device)
+    state = draws.random_state(device)
     first, second = torch.rand(3), torch.rand(3)
     torch.set_rng_state(state)
     assert torch.equal(torch.rand(3), first)
-    with pytest.raises(KeyError), ict.same_random(state, device):
+    with pytest.raises(KeyError), draws.same_random(state, device):
         assert torch.equal(torch.rand(3), first)
         torch.rand(100)
         raise KeyError

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from fewstep.distill.config import StudentSettings
-from fewstep.distill.methods.ict import ICT
+from fewstep.distill.methods.base import Parts
+from fewstep.distill.methods.ict import ICT, ICTSettings
 from fewstep.pipelines.export import Export, write_export
 
 from ..methods.ict_parts import CLASSES, COLOUR, GREY, latent_ict, pixel_ict, pixel_teacher, shaken
+from ..methods.lct_parts import CLASSED, DIT, lct
 
 # Arguments: a JSON list of [name, folder, arguments of the loader, arguments of the call], and the file to write.
 PLAIN_DIFFUSERS = """
@@ -65,12 +67,24 @@ def ict_methods(tiny_pipeline: Path) -> dict[str, ICT]:
     }
 
 
+def lct_methods(tiny_pipeline: Path) -> dict[str, Any]:
+    """Normalised but for "plain lct"; "normed grey" is iCT on pixels in a network of ours."""
+    grey = StudentSettings(init="scratch", network=GREY, norm="non_scaling")
+    return {
+        "latent lct": shaken(lct(tiny_pipeline, network=None)),
+        "plain lct": shaken(lct(tiny_pipeline, norm=None, normalise=False, sigma_data=1.0)),
+        "lct classes": shaken(lct(tiny_pipeline, network=CLASSED)),
+        "dit lct classes": shaken(lct(tiny_pipeline, network=DIT, sigma_data=0.8)),
+        "normed grey": shaken(ICT(ICTSettings(), Parts(None, grey, [], (), 8))),
+    }
+
+
 @pytest.fixture(scope="session")
 def opened(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     root = tmp_path_factory.mktemp("exports")
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        methods: dict[str, Any] = dict(ict_methods(tiny_pipeline))
+        methods: dict[str, Any] = {**ict_methods(tiny_pipeline), **lct_methods(tiny_pipeline)}
         exports = {name: method.eval().export() for name, method in methods.items()}
         for name, network in (("edm", GREY), ("edm classes", {**COLOUR, "num_class_embeds": 3})):
             methods[name] = pixel_teacher(network, sigma_data=0.4, sigma_min=0.01, rho=5.0).pipeline
