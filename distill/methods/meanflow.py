@@ -341,9 +341,8 @@ def check(s: MeanFlowSettings, parts: Parts) -> None:
     separate = s.span_law == "separate"
     if separate != (s.r_mean is not None) or separate != (s.r_std is not None):
         raise UserError("method.r_mean, r_std: span_law separate needs both, sorted takes neither")
-    unused = () if s.target == "alpha_flow" else ALPHA_KEYS
-    unused += DERIVATIVE_KEYS if s.target == "split" else ()
-    for key in unused:
+    unused = [] if s.target == "alpha_flow" else list(ALPHA_KEYS)
+    for key in [*unused, *(DERIVATIVE_KEYS if s.target == "split" else ())]:
         if getattr(s, key) != getattr(MeanFlowSettings(), key):
             raise UserError(f"method.{key}: has no effect on target {s.target}; leave it out")
     if s.alpha_start >= s.alpha_end:
