@@ -25,9 +25,11 @@ Texts = dict[str, Tensor]
 
 class Family(ABC):
     """component: the pipeline's name of its network; encoders: its text encoders; patch: latents on a side of what the
-    network sees as one; embedded_class: runs a network with an embedding of the guidance scale, None where none can."""
+    network sees as one; embedded_class: runs a network with an embedding of the guidance scale, None where none can;
+    takes_times: the call takes `timesteps` or `sigmas`."""
 
     component = "transformer"
+    takes_times = True
     embedded_class: Any = None
     encoders: tuple[str, ...] = ("text_encoder",)
     patch = 1
@@ -62,6 +64,10 @@ class Family(ABC):
     def fixed(self, rows: int, resolution: int) -> Texts:
         """Arguments that no prompt changes."""
         return {}
+
+    def unguided(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call for a network that needs no guidance by differences."""
+        return {"guidance_scale": 1.0}
 
     def call(self, resolution: int) -> dict[str, Any]:
         """Arguments of the pipeline's own call that give such pictures; {} where they are its defaults."""
@@ -184,6 +190,10 @@ class Flux(Family):
             return {}
         return {"guidance": torch.full((rows,), self.guidance)}
 
+    def unguided(self) -> dict[str, Any]:
+        """The scale that the network is told: there is no other guidance."""
+        return {"guidance_scale": self.guidance}
+
     def call(self, resolution: int) -> dict[str, Any]:
         return super().call(resolution) | {"max_sequence_length": self.tokens}
 
@@ -191,6 +201,7 @@ class Flux(Family):
 class Wan(Family):
     """A UMT5's states; pictures are videos of one frame."""
 
+    takes_times = False
     tokens = 512  # the default of the pipeline's call; its encode_prompt has another
 
     def __init__(self, pipeline: Any):

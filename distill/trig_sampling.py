@@ -6,17 +6,19 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler, SCMScheduler, StableDiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler, SCMScheduler
 from torch import Tensor
 
-from ..pipelines.export import Adapter, Export, in_float32
+from ..pipelines.export import Export, in_float32
 from ..pipelines.pipeline_trigflow import TrigFlowPipeline
+from ..pipelines.scheduler_few_sigmas import FewSigmasScheduler
 from .config import StudentSettings
 from .denoiser import Denoiser, DenoiserView
 from .errors import UserError
 from .process import VP, RectifiedFlow, TrigFlow
 from .space import ClassLatentSpace, LatentSpace, Space
 from .student import Student
+from .teacher import LatentTeacher
 
 
 class TrigSampling:
@@ -24,7 +26,8 @@ class TrigSampling:
 
     The network's own process says which scheduler that is: LCMScheduler at whole training steps for a
     variance-preserving network, FlowMatchEulerDiscreteScheduler with stochastic_sampling and explicit sigmas for
-    straight paths, SCMScheduler in TrigFlowPipeline for TrigFlow's and EDM's own. Times are rounded to what it can
+    straight paths (FewSigmasScheduler where the pipeline's call takes none), SCMScheduler in TrigFlowPipeline for
+    TrigFlow's and EDM's own. Times are rounded to what it can
     express; those that are not below the first are left out.
     """
 
@@ -56,13 +59,13 @@ class TrigSampling:
         return self.process.sigma_data * noise
 
     def calls(self) -> dict[str, dict[str, Any]]:
-        """sampling.json: call arguments per number of steps; guidance is in the weights."""
+        """Call arguments per number of steps."""
         counts = range(1, len(self.times) + 1)
         if self.whole:
-            return {str(n): {"timesteps": self.steps[:n], "guidance_scale": 1.0} for n in counts}
+            return {str(n): {"timesteps": self.steps[:n]} for n in counts}
         if isinstance(self.own, RectifiedFlow):
             sigmas = self._own_times(self.times)
-            return {str(n): {"sigmas": sigmas[:n], "guidance_scale": 1.0} for n in counts}
+            return {str(n): {"sigmas": sigmas[:n]} for n in counts}
         return {str(n): {"timesteps": self.times[:n]} for n in counts}
 
     def scheduler(self, teacher_config: Any) -> Any:
@@ -74,9 +77,12 @@ class TrigSampling:
         return SCMScheduler(sigma_data=self.process.sigma_data)
 
     def export(self, student: Student, space: Space, settings: StudentSettings) -> Export:
-        """The teacher's own pipeline with the student in its place, a LoRA for it, or TrigFlowPipeline."""
+        """The teacher's own pipeline with the student in its place, a LoRA for it, or TrigFlowPipeline.
+
+        Guidance is in the weights, and off in their calls.
+        """
         if isinstance(space, LatentSpace):
-            return self._in_teachers_pipeline(student, space.teacher.pipeline, settings)
+            return self._in_teachers_pipeline(student, space.teacher, settings)
         codec = space.codec if isinstance(space, ClassLatentSpace) else None
         vae = {} if codec is None else in_float32({"vae": codec.vae})
         prediction = "edm" if self.kind == "edm" else "trigflow"
@@ -85,17 +91,20 @@ class TrigSampling:
         )
         return Export(pipeline, sampling=self.calls())
 
-    def _in_teachers_pipeline(self, student: Student, teacher: Any, settings: StudentSettings) -> Export:
-        scheduler, calls = self.scheduler(teacher.scheduler.config), self.calls()
-        adapter = Adapter(student.lora_weights(), scheduler) if student.lora else None
-        if adapter is not None and not settings.export_fused:
-            return Export(None, sampling=calls, adapter=adapter)
-        network = student.fused() if student.lora else student.network
-        parts = in_float32({k: v for k, v in teacher.components.items() if k not in ("unet", "transformer")})
-        slot = "unet" if "unet" in teacher.components else "transformer"
-        own = {"requires_safety_checker": False} if isinstance(teacher, StableDiffusionPipeline) else {}
-        pipeline = type(teacher)(**{**parts, slot: network, "scheduler": scheduler}, **own)
-        return Export(pipeline, sampling=calls, adapter=adapter)
+    def _in_teachers_pipeline(
+        self, student: Student, teacher: LatentTeacher, settings: StudentSettings
+    ) -> Export:
+        scheduler, calls = self.scheduler(teacher.pipeline.scheduler.config), self.calls()
+        if not teacher.family.takes_times:
+            scheduler = FewSigmasScheduler(few_sigmas=tuple(self._own_times(self.times)))
+            calls = {n: {"num_inference_steps": int(n)} for n in calls}
+        own = {**teacher.family.unguided(), **teacher.call()}
+        calls = {n: {**call, **own} for n, call in calls.items()}
+        if not student.lora:
+            return Export(teacher.assembled(student.network, scheduler=scheduler), sampling=calls)
+        fused = teacher.assembled(student.fused(), scheduler=scheduler) if settings.export_fused else None
+        adapter = teacher.adapter(student.lora_weights(), scheduler)
+        return Export(fused, sampling=calls, adapter=adapter)
 
     def _own_times(self, times: Sequence[float]) -> list[float]:
         t = torch.tensor(list(times), dtype=torch.float64, device="cpu")

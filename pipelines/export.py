@@ -86,12 +86,17 @@ def copied(own: Any, folder: Path) -> list[str]:
 
 
 def write_adapter(export: Export, folder: Path, card: str = "") -> None:
-    """Save the LoRA into the empty `folder` as pytorch_lora_weights.safetensors, with its scheduler's configuration."""
+    """Save the LoRA into the empty `folder` as pytorch_lora_weights.safetensors, with its scheduler's configuration.
+
+    A scheduler class of ours takes its file along.
+    """
     adapter = export.adapter
     assert adapter is not None
     layers = {f"{adapter.component}_lora_layers": adapter.weights}
     adapter.pipeline.save_lora_weights(folder, **layers, safe_serialization=True)
     adapter.scheduler.save_pretrained(folder)
+    if is_own(adapter.scheduler):
+        copied(adapter.scheduler, folder)
     write_notes(export, folder, card)
 
 

@@ -55,7 +55,7 @@ def test_recorded_sigmas_and_the_stock_flow_matching_schedulers() -> None:
     sampling, ours = sampler(RectifiedFlow(), "velocity", TIMES)
     sigmas = sampling.calls()["4"]["sigmas"]
     assert sigmas == pytest.approx([0.987654, 0.933781, 0.852895, 0.608979], abs=5e-7)
-    assert sampling.calls()["2"] == {"sigmas": sigmas[:2], "guidance_scale": 1.0}
+    assert sampling.calls()["2"] == {"sigmas": sigmas[:2]}
     noise, *fresh = drawn(0, 4)
     network, found = Wave(), ours(noise, 4, fresh)
     for stock in (sampling.scheduler({}), FlowMatchLCMScheduler(shift=1.0)):
@@ -101,7 +101,7 @@ def test_the_scm_scheduler(kind: str, sigma_data: float) -> None:
 def test_the_lcm_scheduler_at_whole_steps(kind: str) -> None:
     vp = VP.from_scheduler(SD)
     sampling, ours = sampler(vp, kind, [math.atan(80.0), 1.3, 1.0, 0.6])
-    assert sampling.calls()["4"] == {"timesteps": [999, 719, 488, 245], "guidance_scale": 1.0}
+    assert sampling.calls()["4"] == {"timesteps": [999, 719, 488, 245]}
     back = vp.time_of(TrigFlow().log_snr(torch.tensor(sampling.times, dtype=torch.float64)))
     torch.testing.assert_close(back, torch.tensor([999, 719, 488, 245]).double(), rtol=0, atol=1e-6)
     stock = sampling.scheduler({**SD, "prediction_type": kind})

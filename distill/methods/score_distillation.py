@@ -17,8 +17,9 @@ from ..generator import Generator, fresh_from, seeded
 from ..guidance import guided_x0_eps
 from ..process import EDM, TrigFlow, per_sample
 from ..score import FakeScore
-from ..space import LatentSpace, space_of
+from ..space import LatentSpace, Space, space_of
 from ..student import Student, new_denoiser, renewed
+from ..teacher import LatentTeacher
 from ..trig_sampling import TrigSampling
 from .base import Method, Parts
 
@@ -41,7 +42,11 @@ class ScoreDistillation(Method):
         self.student = Student(start_of(parts, self.process), parts.student)
         self.denoiser = seen_in(self.student.denoiser, self.process)
         self.function = ConsistencyFunction(self.denoiser, no_boundary)
-        self.space = space_of(self.student.network, parts)
+        teacher = parts.teacher
+        if parts.student.init == "teacher" and isinstance(teacher, LatentTeacher):
+            self.space: Space = LatentSpace(teacher)
+        else:
+            self.space = space_of(self.student.network, parts)
         if isinstance(self.space, LatentSpace) and self.student.denoiser.process is self.process:
             raise UserError(
                 "student.init: scratch: no stock pipeline samples a text network of TrigFlow; set it to teacher"

@@ -66,9 +66,7 @@ def test_turns_and_steps() -> None:
 
 def test_the_four_times_are_the_official_ones(tiny_pipeline: Path) -> None:
     assert tiny(tiny_pipeline).sampling.steps == [999, 749, 499, 249]
-    assert tiny(tiny_pipeline, num_steps=1).sampling.calls() == {
-        "1": {"timesteps": [999], "guidance_scale": 1.0}
-    }
+    assert tiny(tiny_pipeline, num_steps=1).sampling.calls() == {"1": {"timesteps": [999]}}
 
 
 def test_losses_by_hand() -> None:
