@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fewstep.distill.config import load_config
+from fewstep.distill.config import load_config, read_yaml
+from fewstep.distill.dry_run import describe
 from fewstep.distill.generator import seeded
 from fewstep.distill.runner import Runner
 
 Families = Callable[[str], Path]
 PROMPTS = ["red cat", "dog"]
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -81,3 +83,15 @@ def test_the_stock_pipeline_draws_our_pictures(
         times = torch.tensor(ours.sampling.times, dtype=torch.float64)
         straight = ours.sampling.own.time_of(ours.process.log_snr(times))
         assert pipeline.scheduler.sigmas.tolist() == pytest.approx([*straight.tolist(), 0.0], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "trained"), [("wan", "2,837,993,600"), ("flux", "209,190,912")], ids=["wan", "flux"]
+)
+def test_recipes_pass_a_dry_run(
+    name: str, trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    text = describe(load_config(read_yaml(CONFIGS / name / "rcm.yaml")))
+    assert trained in text and "not estimated" not in text
