@@ -7,13 +7,16 @@ from .errors import UserError
 from .methods.base import Method
 from .methods.ict import ICT
 from .methods.lcd import LCD
+from .methods.lcsc import LCSC
 from .methods.meanflow import MeanFlow
+from .methods.q_sched import QSched
 from .methods.rg_lcd import RGLCD
 from .methods.scott import SCott
 from .pretrain.autoencoder import Autoencoder
 from .pretrain.diffusion import Diffusion
 from .pretrain.edm import EDMTraining
 from .pretrain.text_encoder import TextEncoder
+from .search import Search
 
 METHODS: dict[str, type[Method]] = {
     "lcd": LCD,
@@ -27,13 +30,18 @@ METHODS: dict[str, type[Method]] = {
     "text_encoder": TextEncoder,
 }
 
+SEARCHES: dict[str, type[Search]] = {
+    "q_sched": QSched,
+    "lcsc": LCSC,
+}
+
 
 def method_named(name: str) -> type[Method]:
     if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(str(name), [*METHODS, *SEARCHES], n=1, cutoff=0.0)[0]
         raise UserError(f"method.name: there is no method {name!r}; the nearest is {near}")
     return METHODS[name]
 
 
 def settings_of(name: str) -> type[Any]:
-    return method_named(name).Settings
+    return SEARCHES[name].Settings if name in SEARCHES else method_named(name).Settings

@@ -133,6 +133,80 @@ class RunConfig:
     validation_prompts: tuple[str, ...] = ()
 
 
+@settings
+class StudentFolder:
+    """path: a pipeline folder, the folder of a run that exported one, or a hub id."""
+
+    path: str
+
+
+@settings
+class SearchDataSettings:
+    """The prompts or classes of the search, and the pictures of its metric: a split that the report does not use."""
+
+    name: str
+    split: str = "reward"
+    image_column: str = "image"
+    caption_column: str = "text"
+    center_crop: bool = True
+
+
+@settings
+class FitnessSettings:
+    """What a search maximises, of pictures from the same noise and prompts for every candidate.
+
+    kind       jaq: text + weight * quality (arXiv 2509.01624); kid: minus the KID to data.split
+    text       a scorer of pictures with their captions, by a name of `make_scorer`; log_text: its logarithm instead
+    quality    "realism", of the `neighbours`-th neighbour in `extractor`'s features, or a scorer
+    """
+
+    kind: Literal["jaq", "kid"] = "jaq"
+    text: str = "lite0-minilm"
+    log_text: bool = False
+    quality: str = "realism"
+    weight: float = Field(2.0, ge=0)
+    extractor: str = "efflite0-128"
+    neighbours: int = Field(3, ge=1)
+
+
+@settings
+class SearchReportSettings:
+    """Scores of the winner and of what it is compared with, by `fewstep evaluate`: other prompts and noise than the
+    search's."""
+
+    split: str = "train"
+    holdout: str | None = "holdout"
+    num_images: int = Field(500, ge=2)
+    seeds: int = Field(3, ge=1)
+    clip: str | None = None
+
+
+@settings
+class SearchConfig:
+    """A search without gradients, among `max_candidates` of each thing searched; nothing is trained.
+
+    steps          network evaluations, a key of the student's sampling.json; what is found holds for them alone
+    num_images     pictures of a candidate; the best `finalists` are scored again on `final_images` of other noise
+    report         null for none
+    """
+
+    output_dir: str
+    method: Any
+    student: StudentFolder
+    data: SearchDataSettings
+    steps: int = Field(ge=1)
+    fitness: FitnessSettings = Field(default_factory=FitnessSettings)
+    guidance_scale: float | None = None
+    max_candidates: int = Field(100, ge=1)
+    num_images: int = Field(128, ge=2)
+    finalists: int = Field(5, ge=1)
+    final_images: int = Field(256, ge=2)
+    batch_size: int = Field(64, ge=1)
+    seed: int = Field(0, ge=0, lt=1000)
+    trust_remote_code: bool = False
+    report: SearchReportSettings | None = Field(default_factory=SearchReportSettings)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(Path(path).read_text())
@@ -188,22 +262,40 @@ def validate(cls: type, tree: Any, prefix: str = "") -> Any:
         raise UserError(_first_line(error, cls, prefix)) from None
 
 
-def load_config(tree: dict[str, Any]) -> RunConfig:
+def load_config(tree: dict[str, Any]) -> RunConfig | SearchConfig:
     """The resolved configuration; `method` becomes the settings of the method that method.name names."""
-    from .catalog import settings_of
+    from .catalog import SEARCHES, settings_of
 
-    config = validate(RunConfig, tree)
+    name = tree["method"].get("name") if isinstance(tree.get("method"), dict) else None
+    search = name in SEARCHES
+    if search:
+        check_search_keys(str(name), tree)
+    config = validate(SearchConfig if search else RunConfig, tree)
     method = config.method
     if not isinstance(method, dict) or not isinstance(method.get("name"), str):
         raise UserError(f"method: {method!r} has no name; write `method: {{name: lcd}}`")
+    if isinstance(config, SearchConfig) and config.report and config.report.split == config.data.split:
+        raise UserError(
+            f"report.split: {config.report.split} is what the search itself sees; report on another split"
+        )
     rest = {k: v for k, v in method.items() if k != "name"}
     chosen = validate(settings_of(method["name"]), rest, "method.")
     return dataclasses.replace(config, method={"name": method["name"], **dataclasses.asdict(chosen)})
 
 
-def as_tree(config: RunConfig) -> dict[str, Any]:
+def check_search_keys(name: str, tree: dict[str, Any]) -> None:
+    """UserError for a key of training."""
+    known = {f.name for f in dataclasses.fields(SearchConfig)}
+    for key in tree:
+        if key not in known and key in {f.name for f in dataclasses.fields(RunConfig)}:
+            raise UserError(
+                f"{key}: belongs to training; {name} is a search and trains nothing; leave it out"
+            )
+
+
+def as_tree(config: RunConfig | SearchConfig) -> dict[str, Any]:
     """Plain lists, dicts and numbers, every default written out."""
-    return TypeAdapter(RunConfig).dump_python(config, mode="json")
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
 def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:

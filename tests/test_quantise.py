@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
-
 from fewstep.distill.errors import UserError
 from fewstep.distill.quantise import Scheme, held_bytes, quantised, unfit
+from torch import Tensor, nn
 
 pytest.importorskip("torchao")
 

@@ -13,9 +13,8 @@ from diffusers import (
     LCMScheduler,
     TCDScheduler,
 )
-from torch import Tensor
-
 from fewstep.pipelines import scheduler_q_sched as module
+from torch import Tensor
 
 SD = {
     "beta_start": 0.00085,
