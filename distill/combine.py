@@ -41,7 +41,7 @@ class WeightSpace:
         """Put sum(alpha_i theta_i) into the network, tensor by tensor; None: its own weights again."""
         if alpha is None:
             kind = type(self.network)
-            own = kind.from_pretrained(self.folder, subfolder=self.name, torch_dtype=self.network.dtype)
+            own = kind.from_pretrained(self.folder, subfolder=self.name, dtype=self.network.dtype)
             self.network.load_state_dict(own.state_dict())
             return
         state = self.network.state_dict()

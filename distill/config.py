@@ -135,9 +135,15 @@ class RunConfig:
 
 @settings
 class StudentFolder:
-    """path: a pipeline folder, the folder of a run that exported one, or a hub id."""
+    """path: a pipeline folder, the folder of a run that exported one, or a hub id.
+
+    lora       added to its weights: a file, or FILE of a hub repository as "owner/name/FILE"
+    scheduler  in place of its own: a class of diffusers, from the same configuration with trailing timesteps
+    """
 
     path: str
+    lora: str | None = None
+    scheduler: str | None = None
 
 
 @settings
@@ -172,8 +178,9 @@ class FitnessSettings:
 @settings
 class SearchReportSettings:
     """Scores of the winner and of what it is compared with, by `fewstep evaluate`: other prompts and noise than the
-    search's."""
+    search's. name: other data than the search's, null for the same."""
 
+    name: str | None = None
     split: str = "train"
     holdout: str | None = "holdout"
     num_images: int = Field(500, ge=2)
@@ -274,10 +281,12 @@ def load_config(tree: dict[str, Any]) -> RunConfig | SearchConfig:
     method = config.method
     if not isinstance(method, dict) or not isinstance(method.get("name"), str):
         raise UserError(f"method: {method!r} has no name; write `method: {{name: lcd}}`")
-    if isinstance(config, SearchConfig) and config.report and config.report.split == config.data.split:
-        raise UserError(
-            f"report.split: {config.report.split} is what the search itself sees; report on another split"
-        )
+    if isinstance(config, SearchConfig) and config.report is not None:
+        d, r = config.data, config.report
+        if (r.name or d.name, r.split) == (d.name, d.split):
+            raise UserError(
+                f"report.split: {r.split} is what the search itself sees; report on another split"
+            )
     rest = {k: v for k, v in method.items() if k != "name"}
     chosen = validate(settings_of(method["name"]), rest, "method.")
     return dataclasses.replace(config, method={"name": method["name"], **dataclasses.asdict(chosen)})

@@ -13,17 +13,19 @@ from .checkpoint import write_file
 from .config import RunConfig, SearchConfig
 
 
-def loading_lines(export: Export, folder: str = "pipeline", own: bool | None = None) -> str:
+def loading_lines(
+    export: Export, folder: str = "pipeline", *, own: bool | None = None, options: str = ""
+) -> str:
     """Python that opens the export with plain diffusers and samples with its own arguments.
 
-    own: whether the folder holds code; None: whether the pipeline's class is ours
+    own: whether the folder holds code; None: whether the pipeline's class is ours. options: further arguments
     """
     own = is_own(export.model) if own is None else own
     note = "  # the one file of code in the folder" if own else ""
     trust = ", trust_remote_code=True" if own else ""
     return (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{folder}"{trust}){note}\n'
+        f'pipe = DiffusionPipeline.from_pretrained("{folder}"{options}{trust}){note}\n'
         f"{sampling_line(export)}\n"
     )
 
@@ -95,6 +97,11 @@ def search_card(
 ) -> str:
     """The card of a pipeline that a search found; own: whether its folder holds code."""
     name = config.method["name"]
+    parts = pipeline.components.values()
+    quantised = any(getattr(part, "hf_quantizer", None) is not None for part in parts)
+    options = (
+        ", dtype=torch.float32" if quantised else ""
+    )  # or the integer weights' network opens in bfloat16
     export = Export(pipeline, sampling=dict(sampling))
     rows = [
         ("method", name),
@@ -108,7 +115,8 @@ def search_card(
     out = [
         "---\nlibrary_name: diffusers\ntags: [fewstep, few-step]\n---\n",
         f"# {type(pipeline).__name__} found by fewstep ({name})\n",
-        "```python\n" + loading_lines(export, own=own) + "```\n",
+        "```python\n" + loading_lines(export, own=own, options=options) + "```\n",
+        *(["Its integer weights need torchao: `pip install torchao`.\n"] if quantised else []),
         "## Steps\n",
         steps_table(sampling),
         "## Search\n",

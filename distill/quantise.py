@@ -86,7 +86,7 @@ def quantised(cls: Any, folder: str, scheme: Scheme, *, convolutions: bool, **wh
 
     left = [] if scheme.weights == 8 else unfit(cls.from_pretrained(folder, **where))
     config = TorchAoConfig(scheme.linear(), modules_to_not_convert=left)
-    model = cls.from_pretrained(folder, quantization_config=config, torch_dtype=torch.float32, **where).eval()
+    model = cls.from_pretrained(folder, quantization_config=config, dtype=torch.float32, **where).eval()
     for name, module in model.named_modules():
         if name in left or (convolutions and isinstance(module, nn.Conv2d)):
             module.weight = nn.Parameter(scheme.converted(module.weight), requires_grad=False)

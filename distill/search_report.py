@@ -55,7 +55,7 @@ def report(
         scored, kids = [], {}
         for cell in cells:
             made = evaluate(
-                str(run / cell.folder), data=config.data.name, split=r.split, holdout=r.holdout,
+                str(run / cell.folder), data=r.name or config.data.name, split=r.split, holdout=r.holdout,
                 num_images=r.num_images, steps=[config.steps], seeds=r.seeds, clip=r.clip,
                 batch_size=config.batch_size, guidance_scale=config.guidance_scale,
                 output=run / "reports" / f"{cell.key}.json", trust_remote_code=config.trust_remote_code,
@@ -80,7 +80,7 @@ def report(
             ]
         )
         for cell in cells:
-            with_scores(run / cell.folder, text)
+            with_scores(run / cell.folder, text + "\n")
         write_file(run / "report.md", text + "\n")
     write_file(run / "report.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     return text
@@ -92,7 +92,7 @@ def apart(config: SearchConfig) -> str:
     d, r = config.data, config.report
     return (
         f"\nSearched on prompts and pictures of {d.name}/{d.split} and noise of its own (seed {config.seed}, "
-        f"{config.num_images} pictures, finalists {config.final_images}); reported on {d.name}/{r.split}, "
+        f"{config.num_images} pictures, finalists {config.final_images}); reported on {r.name or d.name}/{r.split}, "
         f"{r.num_images} pictures, {r.seeds} other seeds."
     )
 

@@ -68,7 +68,7 @@ class SearchRunner:
     def _build(self) -> None:
         c = self.config
         self.device = choose_device(None)
-        self.files = StudentFiles.find(c.student.path)
+        self.files = StudentFiles.find(c.student, self.run)
         parts = SearchParts(self.files.pipeline, self.files.run, c.steps, c.seed, c.max_candidates)
         kind = SEARCHES[c.method["name"]]
         self.search_: Search = kind(

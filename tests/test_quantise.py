@@ -112,7 +112,7 @@ def test_a_quantised_network_opens_again_exactly_and_is_smaller(
     kinds = {type(m.weight).__name__ for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     assert "Parameter" not in kinds
     model.save_pretrained(tmp_path / "saved")
-    again = UNet2DConditionModel.from_pretrained(tmp_path / "saved", torch_dtype=torch.float32)
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert torch.equal(call(again), call(model))
     assert held_bytes(again) == held_bytes(model) < held_bytes(full) / 2.5
     sizes = [sum(p.stat().st_size for p in (f).iterdir()) for f in (tmp_path / "saved", unet / "unet")]

@@ -25,7 +25,7 @@ class LCSCSettings:
     space        weights; of a LoRA also lora_factors (sum of A and sum of B) or lora_delta (sum of B A)
     rates        per checkpoint; alpha_1 = g^(K-1), alpha_i = (1-g) g^(K-i)
     num_parents, sigma, probability   of the evolution: the paper's values are not public, these are ours; sigma is a
-                 share of the population's spread and falls tenfold over the budget
+                 share of the first population's spread and falls tenfold over the budget
     metric       mwa: mean training loss since the checkpoint before, or the step
     weighting    mwa: power, w ~ loss^-p or step^p; softmax, w ~ exp(-p (loss - min) / (max - min)). MWA-style: the
                  paper's own formula could not be read
@@ -37,7 +37,7 @@ class LCSCSettings:
     rates: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 0.9, 0.95, 0.97, 0.99)
     windows: tuple[int, ...] = (2, 4, 8, 16)
     num_parents: int = Field(10, ge=2)
-    sigma: float = Field(0.1, gt=0)
+    sigma: float = Field(0.5, gt=0)
     probability: float = Field(0.5, gt=0, le=1)
     metric: Literal["loss", "step"] = "loss"
     weighting: Literal["power", "softmax"] = "power"
@@ -124,7 +124,7 @@ class LCSC(Search):
             raise UserError(
                 "fitness: no candidate of the population has a finite value; look at the student's pictures"
             )
-        spread = float(np.std([b.tolist() for b in betas]))
+        spread = float(np.std([a[1:].tolist() for a in self.starts]))
         sigma = s.sigma * spread * 0.1 ** (done / self.parts.budget)
         return {"alpha": to_alpha(child(betas, rng, sigma=sigma, probability=s.probability)).tolist()}
 
