@@ -85,7 +85,8 @@ class QSched(Search):
             )
         self.bounds = [s.c_eps] * size + [s.c_x] * size
         axes = (np.linspace(low, high, s.points) for low, high in self.bounds)
-        self.grid = list(product(*axes)) if s.strategy == "grid" else []
+        grid = product(*axes) if s.strategy == "grid" else ()
+        self.grid = [values for values in grid if self.candidate(values) != self.identity()]
         self.network: str | None = None
 
     def opened(self, subject: str, pipeline: Any) -> Any:
