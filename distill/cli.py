@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 
 def distill(arguments: list[str]) -> int:
     """distill CONFIG [--key.sub value ...] [--output_dir DIR] [--max_train_steps N] [--dry_run]"""
-    from .config import SearchConfig, load_config, read_yaml, with_overrides
+    from .config import is_search, load_config, load_search, read_yaml, with_overrides
 
     dry = "--dry_run" in arguments
     path, *rest = _with_config([a for a in arguments if a != "--dry_run"], distill)
     tree = read_yaml(path)
     if "stages" in tree:
         raise UserError(f"{path} trains a teacher in stages; use `fewstep train-teacher {path}`")
-    config = load_config(with_overrides(tree, rest))
-    if isinstance(config, SearchConfig):
-        return _search(config, dry)
+    tree = with_overrides(tree, rest)
+    if is_search(tree):
+        return _search(load_search(tree), dry)
+    config = load_config(tree)
     if dry:
         from .dry_run import describe
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint_set import CheckpointSet
-from .config import RunConfig, load_config, read_yaml
+from .config import load_config, read_yaml
 from .errors import UserError
 from .run_folder import CONFIG
 from .teacher import load_pipeline, locate
@@ -62,7 +62,7 @@ class LoRASpace(WeightSpace):
 
     def __init__(self, pipeline: Any, folder: Path, checkpoints: CheckpointSet, factors: bool):
         config = load_config(read_yaml(checkpoints.run / CONFIG))
-        if not isinstance(config, RunConfig) or config.student.kind != "lora" or config.teacher is None:
+        if config.student.kind != "lora" or config.teacher is None:
             raise UserError(f"method.space: {checkpoints.run} did not train a LoRA; use `space: weights`")
         self.factors = factors
         self.scale = config.student.lora_alpha / config.student.rank

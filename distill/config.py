@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import json
 import re
 import textwrap
@@ -269,37 +270,47 @@ def validate(cls: type, tree: Any, prefix: str = "") -> Any:
         raise UserError(_first_line(error, cls, prefix)) from None
 
 
-def load_config(tree: dict[str, Any]) -> RunConfig | SearchConfig:
+def load_config(tree: dict[str, Any]) -> RunConfig:
     """The resolved configuration; `method` becomes the settings of the method that method.name names."""
-    from .catalog import SEARCHES, settings_of
+    return _resolved(RunConfig, tree)
 
-    name = tree["method"].get("name") if isinstance(tree.get("method"), dict) else None
-    search = name in SEARCHES
-    if search:
-        check_search_keys(str(name), tree)
-    config = validate(SearchConfig if search else RunConfig, tree)
-    method = config.method
-    if not isinstance(method, dict) or not isinstance(method.get("name"), str):
-        raise UserError(f"method: {method!r} has no name; write `method: {{name: lcd}}`")
-    if isinstance(config, SearchConfig) and config.report is not None:
+
+def load_search(tree: dict[str, Any]) -> SearchConfig:
+    """As `load_config`, of a search. UserError for a key of training, and for a report on what was searched with."""
+    known, of_training = (set(inspect.signature(c).parameters) for c in (SearchConfig, RunConfig))
+    for key in tree:
+        if key in of_training - known:
+            name = tree["method"]["name"]
+            raise UserError(
+                f"{key}: belongs to training; {name} is a search and trains nothing; leave it out"
+            )
+    config: SearchConfig = _resolved(SearchConfig, tree)
+    if config.report is not None:
         d, r = config.data, config.report
         if (r.name or d.name, r.split) == (d.name, d.split):
             raise UserError(
                 f"report.split: {r.split} is what the search itself sees; report on another split"
             )
+    return config
+
+
+def is_search(tree: dict[str, Any]) -> bool:
+    """Whether method.name names a search."""
+    from .catalog import SEARCHES
+
+    return isinstance(tree.get("method"), dict) and str(tree["method"].get("name")) in SEARCHES
+
+
+def _resolved(cls: Any, tree: dict[str, Any]) -> Any:
+    from .catalog import settings_of
+
+    config = validate(cls, tree)
+    method = config.method
+    if not isinstance(method, dict) or not isinstance(method.get("name"), str):
+        raise UserError(f"method: {method!r} has no name; write `method: {{name: lcd}}`")
     rest = {k: v for k, v in method.items() if k != "name"}
     chosen = validate(settings_of(method["name"]), rest, "method.")
     return dataclasses.replace(config, method={"name": method["name"], **dataclasses.asdict(chosen)})
-
-
-def check_search_keys(name: str, tree: dict[str, Any]) -> None:
-    """UserError for a key of training."""
-    known = {f.name for f in dataclasses.fields(SearchConfig)}
-    for key in tree:
-        if key not in known and key in {f.name for f in dataclasses.fields(RunConfig)}:
-            raise UserError(
-                f"{key}: belongs to training; {name} is a search and trains nothing; leave it out"
-            )
 
 
 def as_tree(config: RunConfig | SearchConfig) -> dict[str, Any]:
@@ -310,7 +321,7 @@ def as_tree(config: RunConfig | SearchConfig) -> dict[str, Any]:
 def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     """A configuration that was written before keys were added, with those keys; itself where it no longer fits."""
     try:
-        return as_tree(load_config(tree))
+        return as_tree(load_search(tree) if is_search(tree) else load_config(tree))
     except UserError:
         return tree
 

@@ -91,7 +91,7 @@ def run_card(config: RunConfig, export: Export, step: int) -> str:
 def search_card(
     config: SearchConfig,
     pipeline: Any,
-    sampling: Mapping[str, Mapping[str, Any]],
+    sampling: dict[str, dict[str, Any]],
     notes: Sequence[tuple[str, str]],
     own: bool,
 ) -> str:
@@ -102,7 +102,7 @@ def search_card(
     options = (
         ", dtype=torch.float32" if quantised else ""
     )  # or the integer weights' network opens in bfloat16
-    export = Export(pipeline, sampling=dict(sampling))
+    export = Export(pipeline, sampling=sampling)
     rows = [
         ("method", name),
         ("student", Path(config.student.path).name),

@@ -76,6 +76,10 @@ class Search(ABC):
     def baselines(self, trials: Sequence[Trial]) -> dict[str, Candidate]:
         """What the winner is compared with, by name; all of them were proposed, or {} for the student as it is."""
 
+    def eligible(self, candidate: Candidate) -> bool:
+        """Whether it may win: a baseline may where it is one of the points that the search starts from."""
+        return True
+
     @abstractmethod
     def apply(self, pipeline: Any, candidate: Candidate) -> Any:
         """The pipeline with the candidate in it; may change it. {} is the subject as it was opened."""

@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,19 +110,20 @@ class SearchRunner:
         """The baselines, and "tuned", the best of the finalists and of them on the second noise."""
         c = self.config
         trials = self._trials(subject, "search")
-        if not ranked(trials):
-            raise UserError(
-                f"fitness: no candidate of {len(trials)} has a finite value; look at the student's pictures"
-            )
         names = self.search_.baselines(trials)
-        final = [t.candidate for t in ranked(trials)[: c.finalists]]
+        final = [t.candidate for t in ranked(trials) if self.search_.eligible(t.candidate)][: c.finalists]
         final += [b for b in names.values() if b and b not in final]
         done = self._trials(subject, "final")
         for candidate in final[len(done) :]:
             done.append(
                 Trial(candidate, self._score(subject, "final", candidate, c.final_images, 2 * c.seed + 1))
             )
-        return {**names, "tuned": (ranked(done) or ranked(trials))[0].candidate}
+        best = [t.candidate for t in (*ranked(done), *ranked(trials)) if self.search_.eligible(t.candidate)]
+        if not best:
+            raise UserError(
+                "fitness: no candidate that may win has a finite value; look at the student's pictures"
+            )
+        return {**names, "tuned": best[0]}
 
     def _score(self, subject: str, phase: str, candidate: Candidate, count: int, block: int) -> float | None:
         begun = time.perf_counter()
@@ -170,12 +172,8 @@ class SearchRunner:
             sampling = {str(self.config.steps): self.call}
             own = bool(own_code(self.files.pipeline)) or any(is_own(part) for part in parts.values())
             card = search_card(self.config, pipeline, sampling, self.search_.notes(candidate), own)
-            write_folder(
-                self.run / folder,
-                lambda into, parts=parts, sampling=sampling, card=card: write_variant(
-                    self.files.pipeline, into, parts, sampling, card
-                ),
-            )
+            fill = partial(write_variant, self.files.pipeline, parts=parts, sampling=sampling, card=card)
+            write_folder(self.run / folder, fill)
             cells.append(cell)
         return cells
 

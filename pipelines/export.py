@@ -75,7 +75,7 @@ def write_variant(
     source: Path,
     folder: Path,
     parts: Mapping[str, Any],
-    sampling: Mapping[str, Mapping[str, Any]],
+    sampling: dict[str, dict[str, Any]],
     card: str = "",
 ) -> None:
     """Fill the empty `folder` with the pipeline folder `source`, its code too, and other `parts` in place of its own.
@@ -97,7 +97,7 @@ def write_variant(
         elif (source / name / f"{named[name][0]}.py").is_file():  # the code that comes with the source
             shutil.copy(source / name / f"{named[name][0]}.py", folder / name)
     index.write_text(json.dumps(named, indent=2) + "\n")
-    write_notes(Export(None, sampling=dict(sampling)), folder, card)
+    write_notes(Export(None, sampling=sampling), folder, card)
 
 
 def copied(own: Any, folder: Path) -> list[str]:

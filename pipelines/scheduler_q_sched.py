@@ -30,6 +30,10 @@ class QSchedMixin:
     """
 
     upcast = False  # whether the base class takes its state to float32
+    config: Any
+    timesteps: Any
+    step_index: Any
+    _init_step_index: Any
 
     def coefficients(self, name: str) -> list[float]:
         """c_x or c_eps of every step of the current timesteps. Raises ValueError on another number of them."""
@@ -50,10 +54,17 @@ class QSchedMixin:
         return self.step_index
 
 
-def q_sched(base: type, upcast: bool = False) -> Any:
+def by_time(self: Any, timestep: Any) -> int:
+    """`QSchedMixin.position` of a scheduler that does not count its steps."""
+    where = self.timesteps == torch.as_tensor(timestep, device=self.timesteps.device)
+    return int(where.nonzero()[0])
+
+
+def q_sched(base: Any, **members: Any) -> Any:
     """The subclass of a scheduler class with `c_eps` and `c_x` in its configuration, beside the base's own keys.
 
     It repeats the signatures of the base: diffusers reads from them what a configuration holds and a call takes.
+    members: what of QSchedMixin is otherwise for this base
     """
     signature = inspect.signature(base.__init__)
     extra = [
@@ -64,10 +75,10 @@ def q_sched(base: type, upcast: bool = False) -> Any:
     ]
     own = signature.replace(parameters=[*signature.parameters.values(), *extra])
 
-    def __init__(self, *args, **kwargs):
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, *args, **{k: v for k, v in kwargs.items() if k not in ("c_eps", "c_x")})
 
-    __init__.__signature__ = own
+    initialise.__signature__ = own  # type: ignore[attr-defined]
 
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self, *args, **kwargs):
@@ -82,15 +93,14 @@ def q_sched(base: type, upcast: bool = False) -> Any:
         x, output = self.coefficients("c_x")[i] * sample, self.coefficients("c_eps")[i] * model_output
         return base.step(self, output, timestep, x, *args, **kwargs)
 
-    members = {
+    own_members = {
         "__module__": __name__,
         "__doc__": f"{base.__name__} with the coefficients of QSchedMixin.",
-        "__init__": register_to_config(__init__),
+        "__init__": register_to_config(initialise),
         "set_timesteps": set_timesteps,
         "step": step,
-        "upcast": upcast,
     }
-    return type(f"QSched{base.__name__}", (QSchedMixin, base), members)
+    return type(f"QSched{base.__name__}", (QSchedMixin, base), {**own_members, **members})
 
 
 QSchedTCDScheduler = q_sched(TCDScheduler)
@@ -100,14 +110,7 @@ QSchedEulerDiscreteScheduler = q_sched(EulerDiscreteScheduler, upcast=True)
 QSchedEulerAncestralDiscreteScheduler = q_sched(EulerAncestralDiscreteScheduler, upcast=True)
 QSchedFlowMatchEulerDiscreteScheduler = q_sched(FlowMatchEulerDiscreteScheduler, upcast=True)
 
-
-class QSchedDDIMScheduler(q_sched(DDIMScheduler)):
-    """DDIMScheduler with the coefficients of QSchedMixin."""
-
-    def position(self, timestep: Any) -> int:
-        where = self.timesteps == torch.as_tensor(timestep, device=self.timesteps.device)
-        return int(where.nonzero()[0])
-
+QSchedDDIMScheduler = q_sched(DDIMScheduler, position=by_time)
 
 BASES: dict[type, Any] = {
     TCDScheduler: QSchedTCDScheduler,

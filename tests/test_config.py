@@ -9,7 +9,9 @@ from fewstep.distill.config import (
     LORA_TARGETS,
     RunConfig,
     as_tree,
+    is_search,
     load_config,
+    load_search,
     numbers,
     read_yaml,
     with_defaults,
@@ -159,5 +161,6 @@ def test_every_ready_configuration_of_a_run_is_valid() -> None:
     seen = [p for p in sorted(configs.rglob("*.yaml")) if "method" in read_yaml(p)]
     assert len(seen) >= 4
     for path in seen:
-        c = load_config(read_yaml(path))
+        tree = read_yaml(path)
+        c = load_search(tree) if is_search(tree) else load_config(tree)
         assert c.output_dir.startswith("runs/"), path

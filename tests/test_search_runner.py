@@ -13,8 +13,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from fewstep.distill import search_runner as module
+from fewstep.distill.checkpoint_set import CheckpointSet
 from fewstep.distill.cli import main
-from fewstep.distill.config import load_config
+from fewstep.distill.config import load_search
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics.evaluate import open_source
 from fewstep.distill.search_runner import SearchRunner
@@ -62,7 +63,7 @@ def pictures(folder: Path, block: int = 5) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def searched(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("search") / "run"
-    SearchRunner(load_config(tree(tiny_pipeline, run))).search()
+    SearchRunner(load_search(tree(tiny_pipeline, run))).search()
     return run
 
 
@@ -89,7 +90,7 @@ def test_the_export_is_the_best_of_the_finalists(searched: Path, tiny_pipeline: 
     assert (
         "trust_remote_code=True" in card and f"| c_x | {best['c_x'][0]:.4f}, {best['c_x'][1]:.4f} |" in card
     )
-    again = SearchRunner(load_config(tree(tiny_pipeline, tmp_path / "run")))
+    again = SearchRunner(load_search(tree(tiny_pipeline, tmp_path / "run")))
     again._build()
     again.source = again._open("full")
     again.source.pipe = again.search_.apply(again.source.pipe, best)
@@ -104,16 +105,16 @@ def pictures_of_the_student(folder: Path) -> torch.Tensor:
 
 
 def test_a_second_search_is_the_same(searched: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
-    SearchRunner(load_config(tree(tiny_pipeline, tmp_path / "run"))).search()
+    SearchRunner(load_search(tree(tiny_pipeline, tmp_path / "run"))).search()
     assert timeless(tmp_path / "run") == timeless(searched)
     other = tree(tiny_pipeline, tmp_path / "other", seed=1)
-    SearchRunner(load_config(other)).search()
+    SearchRunner(load_search(other)).search()
     assert [r["fitness"] for r in rows(tmp_path / "other")] != [r["fitness"] for r in rows(searched)]
 
 
 def test_a_candidate_has_the_same_noise_whatever_was_before(searched: Path, tiny_pipeline: Path) -> None:
     """Common random numbers, and batches of 3 against 4."""
-    runner = SearchRunner(load_config(tree(tiny_pipeline, searched / "none", batch_size=4)))
+    runner = SearchRunner(load_search(tree(tiny_pipeline, searched / "none", batch_size=4)))
     runner._build()
     runner.source = runner._open("full")
     row = rows(searched)[3]
@@ -135,7 +136,7 @@ def test_a_cut_search_goes_on_to_the_same_end(
     (run / "config.yaml").write_text(config)
     lines = (searched / "log.jsonl").read_text().splitlines(keepends=True)
     (run / "log.jsonl").write_text("".join(lines[:kept]) + lines[kept][:20])  # the last was cut short
-    SearchRunner(load_config(tree(tiny_pipeline, run))).search()
+    SearchRunner(load_search(tree(tiny_pipeline, run))).search()
     assert timeless(run) == timeless(searched)
     assert rows(run)[:kept] == rows(searched)[:kept]  # their seconds too: not scored again
 
@@ -163,7 +164,7 @@ def test_finished_changed_and_training_keys(
 def test_an_interrupt_stops_after_the_candidate_and_resumes(
     searched: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = SearchRunner(load_config(tree(tiny_pipeline, tmp_path / "run")))
+    runner = SearchRunner(load_search(tree(tiny_pipeline, tmp_path / "run")))
     score, calls = runner._score, []
 
     def interrupted(*arguments: Any) -> Any:
@@ -176,7 +177,7 @@ def test_an_interrupt_stops_after_the_candidate_and_resumes(
     with pytest.raises(KeyboardInterrupt):
         runner.search()
     assert len(rows(tmp_path / "run")) == 2 and not runner.finished()
-    SearchRunner(load_config(tree(tiny_pipeline, tmp_path / "run"))).search()
+    SearchRunner(load_search(tree(tiny_pipeline, tmp_path / "run"))).search()
     assert timeless(tmp_path / "run") == timeless(searched)
 
 
@@ -184,7 +185,7 @@ def test_pictures_that_are_not_finite_lose(tiny_pipeline: Path, tmp_path: Path) 
     """c_x of 1e30 overflows; the search goes on, and the candidate is not chosen."""
     method = {"name": "q_sched", "quantisation": None, "family": "constant", "points": 2, "c_x": [0.9, 1e38],
               "c_eps": [1.0, 1e38]}  # fmt: skip
-    SearchRunner(load_config(tree(tiny_pipeline, tmp_path / "run", method=method))).search()
+    SearchRunner(load_search(tree(tiny_pipeline, tmp_path / "run", method=method))).search()
     log = rows(tmp_path / "run")
     assert any(r["fitness"] is None for r in log[:5]) and log[0]["fitness"] is not None
     config = json.loads((tmp_path / "run" / "pipeline" / "scheduler" / "scheduler_config.json").read_text())
@@ -197,7 +198,7 @@ def test_report_and_cells(tiny_pipeline: Path, tmp_path: Path) -> None:
     method = {"name": "q_sched", "quantisation": "w4a8", "family": "constant", "points": 1, "c_x": [0.8, 0.8]}
     report = {"split": "holdout", "holdout": None, "num_images": 7, "seeds": 2}
     config = tree(tiny_pipeline, run, method=method, max_candidates=2, report=report)
-    text = SearchRunner(load_config(config)).search()
+    text = SearchRunner(load_search(config)).search()
     names = ["quantised-tuned", "quantised-identity", "full-tuned", "full-identity"]
     record = json.loads((run / "report.json").read_text())
     assert (
@@ -230,8 +231,8 @@ def test_report_and_cells(tiny_pipeline: Path, tmp_path: Path) -> None:
 
 def test_a_search_may_not_report_on_its_own_split(tiny_pipeline: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"report\.split: score is what the search itself sees"):
-        load_config(tree(tiny_pipeline, tmp_path, report={"split": "score"}))
-    load_config(tree(tiny_pipeline, tmp_path, report={"split": "score", "name": "emoji-twemoji"}))
+        load_search(tree(tiny_pipeline, tmp_path, report={"split": "score"}))
+    load_search(tree(tiny_pipeline, tmp_path, report={"split": "score", "name": "emoji-twemoji"}))
 
 
 def test_noise_of_the_search_is_no_noise_of_a_report() -> None:
@@ -264,14 +265,12 @@ def test_lcsc_from_a_run_folder(trained: Path, tmp_path: Path) -> None:
     method = {"name": "lcsc", "rates": [0.5], "sigma": 1.0}
     config = tree(trained, run, method=method, max_candidates=8, num_images=6,
                   report={"split": "holdout", "holdout": None, "num_images": 6, "seeds": 2})  # fmt: skip
-    SearchRunner(load_config(config)).search()
+    SearchRunner(load_search(config)).search()
     record = json.loads((run / "report.json").read_text())
     assert [c["name"] for c in record["cells"]] == ["tuned", "student", "last", "uniform", "ema"]
     final = [r for r in rows(run) if r["phase"] == "final"]
     best = max(final, key=lambda r: r["fitness"])["candidate"]["alpha"]
     exported = DiffusionPipeline.from_pretrained(run / "pipeline").unet.state_dict()
-    from fewstep.distill.checkpoint_set import CheckpointSet
-
     sets = CheckpointSet.of(trained)
     for name in ("conv_in.weight", "mid_block.resnets.0.norm1.bias"):
         expected = sum(
@@ -284,6 +283,25 @@ def test_lcsc_from_a_run_folder(trained: Path, tmp_path: Path) -> None:
     assert len(record["verdicts"]) == 4 and record["verdicts"][0].startswith(
         "student-tuned against student-student"
     )
+
+
+def test_mwa_is_none_of_the_means_that_it_is_compared_with(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    method = {"name": "lcsc", "family": "mwa", "metric": "step", "penalties": [1.0, 2.0]}
+    SearchRunner(load_search(tree(trained, run, method=method, finalists=1))).search()
+    (search,), final = (
+        [r for r in rows(run) if r["step"] == 4],
+        [r for r in rows(run) if r["phase"] == "final"],
+    )
+    assert search["phase"] == "search" and len(rows(run)) == 4 + 3
+    assert final[0]["candidate"]["alpha"] in (
+        [0.1, 0.2, 0.3, 0.4],
+        pytest.approx([1 / 30, 4 / 30, 9 / 30, 16 / 30]),
+    )
+    exported = DiffusionPipeline.from_pretrained(run / "pipeline").unet.state_dict()["conv_in.bias"]
+    alpha = final[0]["candidate"]["alpha"]
+    sets = CheckpointSet.of(trained)
+    torch.testing.assert_close(exported, sets.combined("student.denoiser.network.conv_in.bias", alpha))
 
 
 def test_exports_open_without_this_project(searched: Path) -> None:

@@ -136,6 +136,10 @@ class LCSC(Search):
             names |= {"ema": averages[0].candidate} if averages else {}
         return names
 
+    def eligible(self, candidate: Candidate) -> bool:
+        plain = [start.tolist() for start in self.starts[:2]]
+        return self.settings.family == "evolution" or candidate["alpha"] not in plain
+
     def apply(self, pipeline: Any, candidate: Candidate) -> Any:
         self.space.load(np.array(candidate["alpha"]) if candidate else None)
         return pipeline
