@@ -126,6 +126,23 @@ def test_identity_is_the_stock_class(base: type, dtype: torch.dtype) -> None:
 
 
 @BASES
+def test_bfloat16_states_are_scaled_in_the_precision_of_the_base(base: type) -> None:
+    """Euler and flow matching take the state to float32, there it is scaled; the others scale in bfloat16."""
+    x, output = torch.randn(1, 1, 4, 8).bfloat16(), torch.randn(1, 1, 4, 8).bfloat16()
+    tuned, stock = build(base, c_eps=[0.9], c_x=[1.1]), build(base)
+    out = []
+    for scheduler, state, e in (
+        (tuned, x, output),
+        (stock, 1.1 * (x.float() if tuned.upcast else x), 0.9 * output),
+    ):
+        scheduler.set_timesteps(4)
+        torch.manual_seed(0)
+        out.append(scheduler.step(e, scheduler.timesteps[0], state, return_dict=False)[0])
+    assert tuned.upcast == ("Euler" in base.__name__)
+    assert torch.equal(out[0], out[1])
+
+
+@BASES
 def test_saved_and_opened_again(base: type, tmp_path: Path) -> None:
     tuned = build(base, c_eps=C_EPS, c_x=C_X)
     expected = sample(tuned)
