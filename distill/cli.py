@@ -10,12 +10,13 @@ from .errors import UserError
 from .metrics.commands import prepare_data_command, verify_metrics_command
 
 if TYPE_CHECKING:
-    from .config import SearchConfig
+    from .search_config import SearchConfig
 
 
 def distill(arguments: list[str]) -> int:
     """distill CONFIG [--key.sub value ...] [--output_dir DIR] [--max_train_steps N] [--dry_run]"""
-    from .config import is_search, load_config, load_search, read_yaml, with_overrides
+    from .config import load_config, read_yaml, with_overrides
+    from .search_config import is_search, load_search
 
     dry = "--dry_run" in arguments
     path, *rest = _with_config([a for a in arguments if a != "--dry_run"], distill)

@@ -10,7 +10,8 @@ import torch
 
 from ..pipelines.export import Export, is_own
 from .checkpoint import write_file
-from .config import RunConfig, SearchConfig
+from .config import RunConfig
+from .search_config import SearchConfig
 
 
 def loading_lines(

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from .catalog import SEARCHES
-from .config import SearchConfig
 from .dry_run import gib, missing_data
 from .metrics.compare import size_of
 from .metrics.lite_minilm import SHIPPED
 from .search import SearchParts
+from .search_config import SearchConfig
 from .student_folder import located
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import write_file
-from .config import SearchConfig
 from .fitness import balance
 from .metrics.compare import kind_of, size_of
 from .metrics.evaluate import evaluate
@@ -16,6 +15,7 @@ from .metrics.table import by_column, markdown, protocol_notes
 from .model_card import markdown as plain_table
 from .model_card import with_scores
 from .search import Candidate, Search
+from .search_config import SearchConfig
 
 
 @dataclass(frozen=True)

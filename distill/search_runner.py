@@ -15,7 +15,6 @@ from tqdm import tqdm
 from ..pipelines.export import is_own, write_variant
 from .catalog import SEARCHES
 from .checkpoint import write_folder
-from .config import SearchConfig
 from .draws import mix
 from .errors import UserError
 from .fitness import Fitness
@@ -27,6 +26,7 @@ from .model_card import search_card
 from .quantise import held_bytes
 from .run_folder import LOG, RunFolder
 from .search import Candidate, Search, SearchParts, Trial, ranked
+from .search_config import SearchConfig
 from .search_report import Cell, report
 from .student_folder import StudentFiles
 

@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .checkpoint import write_folder
-from .config import StudentFolder
 from .errors import UserError
+from .search_config import StudentFolder
 from .teacher import EMBEDDED
 
 

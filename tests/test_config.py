@@ -9,15 +9,14 @@ from fewstep.distill.config import (
     LORA_TARGETS,
     RunConfig,
     as_tree,
-    is_search,
     load_config,
-    load_search,
     numbers,
     read_yaml,
     with_defaults,
     with_overrides,
 )
 from fewstep.distill.errors import UserError
+from fewstep.distill.search_config import is_search, load_search
 
 TREE: dict[str, Any] = {
     "output_dir": "run",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fewstep.distill import fitness as module
-from fewstep.distill.config import FitnessSettings, SearchDataSettings, validate
+from fewstep.distill.config import validate
 from fewstep.distill.errors import UserError
 from fewstep.distill.fitness import Fitness, balance, realism
 from fewstep.distill.metrics.image_text import pair_cosines
@@ -15,6 +15,7 @@ from fewstep.distill.metrics.kid import kid
 from fewstep.distill.metrics.manifold import radii
 from fewstep.distill.metrics.reference import reference
 from fewstep.distill.metrics.scorers import make_scorer
+from fewstep.distill.search_config import FitnessSettings, SearchDataSettings
 from torch import Tensor
 
 DATA = SearchDataSettings(name="emoji-noto", split="score")

@@ -123,6 +123,13 @@ def test_held_bytes_of_a_plain_module() -> None:
     assert held_bytes(nn.Linear(3, 5)) == 4 * (15 + 5)
 
 
+def test_held_bytes_of_integers() -> None:
+    """Of 24 x 64 weights at 4 bits: a byte each, a float32 scale and a zero point of a byte for every 32 of them."""
+    layer = nn.Linear(64, 24, bias=False)
+    layer.weight = nn.Parameter(Scheme(4, True).converted(layer.weight), requires_grad=False)
+    assert held_bytes(layer) == 24 * 64 + 24 * 2 * (4 + 1)
+
+
 def test_layers_that_no_group_fits() -> None:
     assert unfit(nn.ModuleDict({"a": nn.Linear(64, 2), "b": nn.Linear(48, 2)})) == ["b"]
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, TCDScheduler
 from fewstep.distill.cli import main
-from fewstep.distill.config import StudentFolder, load_search, read_yaml
+from fewstep.distill.config import read_yaml
 from fewstep.distill.errors import UserError
+from fewstep.distill.search_config import StudentFolder, load_search
 from fewstep.distill.search_plan import describe
 from fewstep.distill.student_folder import StudentFiles, located
 from safetensors.torch import save_file

@@ -15,9 +15,9 @@ from diffusers import DiffusionPipeline
 from fewstep.distill import search_runner as module
 from fewstep.distill.checkpoint_set import CheckpointSet
 from fewstep.distill.cli import main
-from fewstep.distill.config import load_search
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics.evaluate import open_source
+from fewstep.distill.search_config import load_search
 from fewstep.distill.search_runner import SearchRunner
 from safetensors.torch import save_file
 
