@@ -27,6 +27,11 @@ def test_one_hot_is_that_checkpoint_bit_for_bit(tmp_path: Path, dtype: torch.dty
     assert torch.equal(checkpoints.combined("ids", [0.25] * 4), torch.tensor([7]))
 
 
+def test_integers_are_the_last_ones(tmp_path: Path) -> None:
+    checkpoints = write(tmp_path, [{"ids": torch.tensor([i, 2])} for i in (3, 9)])
+    assert checkpoints.combined("ids", [0.5, 0.5]).tolist() == [9, 2]
+
+
 def test_uniform_is_the_mean_and_ema_the_fold(tmp_path: Path) -> None:
     sets = [{"w": torch.randn(40)} for _ in range(5)]
     checkpoints = write(tmp_path, sets)

@@ -123,6 +123,10 @@ def test_a_candidate_has_the_same_noise_whatever_was_before(searched: Path, tiny
         row["fitness"]
     )
     assert not torch.equal(runner._pictures(4, 0), runner._pictures(4, 1))
+    final = next(r for r in rows(searched) if r["phase"] == "final")
+    runner.source.pipe = runner.search_.apply(runner.source.pipe, final["candidate"])
+    scored = runner.fitness(runner._pictures(6, 1), runner._captions(6))["fitness"]
+    assert scored == pytest.approx(final["fitness"])  # other noise than the search's
 
 
 @pytest.mark.parametrize("kept", [0, 3, 5, 6])
