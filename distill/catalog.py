@@ -8,8 +8,10 @@ from .methods.base import Method
 from .methods.dmd2 import DMD2
 from .methods.ict import ICT
 from .methods.lcd import LCD
+from .methods.lcsc import LCSC
 from .methods.lct import LCT
 from .methods.meanflow import MeanFlow
+from .methods.q_sched import QSched
 from .methods.rcm import RCM
 from .methods.rg_lcd import RGLCD
 from .methods.scott import SCott
@@ -17,6 +19,7 @@ from .pretrain.autoencoder import Autoencoder
 from .pretrain.diffusion import Diffusion
 from .pretrain.edm import EDMTraining
 from .pretrain.text_encoder import TextEncoder
+from .search import Search
 
 METHODS: dict[str, type[Method]] = {
     "lcd": LCD,
@@ -33,13 +36,18 @@ METHODS: dict[str, type[Method]] = {
     "text_encoder": TextEncoder,
 }
 
+SEARCHES: dict[str, type[Search]] = {
+    "q_sched": QSched,
+    "lcsc": LCSC,
+}
+
 
 def method_named(name: str) -> type[Method]:
     if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(str(name), [*METHODS, *SEARCHES], n=1, cutoff=0.0)[0]
         raise UserError(f"method.name: there is no method {name!r}; the nearest is {near}")
     return METHODS[name]
 
 
 def settings_of(name: str) -> type[Any]:
-    return method_named(name).Settings
+    return SEARCHES[name].Settings if name in SEARCHES else method_named(name).Settings

@@ -4,22 +4,29 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .errors import UserError
 from .metrics.commands import prepare_data_command, verify_metrics_command
+
+if TYPE_CHECKING:
+    from .search_config import SearchConfig
 
 
 def distill(arguments: list[str]) -> int:
     """distill CONFIG [--key.sub value ...] [--output_dir DIR] [--max_train_steps N] [--dry_run]"""
     from .config import load_config, read_yaml, with_overrides
+    from .search_config import is_search, load_search
 
     dry = "--dry_run" in arguments
     path, *rest = _with_config([a for a in arguments if a != "--dry_run"], distill)
     tree = read_yaml(path)
     if "stages" in tree:
         raise UserError(f"{path} trains a teacher in stages; use `fewstep train-teacher {path}`")
-    config = load_config(with_overrides(tree, rest))
+    tree = with_overrides(tree, rest)
+    if is_search(tree):
+        return _search(load_search(tree), dry)
+    config = load_config(tree)
     if dry:
         from .dry_run import describe
 
@@ -34,6 +41,22 @@ def distill(arguments: list[str]) -> int:
         )
         return 0
     runner.train()
+    return 0
+
+
+def _search(config: "SearchConfig", dry: bool) -> int:
+    if dry:
+        from .search_plan import describe
+
+        print(describe(config))
+        return 0
+    from .search_runner import SearchRunner
+
+    runner = SearchRunner(config)
+    if runner.finished():
+        print(f"{config.output_dir} is finished: searched and exported; nothing was changed")
+        return 0
+    print(runner.search())
     return 0
 
 

@@ -199,9 +199,14 @@ def validate(cls: type, tree: Any, prefix: str = "") -> Any:
 
 def load_config(tree: dict[str, Any]) -> RunConfig:
     """The resolved configuration; `method` becomes the settings of the method that method.name names."""
+    return resolved(RunConfig, tree)
+
+
+def resolved(cls: Any, tree: dict[str, Any]) -> Any:
+    """The configuration of class `cls`, `method` with the settings of the one that it names."""
     from .catalog import settings_of
 
-    config = validate(RunConfig, tree)
+    config = validate(cls, tree)
     method = config.method
     if not isinstance(method, dict) or not isinstance(method.get("name"), str):
         raise UserError(f"method: {method!r} has no name; write `method: {{name: lcd}}`")
@@ -210,15 +215,17 @@ def load_config(tree: dict[str, Any]) -> RunConfig:
     return dataclasses.replace(config, method={"name": method["name"], **dataclasses.asdict(chosen)})
 
 
-def as_tree(config: RunConfig) -> dict[str, Any]:
+def as_tree(config: Any) -> dict[str, Any]:
     """Plain lists, dicts and numbers, every default written out."""
-    return TypeAdapter(RunConfig).dump_python(config, mode="json")
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
 def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     """A configuration that was written before keys were added, with those keys; itself where it no longer fits."""
+    from .search_config import is_search, load_search
+
     try:
-        return as_tree(load_config(tree))
+        return as_tree(load_search(tree) if is_search(tree) else load_config(tree))
     except UserError:
         return tree
 

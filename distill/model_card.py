@@ -11,16 +11,22 @@ import torch
 from ..pipelines.export import Export, is_own, own_parts
 from .checkpoint import write_file
 from .config import RunConfig
+from .search_config import SearchConfig
 
 
-def loading_lines(export: Export, folder: str = "pipeline") -> str:
-    """Python that opens the export with plain diffusers and samples with its own arguments."""
-    own = is_own(export.model) or own_parts(export.model)
+def loading_lines(
+    export: Export, folder: str = "pipeline", *, own: bool | None = None, options: str = ""
+) -> str:
+    """Python that opens the export with plain diffusers and samples with its own arguments.
+
+    own: whether the folder holds code; None: whether a class of it is ours. options: further arguments
+    """
+    own = bool(is_own(export.model) or own_parts(export.model)) if own is None else own
     note = "  # the .py files in the folder" if own else ""
     trust = ", trust_remote_code=True" if own else ""
     return (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{folder}"{trust}){note}\n'
+        f'pipe = DiffusionPipeline.from_pretrained("{folder}"{options}{trust}){note}\n'
         f"{sampling_line(export)}\n"
     )
 
@@ -82,6 +88,51 @@ def run_card(config: RunConfig, export: Export, step: int) -> str:
         out += ["```python\n" + loading_lines(export) + "```\n", "## Steps\n", steps_table(export.sampling)]
     out += ["## Training\n", training_table(config, step)]
     return "\n".join(out)
+
+
+def search_card(
+    config: SearchConfig,
+    pipeline: Any,
+    sampling: dict[str, dict[str, Any]],
+    notes: Sequence[tuple[str, str]],
+    own: bool,
+) -> str:
+    """The card of a pipeline that a search found; own: whether its folder holds code."""
+    name = config.method["name"]
+    parts = pipeline.components.values()
+    quantised = any(getattr(part, "hf_quantizer", None) is not None for part in parts)
+    options = (
+        ", dtype=torch.float32" if quantised else ""
+    )  # or the integer weights' network opens in bfloat16
+    export = Export(pipeline, sampling=sampling)
+    rows = [
+        ("method", name),
+        ("student", Path(config.student.path).name),
+        ("found for", f"{config.steps} network evaluations; for no other number"),
+        *notes,
+        ("searched on", f"{config.data.name}, split {config.data.split}, seed {config.seed}"),
+        ("fitness", fitness_line(config)),
+        ("made with", f"torch {torch.__version__}, diffusers {diffusers.__version__}"),
+    ]
+    out = [
+        "---\nlibrary_name: diffusers\ntags: [fewstep, few-step]\n---\n",
+        f"# {type(pipeline).__name__} found by fewstep ({name})\n",
+        "```python\n" + loading_lines(export, own=own, options=options) + "```\n",
+        *(["Its integer weights need torchao: `pip install torchao`.\n"] if quantised else []),
+        "## Steps\n",
+        steps_table(sampling),
+        "## Search\n",
+        markdown(("what", "value"), rows),
+    ]
+    return "\n".join(out)
+
+
+def fitness_line(config: SearchConfig) -> str:
+    f = config.fitness
+    if f.kind == "kid":
+        return f"KID ({f.extractor}) to {config.data.split}, lower is better"
+    text = f"log({f.text})" if f.log_text else f.text
+    return f"{text} + {f.weight:g} x {f.quality}"
 
 
 def training_table(config: RunConfig, step: int) -> str:

@@ -9,6 +9,7 @@ import yaml
 from .checkpoint import write_file, writing
 from .config import RunConfig, as_tree, read_yaml, with_defaults
 from .errors import UserError
+from .search_config import SearchConfig
 
 CONFIG, LOG, EXPORTED = "config.yaml", "log.jsonl", "exported.json"
 # Keys that may differ when a run is taken up again: they do not touch its weights.
@@ -19,7 +20,7 @@ FREE_KEYS = {
 
 
 class RunFolder:
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig | SearchConfig):
         self.config, self.path = config, Path(config.output_dir)
 
     def compare_config(self) -> None:
@@ -67,6 +68,8 @@ class RunFolder:
             return False
         exported = json.loads(record.read_text())
         whole = all((self.path / name).is_dir() for name in exported["folders"])
+        if isinstance(self.config, SearchConfig):  # exports at its end alone
+            return whole
         wanted = "pipeline" in exported["folders"] or not self.config.student.export_fused
         return exported["step"] >= self.config.max_train_steps and whole and wanted
 

@@ -78,6 +78,35 @@ def write_export(export: Export, folder: Path, card: str = "") -> None:
     write_notes(export, folder, card)
 
 
+def write_variant(
+    source: Path,
+    folder: Path,
+    parts: Mapping[str, Any],
+    sampling: dict[str, dict[str, Any]],
+    card: str = "",
+) -> None:
+    """Fill the empty `folder` with the pipeline folder `source`, its code too, and other `parts` in place of its own.
+
+    A part whose class is ours takes its file along; the stock pipeline around it then needs trust_remote_code=True.
+    """
+    gone = {*parts, "README.md", "sampling.json"}
+
+    def left_out(path: str, names: list[str]) -> set[str]:
+        return gone & set(names) if Path(path) == source else set()
+
+    shutil.copytree(source, folder, ignore=left_out, dirs_exist_ok=True)
+    index = folder / "model_index.json"
+    named = json.loads(index.read_text())
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+        if is_own(part):
+            named[name] = copied(part, folder / name)
+        elif (source / name / f"{named[name][0]}.py").is_file():  # the code that comes with the source
+            shutil.copy(source / name / f"{named[name][0]}.py", folder / name)
+    index.write_text(json.dumps(named, indent=2) + "\n")
+    write_notes(Export(None, sampling=sampling), folder, card)
+
+
 def copied(own: Any, folder: Path) -> list[str]:
     """Puts the file of an object's class into `folder`; module and class, as model_index.json names them."""
     source = Path(inspect.getfile(type(own)))

@@ -16,6 +16,7 @@ from fewstep.distill.config import (
     with_overrides,
 )
 from fewstep.distill.errors import UserError
+from fewstep.distill.search_config import is_search, load_search
 
 TREE: dict[str, Any] = {
     "output_dir": "run",
@@ -159,5 +160,6 @@ def test_every_ready_configuration_of_a_run_is_valid() -> None:
     seen = [p for p in sorted(configs.rglob("*.yaml")) if "method" in read_yaml(p)]
     assert len(seen) >= 4
     for path in seen:
-        c = load_config(read_yaml(path))
+        tree = read_yaml(path)
+        c = load_search(tree) if is_search(tree) else load_config(tree)
         assert c.output_dir.startswith("runs/"), path

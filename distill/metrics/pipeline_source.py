@@ -24,6 +24,10 @@ QUANTISATION = "uint8, pipeline output in [0, 1] times 255, rounded and clipped"
 KEYWORDS = {"caption": "prompt", "class": "class_labels"}
 
 
+class NotFinite(UserError):
+    """Pictures that hold NaN or infinity."""
+
+
 class PipelineSource(Source):
     """A pipeline folder or hub id; each picture has its own seed, whatever the batch size."""
 
@@ -140,7 +144,7 @@ class PipelineSource(Source):
             kind = type(self.pipe).__name__
             raise UserError(f"{self.name}: {kind} gives neither RGB nor grey pictures; nothing to score")
         if not images.isfinite().all():
-            raise UserError(
+            raise NotFinite(
                 f"{self.name}: the pictures hold NaN or infinity; its weights or precision are unfit"
             )
         self.grey = images.shape[1] == 1
