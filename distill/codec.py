@@ -7,10 +7,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch import Tensor
 
-from .config import AutoencoderSettings
 from .draws import Draws
 from .errors import UserError
 from .frozen import move_frozen
+from .settings import AutoencoderSettings
 
 # As published in its config.json; scaling_factor is AutoencoderKL's default, 0.18215.
 SD_VAE: dict[str, Any] = {

@@ -6,73 +6,19 @@ import json
 import re
 import textwrap
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from .errors import UserError
-
-settings = partial(dataclass, frozen=True, config=ConfigDict(extra="forbid"))
+from .settings import AutoencoderSettings, StudentSettings, TeacherSettings, settings
 
 Precision = Annotated[
     Literal["no", "fp16", "bf16"],
     BeforeValidator(lambda value: "no" if value is False else value),  # YAML reads a bare no as false
 ]
-
-Norm = Literal["non_scaling", "non_scaling_last", "layer", "rms", "non_scaling_group", "non_scaling_instance"]
-
-LORA_TARGETS = (
-    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
-    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
-)  # fmt: skip
-
-
-@settings
-class TeacherSettings:
-    """path: an embedded teacher's name, a diffusers pipeline folder, or a hub id."""
-
-    path: str
-    variant: str | None = None
-    revision: str | None = None
-
-
-@settings
-class AutoencoderSettings:
-    """path: a folder of AutoencoderKL or a hub id; subfolder: where it stands in a pipeline's folder."""
-
-    path: str
-    subfolder: str | None = None
-    revision: str | None = None
-
-
-@settings
-class StudentSettings:
-    """kind: all weights, or a LoRA on the teacher's network (LCM-LoRA, arXiv 2311.05556: rank 64, alpha 64).
-    export_fused: beside lora/ also a pipeline/ with the LoRA added to the weights; a full student has its pipeline.
-
-    init     where a method allows both: the teacher's weights, or new ones
-    network  architecture of new weights: a diffusers model's arguments and its `_class_name` (UNet2DModel where there
-             is none; TwoTimeDiT is ours); null for the teacher's architecture
-    dropout  of the residual blocks while training; null for what the architecture says
-    target_modules  of the LoRA; the default is a U-Net's, in place of which a transformer takes its attention's layers
-    norm     of new weights, in place of the architecture's: those of pipelines/unet_norms.py, which tie a UNet to its
-             resolution
-    """
-
-    kind: Literal["full", "lora"] = "full"
-    init: Literal["teacher", "scratch"] = "teacher"
-    network: dict[str, Any] | None = None
-    dropout: float | None = Field(None, ge=0, lt=1)
-    norm: Norm | None = None
-    rank: int = Field(64, ge=1)
-    lora_alpha: int = Field(64, ge=1)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] = LORA_TARGETS
-    export_fused: bool = True
 
 
 @settings

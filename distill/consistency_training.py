@@ -13,7 +13,6 @@ from ..pipelines.export import Export, in_float32
 from ..pipelines.pipeline_class_latent_cm import ClassLatentCMPipeline
 from ..pipelines.pipeline_latent_cm import LatentCMPipeline
 from .condition import Condition
-from .config import settings
 from .consistency import ConsistencyFunction, edm_boundary
 from .curriculum import Curriculum, doubling, draw_pairs, lognormal_bins, scheduled_decay, square_root
 from .denoiser import Denoiser, DenoiserView, seen_in
@@ -23,6 +22,7 @@ from .errors import UserError
 from .generator import Generator, fresh_from, seeded
 from .methods.base import Batch, Method, Parts, Progress
 from .process import EDM
+from .settings import settings
 from .space import PixelSpace, Space, space_of
 from .student import Student, new_denoiser, renewed
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .condition import Condition
-from .config import LORA_TARGETS
 from .denoiser import Denoiser
+from .settings import LORA_TARGETS
 
 DECODER = "up_blocks"
 

@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from ..pipelines.pipeline_edm import EDMPipeline
-from .config import TeacherSettings
 from .errors import UserError
 from .families import FAMILIES
 from .published_teachers import KNOWN_TEACHERS, Architecture
+from .settings import TeacherSettings
 from .teacher import EMBEDDED, KNOWN_CLASSES, LatentTeacher, PixelTeacher, Teacher, class_of, locate
 
 WEIGHTS = (".safetensors", ".bin")

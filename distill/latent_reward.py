@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .config import settings
 from .errors import UserError
+from .settings import settings
 
 MAX_LOGIT_SCALE = 100.0
 

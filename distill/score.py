@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from .condition import Condition
-from .config import StudentSettings
 from .denoiser import Denoiser, Prediction, seen_in
 from .discriminator import no_recomputation
 from .draws import Draws
 from .process import NoiseProcess, TrigFlow, per_sample
+from .settings import StudentSettings
 from .student import Student
 
 

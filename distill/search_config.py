@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from .config import RunConfig, resolved, settings
+from .config import RunConfig, resolved
 from .errors import UserError
+from .settings import settings
 
 
 @settings

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ..pipelines.transformer_two_time import TwoTimeDiT
 from ..pipelines.unet_norms import NormedUNet2DConditionModel, NormedUNet2DModel
-from .config import LORA_TARGETS, StudentSettings
 from .denoiser import Denoiser, denoiser_of, takes_span
 from .errors import UserError
 from .process import NoiseProcess
+from .settings import LORA_TARGETS, StudentSettings
 
 ADAPTER = "student"
 # The attention's projections, as diffusers' LoRA scripts for SD3 and Flux take them; Wan has the first four.

@@ -15,12 +15,12 @@ from ..pipelines.export import Adapter, in_float32
 from ..pipelines.pipeline_edm import EDMPipeline
 from .codec import Codec, vae_scale_factor
 from .condition import Condition
-from .config import TeacherSettings
 from .denoiser import Denoiser, UNet2DDenoiser
 from .errors import UserError
 from .families import FAMILY_NAMES, family_of
 from .frozen import move_frozen
 from .process import EDM, VP
+from .settings import TeacherSettings
 
 TEACHERS = Path(__file__).parent / "teachers"
 EMBEDDED = {"emoji-sd": TEACHERS / "emoji_sd", "fashion-edm": TEACHERS / "fashion_edm"}

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..pipelines.export import Export, in_float32
 from ..pipelines.pipeline_trigflow import TrigFlowPipeline
 from ..pipelines.scheduler_few_sigmas import FewSigmasScheduler
-from .config import StudentSettings
 from .denoiser import Denoiser, DenoiserView
 from .errors import UserError
 from .process import VP, RectifiedFlow, TrigFlow
+from .settings import StudentSettings
 from .space import ClassLatentSpace, LatentSpace, Space
 from .student import Student
 from .teacher import LatentTeacher

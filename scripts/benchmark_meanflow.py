@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fewstep.distill.config import StudentSettings
 from fewstep.distill.derivative import DERIVATIVES
 from fewstep.distill.draws import Draws
 from fewstep.distill.measure import (
@@ -31,6 +30,7 @@ from fewstep.distill.measure import (
 )
 from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.methods.meanflow import MeanFlow, MeanFlowSettings
+from fewstep.distill.settings import StudentSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTENDERS = ("flow", *DERIVATIVES)

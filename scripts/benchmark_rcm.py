@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fewstep.distill.config import StudentSettings
 from fewstep.distill.denoiser import TwoTimeDiTDenoiser
 from fewstep.distill.derivative import DERIVATIVES
 from fewstep.distill.draws import Draws
@@ -34,6 +33,7 @@ from fewstep.distill.measure import (
 from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.methods.rcm import RCM, RCMSettings
 from fewstep.distill.process import RectifiedFlow
+from fewstep.distill.settings import StudentSettings
 from fewstep.distill.teacher import Teacher
 from fewstep.pipelines.transformer_two_time import TwoTimeDiT
 

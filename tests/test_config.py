@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import yaml
 from fewstep.distill.config import (
-    LORA_TARGETS,
     RunConfig,
     as_tree,
     load_config,
@@ -17,6 +16,7 @@ from fewstep.distill.config import (
 )
 from fewstep.distill.errors import UserError
 from fewstep.distill.search_config import is_search, load_search
+from fewstep.distill.settings import LORA_TARGETS
 
 TREE: dict[str, Any] = {
     "output_dir": "run",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fewstep.distill import dry_run
 from fewstep.distill.cli import main
-from fewstep.distill.config import RunConfig, TeacherSettings, load_config, read_yaml, with_overrides
+from fewstep.distill.config import RunConfig, load_config, read_yaml, with_overrides
 from fewstep.distill.dry_run import describe, missing_data
 from fewstep.distill.errors import UserError
 from fewstep.distill.known_teachers import blueprint, meta_teacher
@@ -17,6 +17,7 @@ from fewstep.distill.meta_memory import LiveBytes, fused_attention
 from fewstep.distill.methods.base import Parts
 from fewstep.distill.methods.lcd import LCD, LCDSettings
 from fewstep.distill.published_teachers import SD15
+from fewstep.distill.settings import TeacherSettings
 from fewstep.distill.student import Student
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fewstep.distill.config import TeacherSettings
+from fewstep.distill.settings import TeacherSettings
 from fewstep.distill.teacher import EMBEDDED, LatentTeacher, PixelTeacher, Teacher
 from fewstep.pipelines import pipeline_edm
 

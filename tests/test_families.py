@@ -11,13 +11,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from fewstep.distill.condition import Condition
-from fewstep.distill.config import StudentSettings, TeacherSettings
 from fewstep.distill.denoiser import FluxDenoiser, WanDenoiser
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics.pipeline_source import PipelineSource
 from fewstep.distill.model_card import sampling_line
 from fewstep.distill.process import VP, RectifiedFlow
+from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.student import Student
 from fewstep.distill.teacher import LatentTeacher, Teacher
 from fewstep.pipelines.export import Export

@@ -10,11 +10,12 @@ import pytest
 import torch
 from fewstep.distill import dry_run
 from fewstep.distill.cli import main
-from fewstep.distill.config import TeacherSettings, load_config, read_yaml
+from fewstep.distill.config import load_config, read_yaml
 from fewstep.distill.errors import UserError
 from fewstep.distill.known_teachers import blueprint, meta_teacher
 from fewstep.distill.process import VP
 from fewstep.distill.published_teachers import KNOWN_TEACHERS
+from fewstep.distill.settings import TeacherSettings
 from fewstep.distill.student import Student
 from fewstep.distill.teacher import LatentTeacher
 

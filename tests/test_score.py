@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from fewstep.distill.config import StudentSettings
 from fewstep.distill.denoiser import Prediction
 from fewstep.distill.draws import Draws
 from fewstep.distill.process import EDM, VP, RectifiedFlow, TrigFlow
@@ -18,6 +17,7 @@ from fewstep.distill.score import (
     shifted_times,
     velocity_loss,
 )
+from fewstep.distill.settings import StudentSettings
 from fewstep.distill.student import Student
 from fewstep.distill.teacher import LatentTeacher
 from torch import Tensor

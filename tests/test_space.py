@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from fewstep.distill.condition import Condition
-from fewstep.distill.config import StudentSettings, TeacherSettings
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.base import Batch, Parts
+from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.space import LatentSpace, PixelSpace, latent_space, pixel_space
 from fewstep.distill.teacher import LatentTeacher, Teacher
 

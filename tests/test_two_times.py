@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from fewstep.distill.condition import Condition
-from fewstep.distill.config import StudentSettings
 from fewstep.distill.denoiser import (
     DenoiserView,
     Prediction,
@@ -18,6 +17,7 @@ from fewstep.distill.denoiser import (
 )
 from fewstep.distill.errors import UserError
 from fewstep.distill.process import VP, NoiseProcess, RectifiedFlow
+from fewstep.distill.settings import StudentSettings
 from fewstep.distill.student import Student, new_denoiser
 from fewstep.distill.teacher import LatentTeacher
 from fewstep.pipelines.transformer_two_time import TwoTimeDiT

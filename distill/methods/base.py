@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from ...pipelines.export import Export
 from ..codec import Autoencoder, Codec
 from ..condition import Condition
-from ..config import StudentSettings
 from ..data import LatentCache
 from ..draws import Draws
 from ..errors import UserError
 from ..rewards import Reward, load_reward
+from ..settings import StudentSettings
 from ..teacher import LatentTeacher, Teacher
 
 

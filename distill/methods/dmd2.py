@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..condition import Condition
-from ..config import settings
 from ..draws import Draws
 from ..errors import UserError
 from ..frozen import frozen
 from ..score import matching_loss, native_times
+from ..settings import settings
 from .base import Batch, Parts, Progress, Published
 from .score_distillation import ScoreDistillation
 

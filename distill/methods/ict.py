@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ...pipelines.transformer_two_time import TwoTimeDiT
 from ..condition import Condition
-from ..config import settings
 from ..consistency_training import ConsistencySettings, ConsistencyTraining
 from ..curriculum import Curriculum, continuous_pairs
 from ..denoiser import Denoiser, seen_in
 from ..errors import UserError
 from ..guidance import guided_x0_eps
 from ..losses import mean_distance, pseudo_huber
+from ..settings import settings
 from ..solvers import euler_edm, heun_edm
 from ..space import Space, latent_space, pixel_space
 from ..teacher import LatentTeacher

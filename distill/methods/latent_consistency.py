@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ...pipelines.export import Export
 from ..condition import Condition
-from ..config import settings
 from ..consistency import ConsistencyFunction, lcm_boundary
 from ..draws import Draws
 from ..ema import EMA
@@ -20,6 +19,7 @@ from ..errors import UserError
 from ..generator import Generator, chosen_times, fresh_from, lcm_timesteps, seeded
 from ..guidance import guidance_embedding, guided_x0_eps
 from ..losses import Distance, distance
+from ..settings import settings
 from ..student import Student
 from .base import Batch, Method, Parts, Progress
 

@@ -4,10 +4,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ..condition import Condition
-from ..config import settings
 from ..draws import Draws
 from ..errors import UserError
 from ..generator import lcm_timesteps
+from ..settings import settings
 from ..solvers import ddim_step
 from .base import Published
 from .latent_consistency import LatentConsistency, LatentConsistencySettings

@@ -8,10 +8,10 @@ from pydantic import Field
 
 from ..checkpoint_set import CheckpointSet
 from ..combine import Space, open_space
-from ..config import settings
 from ..errors import UserError
 from ..metrics.protocol import Score
 from ..search import Candidate, Search, SearchParts, Trial, compared, ranked
+from ..settings import settings
 from .evolution import child
 
 

@@ -9,7 +9,6 @@ from pydantic import Field
 from torch import Tensor
 
 from ...pipelines.latent_statistics import LatentStatistics
-from ..config import settings
 from ..consistency_training import ConsistencySettings, ConsistencyTraining
 from ..coupling import optimal_pairing
 from ..curriculum import early_level, robust_scale
@@ -18,6 +17,7 @@ from ..errors import UserError
 from ..losses import mean_distance, pseudo_huber, robust
 from ..normalised_latents import NormalisedLatents, Statistics
 from ..process import EDM
+from ..settings import settings
 from .base import Batch, Parts, Published
 
 READ = "sLCT paper, 1 / 2 steps, as a stored copy of its tables has them"

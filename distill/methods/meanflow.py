@@ -12,7 +12,6 @@ from ...pipelines.export import Export, in_float32
 from ...pipelines.pipeline_latent_meanflow import LatentMeanFlowPipeline
 from ...pipelines.pipeline_meanflow import MeanFlowPipeline
 from ..condition import Condition
-from ..config import settings
 from ..denoiser import Denoiser, DenoiserView, reach, seen_in
 from ..derivative import Derivative, derivative_of, rows_with_span
 from ..dispersive import Dispersion, dispersive
@@ -22,6 +21,7 @@ from ..generator import fresh_from, mean_velocity_sample, seeded
 from ..guidance import guided_velocity
 from ..losses import adaptive, unit_step
 from ..process import RectifiedFlow, per_sample
+from ..settings import settings
 from ..space import ClassLatentSpace, LatentSpace, PixelSpace, space_of
 from ..span_targets import alpha_target, annealed_alpha, split_target
 from ..spans import SpanLaw, draw_spans

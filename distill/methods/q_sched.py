@@ -8,11 +8,11 @@ import numpy as np
 from pydantic import Field
 
 from ...pipelines.scheduler_q_sched import BASES
-from ..config import settings
 from ..errors import UserError
 from ..metrics.protocol import Score
 from ..quantise import Scheme, need_torchao, quantised
 from ..search import Candidate, Search, SearchParts, Trial, compared, deviation, ranked, verdict
+from ..settings import settings
 from .evolution import child
 
 NETWORKS = ("unet", "transformer")

@@ -7,7 +7,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..config import settings
 from ..denoiser import Prediction
 from ..derivative import Derivative, scaled_derivative
 from ..draws import Draws, random_state, same_random
@@ -15,6 +14,7 @@ from ..errors import UserError
 from ..losses import unit_step
 from ..process import per_sample
 from ..score import lognormal_times, matching_loss, shifted_times, velocity_loss
+from ..settings import settings
 from .base import Batch, Parts, Progress, Published
 from .score_distillation import ScoreDistillation
 

@@ -6,7 +6,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..config import settings
 from ..errors import UserError
 from ..frozen import frozen
 from ..latent_reward import (
@@ -16,6 +15,7 @@ from ..latent_reward import (
     pair_accuracy,
     preference_loss,
 )
+from ..settings import settings
 from ..uncertainty import uncertainty_weighted
 from .base import Batch, Parts, Progress, Published
 from .latent_consistency import Step

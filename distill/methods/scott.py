@@ -7,13 +7,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..condition import Condition
-from ..config import settings
 from ..discriminator import Discriminator
 from ..draws import Draws
 from ..errors import UserError
 from ..frozen import frozen
 from ..generator import lcm_timesteps
 from ..losses import hinge_critic, hinge_generator
+from ..settings import settings
 from ..solvers import NOISE_FUNCTIONS, Variance, between, ddim_variance, er_sde_variance, sde_segment
 from .base import Batch, Parts, Progress, Published
 from .latent_consistency import LatentConsistency, LatentConsistencySettings

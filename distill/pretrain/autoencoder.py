@@ -8,9 +8,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ...pipelines.export import Export
-from ..config import settings
 from ..draws import Draws
 from ..methods.base import Batch, Method, Parts, Progress
+from ..settings import settings
 
 
 @settings

@@ -7,10 +7,10 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from ...pipelines.export import Export, in_float32
-from ..config import settings
 from ..generator import ddim_sample, seeded
 from ..methods.base import Batch, Method, Parts, Progress
 from ..process import per_sample
+from ..settings import settings
 from ..student import Student
 
 

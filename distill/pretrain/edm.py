@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ...pipelines.export import Export
 from ...pipelines.pipeline_edm import EDMPipeline
-from ..config import settings
 from ..errors import UserError
 from ..generator import seeded
 from ..methods.base import Batch, Method, Parts, Progress
 from ..process import EDM, per_sample
+from ..settings import settings
 from ..space import pixel_space
 from ..student import Student, new_denoiser
 

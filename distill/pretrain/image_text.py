@@ -16,12 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..checkpoint import write_file, writing
-from ..config import read_yaml, settings, validate, with_overrides
+from ..config import read_yaml, validate, with_overrides
 from ..data import load_data
 from ..data.images import ImageData
 from ..errors import UserError
 from ..metrics.image_text import full_float32
 from ..metrics.lite_minilm import PICTURE_RULE, SHIPPED, heads_of, load_heads, sentences, towers
+from ..settings import settings
 
 
 @settings

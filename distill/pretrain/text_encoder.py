@@ -15,9 +15,9 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ...pipelines.export import Export
-from ..config import settings
 from ..methods.base import Batch, Method, Parts, Progress
 from ..minilm import minilm_folder
+from ..settings import settings
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from diffusers import CMStochasticIterativeScheduler, StableDiffusionPipeline, UNet2DModel
 from fewstep.distill.condition import Condition
-from fewstep.distill.config import StudentSettings
 from fewstep.distill.draws import Draws
 from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.methods.ict import ICT, ICTSettings
+from fewstep.distill.settings import StudentSettings
 from fewstep.distill.teacher import LatentTeacher, PixelTeacher
 from fewstep.pipelines.pipeline_edm import EDMPipeline
 from torch import Tensor, nn

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from fewstep.distill.codec import Autoencoder
 from fewstep.distill.condition import Condition
-from fewstep.distill.config import StudentSettings
 from fewstep.distill.draws import Draws
 from fewstep.distill.methods.base import Batch, Parts
 from fewstep.distill.methods.lct import LCT, LCTSettings
+from fewstep.distill.settings import StudentSettings
 from torch import Tensor
 
 from .ict_parts import CAPTIONS, CLASSES, GREY, latent_teacher

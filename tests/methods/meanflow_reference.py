@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from fewstep.distill.condition import Condition
-from fewstep.distill.config import StudentSettings
 from fewstep.distill.denoiser import TwoTimeDenoiser
 from fewstep.distill.draws import Draws
 from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.methods.meanflow import MeanFlow, MeanFlowSettings
+from fewstep.distill.settings import StudentSettings
 from fewstep.distill.space import PixelSpace
 from torch import Tensor, nn
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from fewstep.distill import denoiser as denoisers
 from fewstep.distill.condition import Condition
-from fewstep.distill.config import StudentSettings
 from fewstep.distill.denoiser import Denoiser
 from fewstep.distill.draws import Draws
 from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.process import NoiseProcess, RectifiedFlow, TrigFlow
+from fewstep.distill.settings import StudentSettings
 from fewstep.distill.teacher import Teacher
 from torch import Tensor, nn
 

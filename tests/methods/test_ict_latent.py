@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from fewstep.distill.config import StudentSettings
 from fewstep.distill.denoiser import DenoiserView
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.generator import seeded
 from fewstep.distill.methods.ict import ICT
 from fewstep.distill.process import EDM
+from fewstep.distill.settings import StudentSettings
 from fewstep.distill.space import LatentSpace
 from fewstep.pipelines.pipeline_latent_cm import LatentCMPipeline
 from torch import Tensor, nn

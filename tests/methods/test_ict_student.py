@@ -7,12 +7,13 @@ import torch
 from diffusers import ConsistencyModelPipeline, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from fewstep.distill.condition import Condition
-from fewstep.distill.config import StudentSettings, validate
+from fewstep.distill.config import validate
 from fewstep.distill.denoiser import DenoiserView
 from fewstep.distill.errors import UserError
 from fewstep.distill.generator import seeded
 from fewstep.distill.methods.base import Parts
 from fewstep.distill.methods.ict import ICT, ICTSettings
+from fewstep.distill.settings import StudentSettings
 from fewstep.distill.student import set_dropout
 from torch import Tensor, nn
 

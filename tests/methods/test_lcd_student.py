@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from fewstep.distill.checkpoint import kept_state
-from fewstep.distill.config import StudentSettings
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.base import Parts
 from fewstep.distill.methods.lcd import LCD, LCDSettings
+from fewstep.distill.settings import StudentSettings
 from torch import Tensor
 
 Build = Callable[..., LCD]

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from fewstep.distill.config import StudentSettings
 from fewstep.distill.derivative import DERIVATIVES, derivative_of, total_derivative
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.methods.meanflow import MeanFlow, MeanFlowSettings
+from fewstep.distill.settings import StudentSettings
 from fewstep.distill.teacher import LatentTeacher
 from torch import Tensor
 

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from fewstep.distill.condition import Condition
-from fewstep.distill.config import StudentSettings
 from fewstep.distill.consistency import ConsistencyFunction
 from fewstep.distill.denoiser import Denoiser
 from fewstep.distill.draws import Draws
@@ -15,6 +14,7 @@ from fewstep.distill.generator import Generator
 from fewstep.distill.methods.base import Batch, Progress
 from fewstep.distill.methods.lcd import LCD
 from fewstep.distill.methods.scott import SCott
+from fewstep.distill.settings import StudentSettings
 from torch import Tensor
 
 from .test_lcd import CAPTIONS, batch_of

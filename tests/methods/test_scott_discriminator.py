@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from fewstep.distill.config import LORA_TARGETS, StudentSettings, TeacherSettings
 from fewstep.distill.discriminator import Discriminator
 from fewstep.distill.draws import Draws
 from fewstep.distill.known_teachers import meta_teacher
@@ -15,6 +14,7 @@ from fewstep.distill.losses import hinge_critic, hinge_generator
 from fewstep.distill.methods.base import Progress
 from fewstep.distill.methods.scott import SCott
 from fewstep.distill.published_teachers import SD15
+from fewstep.distill.settings import LORA_TARGETS, StudentSettings, TeacherSettings
 from torch import Tensor, nn
 
 from .test_lcd import CAPTIONS, batch_of

@@ -13,11 +13,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from fewstep.distill.batches import weights_hash
-from fewstep.distill.config import StudentSettings, TeacherSettings, load_config
+from fewstep.distill.config import load_config
 from fewstep.distill.generator import seeded
 from fewstep.distill.methods.base import Parts
 from fewstep.distill.methods.lcd import LCD
 from fewstep.distill.runner import Runner
+from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.student import Student
 from fewstep.distill.teacher import LatentTeacher, Teacher
 from fewstep.pipelines.export import Export, write_adapter

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fewstep.distill.config import TeacherSettings
 from fewstep.distill.errors import UserError
 from fewstep.distill.generator import seeded
 from fewstep.distill.process import EDM
+from fewstep.distill.settings import TeacherSettings
 from fewstep.distill.teacher import PixelTeacher, Teacher
 from fewstep.pipelines.pipeline_edm import EDMPipeline
 from torch import Tensor

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from fewstep.distill.config import Norm, StudentSettings
 from fewstep.distill.denoiser import denoiser_of
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.base import Parts
 from fewstep.distill.methods.meanflow import MeanFlow, MeanFlowSettings
 from fewstep.distill.pretrain.edm import EDMSettings, EDMTraining
 from fewstep.distill.process import EDM
+from fewstep.distill.settings import Norm, StudentSettings
 from fewstep.distill.student import Student, new_denoiser
 from fewstep.pipelines import transformer_two_time, unet_norms
 from fewstep.pipelines.transformer_two_time import TwoTimeDiT

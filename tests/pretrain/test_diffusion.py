@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from fewstep.distill.config import StudentSettings, TeacherSettings
 from fewstep.distill.draws import Draws
 from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.pretrain.diffusion import Diffusion, DiffusionSettings
+from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.teacher import Teacher
 
 ROWS = range(6)

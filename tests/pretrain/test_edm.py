@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 from fewstep.distill.condition import Condition
-from fewstep.distill.config import StudentSettings
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.generator import seeded
 from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.pretrain.edm import EDMSettings, EDMTraining
+from fewstep.distill.settings import StudentSettings
 
 NETWORK: dict[str, Any] = {
     "sample_size": 8,

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fewstep.distill.config import StudentSettings, TeacherSettings
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.pretrain import teacher as trainer
 from fewstep.distill.pretrain.card import write_pixel_card
 from fewstep.distill.pretrain.edm import EDMSettings, EDMTraining
+from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.teacher import PixelTeacher, Teacher
 from safetensors.torch import load_file
 
