@@ -152,6 +152,7 @@ class MeanFlow(Method):
         seen = self.denoiser(z, t, told, r=r, features=s.dispersive_blocks)
         u = seen.velocity
         squares = (u - target).square().flatten(1)
+        weight = weight.to(squares.dtype)
         if s.loss == "l2":
             errors = squares.mean(1) if s.per_element else squares.sum(1)
             loss = (weight * adaptive(errors, s.norm_p, s.norm_c)).mean()
