@@ -107,6 +107,26 @@ def test_losses_by_hand(distance: Any, weight: float, tiny_pipeline: Path) -> No
     assert out["boundary_weight"].item() == weight
 
 
+def test_the_noisier_level_follows_the_other(tiny_pipeline: Path) -> None:
+    """The gradient is that of the noisier sample alone, towards the more coupled one, and of lambda's share."""
+    method = built(tiny_pipeline, num_levels=3, boundary_weight=2.0)
+    some = next(
+        p for k, p in method.controlnet.named_parameters() if k.startswith("mid_block") and p.ndim > 1
+    )
+    (ours,) = torch.autograd.grad(step(method)["loss"], some)
+    draws, told = Draws(0, 0, range(4)), method.teacher.condition(CAPTIONS)
+    z, eps = draws.normal((4, 8, 8)), draws.normal((4, 8, 8))
+    x, picture = method.sampled(z, told, draws)
+    k = draws.integers(0, 3)
+    high, low, own = (
+        method.generator(noise, told, method.controlnet, picture)
+        for noise in (coupled(z, eps, method.sigmas[k + 1]), coupled(z, eps, method.sigmas[k]), z)
+    )
+    loss = (high - low.detach()).square().mean() + 2 * (own - x).square().mean()
+    (by_hand,) = torch.autograd.grad(loss, some)
+    torch.testing.assert_close(ours, by_hand, rtol=1e-3, atol=1e-3 * by_hand.abs().max().item())
+
+
 def test_the_condition_reaches_the_sample(tiny_pipeline: Path) -> None:
     method = built(tiny_pipeline)
     told, z = method.teacher.condition(CAPTIONS), torch.randn(4, 4, 8, 8)
@@ -162,9 +182,11 @@ def test_the_multiplier_follows_the_mean_of_the_boundary_losses(tiny_pipeline: P
     method.after("control")
     weight = 1 + 2 * (sum(bounds) / 2 - 0.01)
     assert method.multiplier.value.item() == pytest.approx(weight)
-    assert step(method, 2)["boundary_weight"].item() == pytest.approx(weight)
+    out = step(method, 2)
+    assert out["boundary_weight"].item() == pytest.approx(weight)
     method.after("control")
-    assert method.multiplier.value.item() != pytest.approx(weight)
+    later = weight + 2 * (out["boundary"].item() - 0.01)
+    assert method.multiplier.value.item() == pytest.approx(later)
     assert "multiplier.value" in method.state_dict()
 
 
