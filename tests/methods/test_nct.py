@@ -254,3 +254,23 @@ def test_what_does_not_fit_is_refused(tiny_pipeline: Path, tiny_families: Any) -
         built(tiny_pipeline, guidance_scale=3.0)
     with pytest.raises(UserError, match=r"teacher.path: no pipeline of diffusers samples a FluxPipeline"):
         built(tiny_families("flux"))
+
+
+@pytest.mark.parametrize("family", ["sd", "lcm", "sdxl"])
+def test_the_stock_pipeline_makes_the_same_sample(
+    family: str, tiny_pipeline: Path, lcm_pipeline: Path, tiny_families: Any
+) -> None:
+    folder = {"sd": tiny_pipeline, "lcm": lcm_pipeline}.get(family) or tiny_families(family)
+    method = built(folder).eval()
+    export = method.export()
+    noise, picture = torch.randn(2, *method.teacher.shape), torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        ours = method.generator(noise, method.teacher.condition(CAPTIONS[:2]), method.controlnet, picture)
+    export.model.set_progress_bar_config(disable=True)
+    made = export.model(
+        CAPTIONS[:2], image=picture, latents=noise, output_type="latent", **export.sampling["1"]
+    ).images
+    torch.testing.assert_close(made, ours.float(), rtol=1e-4, atol=1e-4 * ours.abs().max().item())
+    rows = method.pictures(CAPTIONS, seed=0)
+    assert [r.shape for r in rows.values()] == [(4, 3, 16, 16)] * 3
+    assert torch.equal(rows["condition"], method.pictures(CAPTIONS, seed=0)["condition"])
