@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from .losses import mean_distance, pseudo_huber
@@ -63,5 +64,9 @@ class Multiplier(nn.Module):
 
     @torch.no_grad()
     def update(self, bound: Tensor) -> None:
-        """lambda <- max(0, lambda + rate (L_bound - margin))."""
+        """lambda <- max(0, lambda + rate (L_bound - margin)), L_bound the mean over torch.distributed's processes."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            bound = bound.clone()
+            torch.distributed.all_reduce(bound)
+            bound /= torch.distributed.get_world_size()
         self.value.add_(self.rate * (bound.to(self.value) - self.margin)).clamp_(min=0)

@@ -72,8 +72,7 @@ class NCT(Method):
     """L_con + lambda L_bound on latents of the frozen generator alone (algorithm 1).
 
     The condition is taken from the generator's own sample x of z. L_con pulls the controlled sample of a noisier
-    relative of z to that of a less noisy one; L_bound keeps the controlled sample of z itself at x. Lambda follows
-    rank 0's batches where there are several processes.
+    relative of z to that of a less noisy one; L_bound keeps the controlled sample of z itself at x.
     """
 
     Settings = NCTSettings

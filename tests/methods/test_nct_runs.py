@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import ControlNetModel
 from fewstep.distill.config import load_config, read_yaml
 from fewstep.distill.dry_run import describe
@@ -112,6 +113,25 @@ def test_accumulated_batches_follow_whole_ones(run: Runner, tiny_pipeline: Path,
     changes = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
     train(tree(tiny_pipeline, tmp_path / "run", **changes))
     assert distance(tmp_path / "run", run.run) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_follow_one(run: Runner, tiny_pipeline: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree(tiny_pipeline, tmp_path / "run", train_batch_size=2)))
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fewstep.distill.cli"]
+    child = subprocess.run(
+        [sys.executable, "-m", *launch, "distill", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    assert distance(tmp_path / "run", run.run) < 1e-5
+    states = [load_file(r / f"checkpoint-{STEPS}" / "state.safetensors") for r in (tmp_path / "run", run.run)]
+    ours, theirs = (s["method.multiplier.value"].item() for s in states)
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_a_resumed_run_ends_where_a_whole_one_does(run: Runner, tiny_pipeline: Path, tmp_path: Path) -> None:
