@@ -1,10 +1,8 @@
 """Micro-batches of a run: which rows, from which cache, with which random numbers."""
 
-import hashlib
-
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from .codec import Codec
@@ -13,6 +11,7 @@ from .config import RunConfig
 from .data import ImageData, LatentCache, PromptCache, rows_of
 from .draws import Draws, mix
 from .errors import UserError
+from .frozen import weights_hash
 from .methods.base import Batch
 from .teacher import LatentTeacher, Teacher
 
@@ -101,15 +100,6 @@ class Batches:
             self.data.captions, encode, key=f"{teacher.path} {encoders}",
             is_main=a.is_main_process, barrier=a.wait_for_everyone, progress=_bar("encoding prompts", a),
         )  # fmt: skip
-
-
-def weights_hash(module: nn.Module) -> str:
-    """A short hash of all weights, so that a cache of another encoder is never taken."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _bar(title: str, accelerator: Accelerator):

@@ -11,6 +11,7 @@ from .methods.lcd import LCD
 from .methods.lcsc import LCSC
 from .methods.lct import LCT
 from .methods.meanflow import MeanFlow
+from .methods.nct import NCT
 from .methods.q_sched import QSched
 from .methods.rcm import RCM
 from .methods.rg_lcd import RGLCD
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "meanflow": MeanFlow,
     "rcm": RCM,
     "dmd2": DMD2,
+    "nct": NCT,
     "diffusion": Diffusion,
     "edm": EDMTraining,
     "autoencoder": Autoencoder,

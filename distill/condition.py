@@ -14,8 +14,8 @@ from .errors import UserError
 class Condition:
     """A network's keyword arguments, first dimension B each, and their value without a prompt.
 
-    arguments  e.g. {"encoder_hidden_states": (B, L, D)}; nested dicts of tensors are allowed
-               (SDXL's added_cond_kwargs)
+    arguments  e.g. {"encoder_hidden_states": (B, L, D)}; nested dicts and tuples of tensors are allowed
+               (SDXL's added_cond_kwargs, a ControlNet's residuals)
     empty      the same keys with first dimension 1: what the teacher was trained to see without a prompt; {} where it
                was not trained without (class labels), or is told nothing
     """
@@ -70,6 +70,8 @@ class Condition:
 def _map(f: Any, *trees: Any) -> Any:
     if isinstance(trees[0], dict):
         return {k: _map(f, *[t[k] for t in trees]) for k in trees[0]}
+    if isinstance(trees[0], tuple):
+        return tuple(_map(f, *rows) for rows in zip(*trees, strict=True))
     return f(*trees)
 
 

@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
@@ -191,25 +191,32 @@ def numbers(tree: Any) -> Any:
 def _first_line(error: ValidationError, cls: type, prefix: str) -> str:
     first = min(error.errors(), key=lambda e: e["type"] == "missing")
     *outer, last = first["loc"]
-    location = [p for p in outer if not isinstance(p, str) or p.isidentifier()] + [last]
-    key = prefix + ".".join(str(p) for p in location)
+    owners, location = [cls], []
+    for part in (p for p in outer if not isinstance(p, str) or p.isidentifier()):
+        tagged = [o for o in owners if len(owners) > 1 and getattr(o, "name", None) == part]
+        owners = tagged or _field_classes(owners[0], str(part))
+        location += [] if tagged else [part]
+    key = prefix + ".".join(str(p) for p in [*location, last])
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        owner: Any = cls
-        for part in location[:-1]:
-            owner = _field_class(owner, str(part))
-        known = [f.name for f in dataclasses.fields(owner)]
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
+        known = [f.name for f in dataclasses.fields(owners[0])]
+        near = difflib.get_close_matches(str(last), known, n=1, cutoff=0.0)
         return f"{key}: no such key; the nearest is {near[0]}" if near else f"{key}: no such key"
     if first["type"] == "missing":
         return f"{key}: missing; add it to the configuration"
     given = textwrap.shorten(repr(first["input"]), 60)
     if first["type"] == "dataclass_type":
-        name = dataclasses.fields(_field_class(cls, key))[0].name
+        name = dataclasses.fields(_field_classes(cls, key)[0])[0].name
         return f"{key}: {given} has no keys; write `{key}: {{{name}: ...}}`"
     return f"{key}: {given} does not fit: {first['msg'].lower()}"
 
 
-def _field_class(owner: type, name: str) -> type:
-    kinds = {f.name: f.type for f in dataclasses.fields(owner)}
-    options = getattr(kinds[name], "__args__", (kinds[name],))
-    return next(k for k in options if isinstance(k, type) and dataclasses.is_dataclass(k))
+def _field_classes(owner: Any, name: str) -> list[Any]:
+    """The classes of settings that a field may hold, several for one that a `name` inside it chooses."""
+    kinds = {f.name: f.type for f in dataclasses.fields(owner)} if dataclasses.is_dataclass(owner) else {}
+    return _settings_in(kinds.get(name)) or [None]
+
+
+def _settings_in(kind: Any) -> list[Any]:
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return [kind]
+    return [found for option in get_args(kind) for found in _settings_in(option)]

@@ -9,7 +9,9 @@ from diffusers import (
     FluxPipeline,
     LatentConsistencyModelPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
     WanPipeline,
 )
@@ -18,6 +20,7 @@ from torch import Tensor
 from .codec import vae_scale_factor
 from .denoiser import Denoiser, denoiser_of
 from .errors import UserError
+from .guidance import guidance_embedding
 from .process import VP, RectifiedFlow
 
 Texts = dict[str, Tensor]
@@ -26,11 +29,12 @@ Texts = dict[str, Tensor]
 class Family(ABC):
     """component: the pipeline's name of its network; encoders: its text encoders; patch: latents on a side of what the
     network sees as one; embedded_class: runs a network with an embedding of the guidance scale, None where none can;
-    takes_times: the call takes `timesteps` or `sigmas`."""
+    control_class: runs one with a ControlNet; takes_times: the call takes `timesteps` or `sigmas`."""
 
     component = "transformer"
     takes_times = True
     embedded_class: Any = None
+    control_class: Any = None
     encoders: tuple[str, ...] = ("text_encoder",)
     patch = 1
 
@@ -79,6 +83,7 @@ class StableDiffusion(Family):
 
     component = "unet"
     embedded_class = LatentConsistencyModelPipeline
+    control_class: Any = StableDiffusionControlNetPipeline
 
     def denoiser(self) -> Denoiser:
         config = self.pipeline.scheduler.config
@@ -97,11 +102,22 @@ class StableDiffusion(Family):
         return {"encoder_hidden_states": (text.max_position_embeddings, text.hidden_size)}
 
 
+class LatentConsistency(StableDiffusion):
+    """The same with a network that embeds the guidance scale; it is told the pipeline's default."""
+
+    guidance = 8.5  # LatentConsistencyModelPipeline's default
+
+    def fixed(self, rows: int, resolution: int) -> Texts:
+        scale = torch.full((rows,), self.guidance - 1)
+        return {"timestep_cond": guidance_embedding(scale, self.network.config.time_cond_proj_dim)}
+
+
 class StableDiffusionXL(StableDiffusion):
     """Two CLIPs, the second one's pooled state, and the sizes of arXiv 2307.01952: no crop, nothing resized."""
 
     encoders = ("text_encoder", "text_encoder_2")
     embedded_class = StableDiffusionXLPipeline
+    control_class = StableDiffusionXLControlNetPipeline
 
     def encode(self, captions: list[str], device: torch.device) -> Texts:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
@@ -232,6 +248,7 @@ class Wan(Family):
 
 FAMILIES: dict[type[DiffusionPipeline], type[Family]] = {
     StableDiffusionPipeline: StableDiffusion,
+    LatentConsistencyModelPipeline: LatentConsistency,
     StableDiffusionXLPipeline: StableDiffusionXL,
     StableDiffusion3Pipeline: StableDiffusion3,
     FluxPipeline: Flux,

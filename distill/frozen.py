@@ -1,5 +1,6 @@
-"""Parameters that a loss must not train: kept out of graphs, and moved in the precision that they need."""
+"""Parameters that a loss must not train: kept out of graphs, moved in the precision that they need, and told apart."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,3 +38,12 @@ def move_frozen(module: Any, device: torch.device, dtype: torch.dtype) -> None:
     for name, p in module.named_parameters():
         if not p.requires_grad:  # a LoRA trained on this network stays in float32
             p.data = p.data.to(torch.float32 if whole or kept & set(name.split(".")) else dtype)
+
+
+def weights_hash(module: nn.Module) -> str:
+    """A short hash of all weights, so that another network is never taken for this one."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -19,15 +19,23 @@ def loading_lines(
 ) -> str:
     """Python that opens the export with plain diffusers and samples with its own arguments.
 
+    A ControlNet's pipeline also opens its condition.
+
     own: whether the folder holds code; None: whether a class of it is ours. options: further arguments
     """
     own = bool(is_own(export.model) or own_parts(export.model)) if own is None else own
     note = "  # the .py files in the folder" if own else ""
     trust = ", trust_remote_code=True" if own else ""
+    control = hasattr(export.model, "controlnet")
+    picture = (
+        'condition = load_image("condition.png")  # see control.json; controlnet/ alone is the adapter\n'
+    )
     return (
-        "import torch\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{folder}"{options}{trust}){note}\n'
-        f"{sampling_line(export)}\n"
+        "import torch\nfrom diffusers import DiffusionPipeline\n"
+        + ("from diffusers.utils import load_image\n\n" if control else "\n")
+        + f'pipe = DiffusionPipeline.from_pretrained("{folder}"{options}{trust}){note}\n'
+        + (picture if control else "")
+        + f"{sampling_line(export)}\n"
     )
 
 
@@ -54,6 +62,8 @@ def sampling_line(export: Export) -> str:
         if export.model is not None
         else {"prompt": 0}
     )
+    if hasattr(export.model, "controlnet"):
+        arguments = ", image=condition" + arguments
     if "prompt" in takes:
         picture = "frames[0][0]" if "num_frames" in call else "images[0]"
         return f'image = pipe("red apple"{arguments}).{picture}'

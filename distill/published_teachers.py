@@ -99,6 +99,16 @@ SD15 = Architecture(
     },
 )
 
+# SimianLuo's latent consistency model of Dreamshaper v7: SD 1.5 with an embedding of the guidance scale (recalled).
+LCM_DREAMSHAPER = Architecture(
+    "LatentConsistencyModelPipeline",
+    {
+        **SD15.parts,
+        "unet": {**SD15.parts["unet"], "time_cond_proj_dim": 256},
+        "scheduler": {"_class": ("diffusers", "LCMScheduler"), **SD_BETAS, "set_alpha_to_one": True},
+    },
+)
+
 # U-Net 2,567,463,684 (arXiv 2307.01952: 2.6 B).
 SDXL = Architecture(
     "StableDiffusionXLPipeline",
@@ -218,6 +228,7 @@ WAN_1_3B = Architecture(
 
 KNOWN_TEACHERS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
+    "SimianLuo/LCM_Dreamshaper_v7": LCM_DREAMSHAPER,
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
     "stabilityai/stable-diffusion-3-medium-diffusers": sd3(pos_embed_max_size=192),
     "stabilityai/stable-diffusion-3.5-medium": sd3(

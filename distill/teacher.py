@@ -28,11 +28,13 @@ KNOWN_CLASSES = f"teachers so far are {', '.join(FAMILY_NAMES)} and {EDMPipeline
 
 
 def locate(path: str) -> str:
-    """The folder of an embedded teacher or of the user, else `path` itself as a hub id."""
+    """The folder of an embedded teacher or of the user (a run's: its pipeline/), else `path` itself as a hub id."""
     if path in EMBEDDED:
         return str(EMBEDDED[path])
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if (folder / "pipeline" / "model_index.json").is_file():
+            return str(folder / "pipeline")
         if not (folder / "model_index.json").is_file():
             raise UserError(f"teacher.path: {path} has no model_index.json; give a diffusers pipeline folder")
         return str(folder)

@@ -27,6 +27,7 @@ T5, UMT5 = 4_762_310_656, 5_680_910_336
 # Parameters in the order network, autoencoder, text encoders; latents; numbers in a prompt's record.
 SIZES: dict[str, tuple[list[int], tuple[int, int, int], int]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ([859_520_964, VAE, CLIP_L], (4, 64, 64), 77 * 768),
+    "SimianLuo/LCM_Dreamshaper_v7": ([859_520_964 + 256 * 320, VAE, CLIP_L], (4, 64, 64), 77 * 768),
     "stabilityai/stable-diffusion-xl-base-1.0": (
         [2_567_463_684, VAE, CLIP_L, CLIP_G], (4, 128, 128), 77 * 2048 + 1280,
     ),
@@ -68,7 +69,9 @@ def test_published_sizes(path: str, no_position_tables: None) -> None:
     assert [dry_run.count(list(m.parameters())) for m in parts] == counts
     assert (teacher.shape, dry_run.prompt_size(teacher)) == (shape, numbers)
     assert all(p.is_meta for m in parts for p in m.parameters())
-    assert isinstance(teacher.process, VP) == ("stable-diffusion-v" in path or "xl" in path)
+    assert isinstance(teacher.process, VP) == (
+        any(name in path for name in ("stable-diffusion-v", "xl", "LCM"))
+    )
     assert type(teacher.pipeline).__name__ == plan.architecture.kind
 
 

@@ -1,0 +1,190 @@
+"""NCT: a control for a frozen one-step generator, trained without images (arXiv 2506.19741)."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ...pipelines.export import Export, in_float32
+from ..condition import Condition
+from ..controls import Control
+from ..draws import Draws
+from ..errors import UserError
+from ..frozen import weights_hash
+from ..generator import fresh_from, seeded
+from ..noise_consistency import (
+    Distance,
+    Grid,
+    Multiplier,
+    coupling_sigmas,
+    noise_consistency,
+    output_distance,
+)
+from ..one_step import OneStep, controlnet_of
+from ..settings import StudentSettings, settings
+from .base import Batch, Method, Parts, Progress, Published
+
+TABLE = "NCT paper, results (Diff-Instruct generator of SD 1.5); read in its stored text"
+SETTING = "internal prompts, FID to the uncontrolled base model"
+PUBLISHED = tuple(
+    Published(f"{control}, {SETTING}", metric, 1, value, TABLE)
+    for control, results in (
+        ("Canny", {"FID": 13.67, "consistency": 0.110}),
+        ("HED", {"FID": 14.96, "consistency": 0.060}),
+        ("depth", {"FID": 16.45, "consistency": 0.088}),
+        ("super-resolution x8", {"FID": 12.17, "consistency": 0.053}),
+    )
+    for metric, value in results.items()
+)
+
+
+@settings
+class NCTSettings:
+    """control: what the adapter sees of a picture, by its name and that control's own keys.
+
+    num_levels, grid   coupling levels N and their sigmas; a level is drawn uniformly (none is published)
+    distance, huber_c  of both losses between latents: mean d^2, or sqrt(|d|^2 + c^2) - c
+    margin             xi that the boundary loss may have: a few percent of the distance between unrelated samples
+    boundary_weight    lambda at the start; dual_lr: eta of its rule, 0 to keep it fixed
+    prompt_dropout     share of samples without their prompt
+    timestep           of the generator's one step; null for that of its sampling.json, else its last
+    guidance_scale     that a guidance-embedding generator is told; null for that of its sampling.json
+    """
+
+    control: Control
+    num_levels: int = Field(10, ge=2)
+    grid: Grid = "trig"
+    distance: Distance = "l2"
+    huber_c: float = Field(0.03, gt=0)
+    margin: float = Field(0.02, ge=0)
+    boundary_weight: float = Field(1.0, ge=0)
+    dual_lr: float = Field(0.5, ge=0)
+    prompt_dropout: float = Field(0.0, ge=0, lt=1)
+    timestep: int | None = Field(None, ge=0)
+    guidance_scale: float | None = Field(None, ge=1)
+
+
+class NCT(Method):
+    """L_con + lambda L_bound on latents of the frozen generator alone (algorithm 1).
+
+    The condition is taken from the generator's own sample x of z. L_con pulls the controlled sample of a noisier
+    relative of z to that of a less noisy one; L_bound keeps the controlled sample of z itself at x.
+    """
+
+    Settings = NCTSettings
+    needs = frozenset({"prompts"})
+    published = PUBLISHED
+
+    def __init__(self, settings: NCTSettings, parts: Parts):
+        super().__init__(settings, parts)
+        s = settings
+        if parts.student != StudentSettings():
+            raise UserError(
+                "student: the generator is frozen and its control a ControlNet; leave the key out"
+            )
+        self.teacher = parts.need_latent_teacher()
+        if self.teacher.family.control_class is None:
+            kind = type(self.teacher.pipeline).__name__
+            raise UserError(f"teacher.path: no pipeline of diffusers samples a {kind} with our ControlNet")
+        self.generator = OneStep(self.teacher, s.timestep, s.guidance_scale)
+        self.controlnet = controlnet_of(self.teacher)
+        self.multiplier = Multiplier(s.boundary_weight, s.dual_lr, s.margin)
+        self.sigmas = coupling_sigmas(s.num_levels, s.grid)
+        self.bounds: list[Tensor] = []
+
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        return {"control": list(self.controlnet.parameters())}
+
+    def forward(
+        self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        assert batch.condition is not None
+        s, draws, told = self.settings, batch.draws, batch.condition
+        z, eps = draws.normal(self.teacher.shape), draws.normal(self.teacher.shape)
+        if s.prompt_dropout:
+            told = told.drop(draws.uniform() < s.prompt_dropout)
+        x, picture = self.sampled(z, told, draws)
+
+        def generate(noise: Tensor) -> Tensor:
+            return self.generator(noise, told, self.controlnet, picture)
+
+        k = draws.integers(0, s.num_levels)
+        sigmas = self.sigmas.to(z.device)
+        consistency = self.distance(*noise_consistency(generate, z, eps, sigmas[k], sigmas[k + 1]))
+        boundary = self.distance(generate(z), x)
+        self.bounds.append(boundary.detach())
+        weight = self.multiplier.value.float()
+        return {
+            "loss": consistency + weight * boundary,
+            "consistency": consistency,
+            "boundary": boundary,
+            "boundary_weight": weight,
+        }
+
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return output_distance(self.settings.distance, prediction, target, self.settings.huber_c)
+
+    @torch.no_grad()
+    def sampled(self, z: Tensor, told: Condition, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The frozen generator's latents of z without the control, and what the control sees of them."""
+        x = self.generator(z, told)
+        return x, self.settings.control((self.teacher.decode(x) / 2 + 0.5).float().clamp(0, 1), draws)
+
+    def after(self, player: str) -> None:
+        self.multiplier.update(torch.stack(self.bounds).mean())
+        self.bounds.clear()
+
+    @torch.no_grad()
+    def pictures(self, captions: list[str], seed: int) -> dict[str, Tensor]:
+        """Samples of the frozen generator, what the control sees of them, and controlled samples of other noise."""
+        device = next(self.controlnet.parameters()).device
+        like = torch.empty(len(captions), *self.teacher.shape, device=device)
+        z, other = (fresh_from(seeded(len(captions), s))(like) for s in (seed, seed + len(captions)))
+        told = self.teacher.condition(captions).to(device)
+        x, picture = self.sampled(z, told, Draws(seed, 0, range(len(captions)), device))
+        controlled = self.generator(other, told, self.controlnet, picture)
+        return {
+            "generator": self.teacher.decode(x),
+            "condition": 2 * picture - 1,
+            "1 step": self.teacher.decode(controlled),
+        }
+
+    def export(self) -> Export:
+        """diffusers' ControlNet pipeline; its controlnet/ alone is the adapter."""
+        network = self.teacher.family.network
+        pipeline = self.teacher.assembled(
+            in_float32({"unet": network})["unet"],
+            self.teacher.family.control_class,
+            controlnet=self.controlnet,
+            scheduler=self.generator.scheduler,
+        )
+        s = self.settings
+        notes = ControlNotes(
+            {
+                "generator": Path(self.teacher.path).name,
+                "generator_hash": weights_hash(network),
+                "control": s.control.__dict__,
+                "timestep": self.generator.timestep,
+                "guidance_scale": self.generator.guidance_scale,
+                "levels": s.num_levels,
+                "grid": s.grid,
+                "distance": s.distance,
+                "margin": s.margin,
+                "boundary_weight": float(self.multiplier.value),
+            }
+        )
+        return Export(pipeline, beside=[notes], sampling={"1": self.generator.call()})
+
+
+@dataclass(frozen=True)
+class ControlNotes:
+    """control.json of an export: which generator the adapter belongs to and how it was trained."""
+
+    notes: dict[str, Any]
+
+    def save_pretrained(self, folder: Path) -> None:
+        (Path(folder) / "control.json").write_text(json.dumps(self.notes, indent=2) + "\n")

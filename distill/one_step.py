@@ -1,0 +1,120 @@
+"""A frozen latent generator of one step, with or without a ControlNet."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, LCMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from ..pipelines.export import sampling_of
+from .condition import Condition
+from .consistency import ConsistencyFunction, lcm_boundary
+from .denoiser import nested
+from .errors import UserError
+from .families import LatentConsistency
+from .guidance import guidance_embedding
+from .teacher import LatentTeacher, locate
+
+EMBEDDING_CHANNELS = (16, 32, 96, 256)  # of a ControlNet's condition; each but the first halves its side
+
+
+class OneStep:
+    """x0 of noise in one evaluation of the teacher's network, as LCMScheduler steps at `timestep`.
+
+    The time, and the scale that a guidance-embedding network is told, are those of the folder's own call of one step
+    where its sampling.json has one; else the last training time and the pipeline's default. Parameters are frozen,
+    gradients pass through to a ControlNet.
+    """
+
+    def __init__(self, teacher: LatentTeacher, timestep: int | None, guidance_scale: float | None):
+        self.teacher, self.process = teacher, teacher.noise
+        self.network = teacher.family.network
+        call = sampling_of(Path(locate(teacher.path))).get("1", {})
+        total = len(self.process.abar)
+        self.timestep = int((call.get("timesteps") or [total - 1])[0]) if timestep is None else timestep
+        if self.timestep >= total:
+            raise UserError(f"method.timestep: {self.timestep} is not below {total}, the teacher's last time")
+        self.guidance_dim = self.network.config.get("time_cond_proj_dim")
+        if self.guidance_dim is None and guidance_scale is not None:
+            raise UserError(
+                "method.guidance_scale: the generator has no embedding of it, and one step has no other guidance; "
+                "leave the key out"
+            )
+        self.guidance_scale = 1.0
+        if self.guidance_dim is not None:
+            own = call.get("guidance_scale", LatentConsistency.guidance)
+            self.guidance_scale = float(own if guidance_scale is None else guidance_scale)
+        self.scheduler = LCMScheduler.from_config(
+            teacher.pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False
+        )
+        scaling = self.scheduler.config.timestep_scaling
+        self.function = ConsistencyFunction(teacher.denoiser, lambda t: lcm_boundary(t, scaling))
+
+    def __call__(
+        self,
+        noise: Tensor,
+        told: Condition,
+        controlnet: ControlNetModel | None = None,
+        picture: Tensor | None = None,
+    ) -> Tensor:
+        """Latents (B, C, h, w); picture (B, 3, H, W) is what the ControlNet sees."""
+        t = torch.full((len(noise),), float(self.timestep), dtype=torch.float64, device=noise.device)
+        arguments: dict[str, Any] = {}
+        if controlnet is not None:
+            arguments = residuals(controlnet, noise, t, told, picture)
+        if self.guidance_dim is not None:
+            w = torch.full_like(t, self.guidance_scale - 1)
+            arguments["timestep_cond"] = guidance_embedding(w, self.guidance_dim)
+        return self.function(noise, t, told.with_(**arguments))
+
+    def call(self) -> dict[str, Any]:
+        """Arguments of a stock pipeline's call that give the same step."""
+        return {
+            "timesteps": [self.timestep],
+            "guidance_scale": self.guidance_scale,
+            **self.teacher.call(),
+        }
+
+
+def residuals(
+    controlnet: ControlNetModel, x_t: Tensor, t: Tensor, told: Condition, picture: Tensor | None
+) -> dict[str, Any]:
+    """What a ControlNet adds to its U-Net, as arguments of that network's call."""
+    dtype = controlnet.dtype
+    down, mid = controlnet(
+        x_t.to(dtype),
+        t.to(torch.float32),
+        controlnet_cond=picture,
+        **nested({k: v for k, v in told.to(dtype).arguments.items() if k != "timestep_cond"}),
+        return_dict=False,
+    )
+    return {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": mid}
+
+
+def controlnet_of(teacher: LatentTeacher) -> ControlNetModel:
+    """A float32 ControlNet of the teacher's U-Net: a copy of its encoder behind convolutions that start at zero.
+
+    ControlNets embed no guidance scale: the copy of a network that does leaves that layer out.
+    """
+    network = teacher.family.network
+    if not isinstance(network, UNet2DConditionModel):
+        raise UserError(
+            f"teacher.path: {teacher.path} has a {type(network).__name__}; ControlNets here need a U-Net"
+        )
+    halvings = len(teacher.vae.config.block_out_channels)
+    if halvings > len(EMBEDDING_CHANNELS):
+        raise UserError(f"teacher.path: latents of {teacher.path} are smaller than a ControlNet's condition")
+    return ControlNetModel.from_unet(
+        without_guidance(network), conditioning_embedding_out_channels=EMBEDDING_CHANNELS[:halvings]
+    ).float()
+
+
+def without_guidance(network: Any) -> Any:
+    """The same U-Net, or a copy without an embedding of the guidance scale."""
+    if network.config.time_cond_proj_dim is None:
+        return network
+    plain = type(network).from_config({**network.config, "time_cond_proj_dim": None})
+    kept = {k: v for k, v in network.state_dict().items() if not k.startswith("time_embedding.cond_proj.")}
+    plain.load_state_dict(kept)
+    return plain
