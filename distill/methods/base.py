@@ -124,15 +124,16 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def players(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters of each player; each player has an optimiser of its own."""
+        """The trained parameters of each player, which has an optimiser of its own; the first is what is exported."""
 
     def optimiser(self, player: str) -> dict[str, Any]:
         """AdamW's arguments of this player that differ from the run's: lr, betas, eps, weight_decay."""
         return {}
 
     def averaged(self) -> dict[str, nn.Parameter]:
-        """Trained parameters by name whose averages pictures and export use where use_ema is set."""
-        return {k: p for k, p in self.named_parameters() if p.requires_grad}
+        """Parameters by name whose averages pictures and export use where use_ema is set: the first player's."""
+        exported = {id(p) for p in next(iter(self.players().values()))}
+        return {k: p for k, p in self.named_parameters() if id(p) in exported}
 
     def turns(self, progress: Progress) -> tuple[str, ...]:
         """The players that move in this iteration, in order."""

@@ -70,10 +70,6 @@ class ScoreDistillation(Method):
         fake = {} if self.fake_score is None else {"fake_score": list(self.fake_score.parameters())}
         return {"student": list(self.student.trained().values()), **fake}
 
-    def averaged(self) -> dict[str, nn.Parameter]:
-        student = {id(p) for p in self.players()["student"]}
-        return {k: p for k, p in super().averaged().items() if id(p) in student}
-
     def optimiser(self, player: str) -> dict[str, Any]:
         lr = self.settings.fake_score_lr
         return {} if player == "student" or lr is None else {"lr": lr}

@@ -57,6 +57,7 @@ def test_players_and_turns(build_rg_lcd: Build) -> None:
     assert method.lrm is not None
     players = method.players()
     assert list(players) == ["student", "latent_clip", "lrm"]
+    assert {id(p) for p in method.averaged().values()} == {id(p) for p in players["student"]}
     assert len(players["latent_clip"]) == len(list(method.lrm.parameters())) > len(players["lrm"])
     assert not {id(p) for p in players["student"]} & {id(p) for p in players["latent_clip"]}
     seen = [method.turns(Progress(i, 4, {})) for i in range(4)]

@@ -194,3 +194,10 @@ def test_its_optimiser_has_its_own_rate(build_scott: Build) -> None:
     method = build_scott(discriminator_lr=3e-5, discriminator_beta1=0.0)
     assert method.optimiser("discriminator") == {"lr": 3e-5, "betas": (0.0, 0.999)}
     assert method.optimiser("student") == {}
+
+
+def test_the_student_alone_is_averaged(build_scott: Build) -> None:
+    method = build_scott()
+    student, judge = (method.players()[k] for k in ("student", "discriminator"))
+    assert {id(p) for p in method.averaged().values()} == {id(p) for p in student}
+    assert not {id(p) for p in student} & {id(p) for p in judge}
