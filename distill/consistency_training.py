@@ -24,7 +24,7 @@ from .methods.base import Batch, Method, Parts, Progress
 from .process import EDM
 from .settings import settings
 from .space import PixelSpace, Space, space_of
-from .student import Student, new_denoiser, renewed
+from .student import Student, start_of
 
 
 @settings
@@ -81,8 +81,7 @@ class ConsistencyTraining(Method):
         if parts.student.kind == "lora":
             raise UserError("student.kind: lora: this method trains all weights; set it to full")
         self.process = EDM(s.sigma_min, s.sigma_max, s.sigma_data, s.rho)
-        base = self._base()
-        self.student = Student(base, parts.student)
+        self.student = Student(start_of(parts, self.process, "edm"), parts.student)
         denoiser = self._reachable(seen_in(self.student.denoiser, self.process))
         self.space = self._space()
         self.needs = self.space.needs
@@ -230,27 +229,6 @@ class ConsistencyTraining(Method):
     def normalisation(self) -> dict[str, Any]:
         """What an exported latent pipeline is given beside its usual parts."""
         return {}
-
-    def _base(self) -> Denoiser:
-        """What the student starts from."""
-        student, teacher = self.parts.student, self.parts.teacher
-        if student.init == "teacher":
-            if student.network is not None:
-                raise UserError(
-                    "student.network: has no effect beside init: teacher; set student.init to scratch"
-                )
-            base = self.parts.need_teacher().denoiser
-            if isinstance(base.process, EDM) and base.process.sigma_data != self.process.sigma_data:
-                raise UserError(
-                    f"method.sigma_data: {self.process.sigma_data}, but the teacher's network was made for "
-                    f"{base.process.sigma_data}; make them equal"
-                )
-            return base
-        if student.network is not None:
-            return new_denoiser(student.network, self.process, "edm", student.norm)
-        if teacher is None:
-            raise UserError("student.network: missing; without a teacher the architecture must be given")
-        return renewed(teacher.denoiser, self.process, "edm", student.norm)
 
     def _space(self) -> Space:
         return space_of(self.student.network, self.parts)

@@ -35,7 +35,7 @@ from fewstep.distill.settings import StudentSettings
 ROOT = Path(__file__).resolve().parents[1]
 CONTENDERS = ("flow", *DERIVATIVES)
 UNET: dict[str, Any] = {
-    "sample_size": 16, "block_out_channels": [32, 64], "layers_per_block": 2, "norm_num_groups": 8,
+    "sample_size": 16, "block_out_channels": [32, 64], "layers_per_block": 3, "norm_num_groups": 8,
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
     "attention_head_dim": 32, "time_embedding_dim": 256,
 }  # fmt: skip

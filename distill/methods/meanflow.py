@@ -25,7 +25,7 @@ from ..settings import settings
 from ..space import ClassLatentSpace, LatentSpace, PixelSpace, space_of
 from ..span_targets import alpha_target, annealed_alpha, split_target
 from ..spans import SpanLaw, draw_spans
-from ..student import Student, new_denoiser, renewed
+from ..student import Student, start_of
 from .base import Batch, Method, Parts, Progress, Published
 
 EXPORTED_STEPS = (1, 2, 4)
@@ -110,7 +110,7 @@ class MeanFlow(Method):
         super().__init__(settings, parts)
         check(settings, parts)
         self.process = RectifiedFlow()
-        self.student = Student(self._base(), parts.student, two_times=True)
+        self.student = Student(start_of(parts, self.process, "velocity"), parts.student, two_times=True)
         self.denoiser = seen_in(self.student.denoiser, self.process)
         self.space = space_of(self.student.network, parts)
         self.needs = self.space.needs
@@ -314,27 +314,16 @@ class MeanFlow(Method):
             pipeline = MeanFlowPipeline(**shared, **vae)
         return Export(pipeline, sampling=self.calls())
 
-    def _base(self) -> Denoiser:
-        """What the student starts from; new weights work in straight paths and give velocities."""
-        student, teacher = self.parts.student, self.parts.teacher
-        if student.init == "teacher":
-            return self.parts.need_latent_teacher().denoiser
-        if student.network is not None:
-            return new_denoiser(student.network, self.process, "velocity", student.norm)
-        if teacher is None:
-            raise UserError("student.network: missing; without a teacher the architecture must be given")
-        return renewed(teacher.denoiser, self.process, "velocity", student.norm)
-
 
 def check(s: MeanFlowSettings, parts: Parts) -> None:
     """UserError for settings that contradict each other or would have no effect."""
     student = parts.student
     if student.kind == "lora":
         raise UserError("student.kind: lora: the second time needs weights of its own; set it to full")
-    if student.init == "teacher" and student.network is not None:
-        raise UserError("student.network: has no effect beside init: teacher; set student.init to scratch")
     if student.init == "teacher" and parts.teacher is None:
         raise UserError("student.init: teacher, but there is none; add one, or set it to scratch")
+    if student.init == "teacher":
+        parts.need_latent_teacher()
     if s.source == "teacher" and s.kappa:
         raise UserError("method.kappa: it mixes in the student's velocity; from a teacher use omega alone")
     if s.guidance_start > s.guidance_end:

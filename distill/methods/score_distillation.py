@@ -15,10 +15,10 @@ from ..draws import Draws
 from ..errors import UserError
 from ..generator import Generator, fresh_from, seeded
 from ..guidance import guided_x0_eps
-from ..process import EDM, TrigFlow, per_sample
+from ..process import TrigFlow, per_sample
 from ..score import FakeScore
 from ..space import LatentSpace, Space, space_of
-from ..student import Student, new_denoiser, renewed
+from ..student import Student, start_of
 from ..teacher import LatentTeacher
 from ..trig_sampling import TrigSampling
 from .base import Method, Parts
@@ -39,7 +39,7 @@ class ScoreDistillation(Method):
         self.taught, self.scored = taught or scored, scored
         if self.taught:
             parts.need_teacher()
-        self.student = Student(start_of(parts, self.process), parts.student)
+        self.student = Student(start_of(parts, self.process, "trigflow"), parts.student)
         self.denoiser = seen_in(self.student.denoiser, self.process)
         self.function = ConsistencyFunction(self.denoiser, no_boundary)
         teacher = parts.teacher
@@ -137,27 +137,3 @@ class ScoreDistillation(Method):
 
     def export(self) -> Export:
         return self.sampling.export(self.student, self.space, self.parts.student)
-
-
-def start_of(parts: Parts, process: TrigFlow) -> Denoiser:
-    """What the student starts from: the teacher, or new weights that give F of TrigFlow at the time t as it is."""
-    student, teacher = parts.student, parts.teacher
-    if student.init == "teacher":
-        if student.network is not None:
-            raise UserError(
-                "student.network: has no effect beside init: teacher; set student.init to scratch"
-            )
-        base = parts.need_teacher().denoiser
-        if isinstance(base.process, EDM) and base.process.sigma_data != process.sigma_data:
-            raise UserError(
-                f"method.sigma_data: {process.sigma_data}, but the teacher's network was made for "
-                f"{base.process.sigma_data}; make them equal"
-            )
-        return base
-    if student.kind == "lora":
-        raise UserError("student.init: scratch: a LoRA needs the teacher's weights; set it to teacher")
-    if student.network is not None:
-        return new_denoiser(student.network, process, "trigflow")
-    if teacher is None:
-        raise UserError("student.network: missing; without a teacher the architecture must be given")
-    return renewed(teacher.denoiser, process, "trigflow")

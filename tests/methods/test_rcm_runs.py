@@ -14,7 +14,11 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from fewstep.distill.config import load_config, read_yaml
 from fewstep.distill.dry_run import describe
+from fewstep.distill.methods.base import Parts
+from fewstep.distill.methods.rcm import RCM, RCMSettings
 from fewstep.distill.runner import Runner
+from fewstep.distill.settings import StudentSettings
+from fewstep.pipelines.unet_norms import NormedUNet2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -238,3 +242,10 @@ def test_recipes_pass_a_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     text = describe(load_config(read_yaml(CONFIGS / f"{name}.yaml")))
     assert "activations, estimate" in text and "not estimated" not in text
+
+
+def test_new_networks_take_the_norm_of_the_settings() -> None:
+    student = StudentSettings(init="scratch", network=PIXELS, norm="non_scaling")
+    settings = RCMSettings(source="data", score_weight=0.0)
+    method = RCM(settings, Parts(None, student, [], resolution=16))
+    assert isinstance(method.student.network, NormedUNet2DModel)
