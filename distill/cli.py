@@ -89,6 +89,10 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--guidance_scale", type=float)
     parser.add_argument("--extractor", help="default: efflite0-128")
     parser.add_argument("--clip", help="also an image-text score: lite0-minilm, MODEL:TAG of open_clip, ...")
+    parser.add_argument(
+        "--control",
+        help="score against conditions: canny, '{name: superres, factor: 4}', ...; see methods/nct",
+    )
     parser.add_argument("--protocol", help="cifar10-50k, coco2014-30k, ...: in place of data and extractor")
     parser.add_argument("--device")
     parser.add_argument(
@@ -101,6 +105,7 @@ def evaluate(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
 
     from .data import other_split
+    from .metrics.conditions import read_control
     from .metrics.evaluate import evaluate as score
     from .metrics.pipeline_source import quiet
     from .metrics.table import markdown_table, rows_of
@@ -123,6 +128,7 @@ def evaluate(arguments: list[str]) -> int:
         args.pipeline, **own, num_images=args.num_images, steps=args.steps, seeds=args.seeds,
         batch_size=args.batch_size, device=args.device, output=args.output,
         guidance_scale=args.guidance_scale, fresh=args.fresh, clip=args.clip, protocol=args.protocol,
+        control=None if args.control is None else read_control(args.control),
         trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     if not report:  # another process of the launch has it

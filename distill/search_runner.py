@@ -20,6 +20,7 @@ from .errors import UserError
 from .fitness import Fitness
 from .measure import processor
 from .metrics.evaluate import choose_device
+from .metrics.judges import inputs_for
 from .metrics.pipeline_source import NotFinite, PipelineSource, quiet
 from .metrics.remote_code import own_code
 from .model_card import search_card
@@ -82,7 +83,7 @@ class SearchRunner:
         source = PipelineSource(str(self.files.pipeline), self.device, trust_remote_code=c.trust_remote_code)
         self.call = source.arguments(c.steps, c.guidance_scale)
         source.pipe = self.search_.opened(subject, source.pipe)
-        self.inputs = self.fitness.judge.inputs(source.conditioning, max(c.num_images, c.final_images))
+        self.inputs = inputs_for(self.fitness.judge, source, max(c.num_images, c.final_images))
         return source
 
     def _propose(self, subject: str) -> bool:
@@ -148,9 +149,8 @@ class SearchRunner:
         for first in range(0, count, self.config.batch_size):
             rows = range(first, min(first + self.config.batch_size, count))
             torch.manual_seed(mix(block, first))  # for pipelines that draw beside their generators
-            parts.append(
-                self.source.pictures(rows, self.inputs.values, SEARCH_BLOCK + block, dict(self.call))[0]
-            )
+            made, _ = self.source.pictures(rows, self.inputs, SEARCH_BLOCK + block, dict(self.call))
+            parts.append(made)
         return torch.cat(parts)
 
     def _captions(self, count: int) -> Sequence[str]:

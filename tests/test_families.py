@@ -14,6 +14,7 @@ from fewstep.distill.condition import Condition
 from fewstep.distill.denoiser import FluxDenoiser, WanDenoiser
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
+from fewstep.distill.metrics.inputs import Inputs
 from fewstep.distill.metrics.pipeline_source import PipelineSource
 from fewstep.distill.model_card import sampling_line
 from fewstep.distill.process import VP, RectifiedFlow
@@ -349,11 +350,11 @@ def test_the_pictures_of_a_video_pipeline_are_scored(tiny_families: Families) ->
     folder = tiny_families("wan")
     source = PipelineSource(str(folder), torch.device("cpu"))
     call = {**load(folder).call(), "num_inference_steps": 1, "guidance_scale": 1.0}
-    pictures, _ = source.pictures(range(2), [PROMPT, "dog"], 0, call)
+    pictures, _ = source.pictures(range(2), Inputs.of_captions([PROMPT, "dog"]), 0, call)
     assert pictures.shape == (2, 3, SIDE, SIDE) and pictures.dtype == torch.uint8
     assert not torch.equal(pictures[0], pictures[1]) and source.evaluations() == 2
     with pytest.raises(UserError, match="WanPipeline gives neither RGB nor grey pictures"):
-        source.pictures(range(2), [PROMPT], 0, {**call, "num_frames": 5})
+        source.pictures(range(2), Inputs.of_captions([PROMPT]), 0, {**call, "num_frames": 5})
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])

@@ -17,6 +17,7 @@ from fewstep.distill.checkpoint_set import CheckpointSet
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics.evaluate import open_source
+from fewstep.distill.metrics.inputs import Inputs
 from fewstep.distill.search_config import load_search
 from fewstep.distill.search_runner import SearchRunner
 from safetensors.torch import save_file
@@ -57,7 +58,9 @@ def timeless(run: Path) -> list[dict[str, Any]]:
 
 def pictures(folder: Path, block: int = 5) -> torch.Tensor:
     source = open_source(str(folder), torch.device("cpu"))
-    return source.pictures(range(3), ["cat", "dog", "red"], block, source.arguments(2, None))[0]
+    return source.pictures(
+        range(3), Inputs.of_captions(["cat", "dog", "red"]), block, source.arguments(2, None)
+    )[0]
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +97,18 @@ def test_the_export_is_the_best_of_the_finalists(searched: Path, tiny_pipeline: 
     again._build()
     again.source = again._open("full")
     again.source.pipe = again.search_.apply(again.source.pipe, best)
-    expected = again.source.pictures(range(3), ["cat", "dog", "red"], 5, dict(again.call))[0]
+    expected = again.source.pictures(
+        range(3), Inputs.of_captions(["cat", "dog", "red"]), 5, dict(again.call)
+    )[0]
     assert torch.equal(pictures(searched / "pipeline"), expected)
     assert not torch.equal(expected, pictures_of_the_student(tiny_pipeline))
 
 
 def pictures_of_the_student(folder: Path) -> torch.Tensor:
     source = open_source(str(folder), torch.device("cpu"))
-    return source.pictures(range(3), ["cat", "dog", "red"], 5, source.arguments(2, 1.0))[0]
+    return source.pictures(range(3), Inputs.of_captions(["cat", "dog", "red"]), 5, source.arguments(2, 1.0))[
+        0
+    ]
 
 
 def test_a_second_search_is_the_same(searched: Path, tiny_pipeline: Path, tmp_path: Path) -> None:

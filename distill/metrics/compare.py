@@ -21,7 +21,7 @@ from .page import page
 from .pipeline_source import quiet
 from .remote_code import own_code
 from .report import check_writable, read_report
-from .strips import draw_strips, strip_inputs
+from .strips import check_data, draw_conditions, draw_strips, strip_inputs
 from .table import by_column, columns_of, markdown, protocol_notes
 
 
@@ -132,13 +132,13 @@ def compare(
     if len(set(slugs)) < len(slugs):
         twice = next(s for s in slugs if slugs.count(s) > 1)
         raise UserError(f"{twice}: two entries have this name; give one as NAME=PATH")
-    strip_inputs("caption", data, options)  # refuses data that cannot be read before the long work
+    check_data(data, options)  # before the long work
     check_writable(output / "compare.json")
     quiet()
     jobs = [(m, _offered(m, steps)) for m in models]
     if origin is not None:
         jobs.insert(0, (origin, _offered(origin, teacher_steps)))
-    rows, pictures = [], []
+    rows: list[dict[str, Any]] = []
     shared = ["--num_images", str(num_images), "--seeds", str(seeds), *options]
     shared += [] if "--protocol" in options else ["--data", data]
     shared += ["--device", device] if device is not None else []
@@ -146,22 +146,13 @@ def compare(
         report = _score(model, count, shared, output / "reports")
         rows += _rows(model, report)
     columns_of(rows)  # refuses mixed protocols before the pictures are made
-    conditioning = next(iter(by_column(rows[0]).values())).protocol.conditioning
-    inputs, seen = strip_inputs(conditioning, data, options)
-    trust = "--trust_remote_code" in options
-    for model, _ in jobs:
-        if model.pipeline is None:
-            continue
-        calls = {row["steps"]: row["arguments"] for row in rows if row["model"] == model.name}
-        source = open_source(model.pipeline, choose_device(device), trust)
-        files = draw_strips(source, calls, inputs, output / "pictures", _slug(model.name))
-        pictures += [{"model": model.name, "steps": n, "file": file} for n, file in files.items()]
     record = {
         "title": title or "Few-step students" + (f" of {Path(origin.pipeline or '').name}" if origin else ""),
         "call": {"data": data, "num_images": num_images, "seeds": seeds, "options": list(options)},
-        "captions": [{"text": c, "seen": i < seen} for i, c in enumerate(inputs.captions)],
         "rows": rows,
-        "pictures": pictures,
+        "strips": _strips(
+            [m for m, _ in jobs if m.pipeline is not None], rows, data, device, options, output
+        ),
         "published": published(rows),
     }
     write_file(output / "compare.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
@@ -227,6 +218,31 @@ def _rows(model: Entry, report: Mapping[str, Any]) -> list[dict[str, Any]]:
         **{k: report[k] for k in ("device", "versions", "batch_size")},
     }
     return [{**row, **shared} for row in report["rows"]]
+
+
+def _strips(
+    models: Sequence[Entry],
+    rows: Sequence[Mapping[str, Any]],
+    data: str,
+    device: str | None,
+    options: Sequence[str],
+    output: Path,
+) -> list[dict[str, Any]]:
+    """Pictures of every model, in one group for each thing that models make them from: captions, classes, nothing."""
+    groups: dict[str, dict[str, Any]] = {}
+    for model in models:
+        source = open_source(str(model.pipeline), choose_device(device), "--trust_remote_code" in options)
+        calls = {row["steps"]: row["arguments"] for row in rows if row["model"] == model.name}
+        inputs, seen = strip_inputs(source, data, options)
+        names = [{"text": c, "seen": i < seen} for i, c in enumerate(inputs.captions)]
+        group = groups.setdefault(inputs.conditioning, {"captions": names, "pictures": []})
+        place, files = (output / "pictures", _slug(model.name)), dict[int | None, str]()
+        if inputs.controlled:
+            side = rows[0]["scores"][0]["protocol"]["image_size"]
+            files[None] = draw_conditions(inputs, side, *place)
+        files |= draw_strips(source, calls, inputs, *place)
+        group["pictures"] += [{"model": model.name, "steps": n, "file": file} for n, file in files.items()]
+    return [{"made_from": k, **group} for k, group in groups.items()]
 
 
 def published(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from ..controls import Control
 from ..errors import UserError
 from ..measure import PeakMemory
 from ..teacher import EMBEDDED
@@ -20,14 +21,14 @@ from .features import Extractor, make_extractor
 from .folder_source import FolderSource
 from .generation import Generation, Made
 from .inputs import Inputs
-from .judges import DataJudge, Judge, StandardJudge
+from .judges import DataJudge, Judge, StandardJudge, inputs_for
 from .neighbours import match_share
 from .pipeline_source import SEED_STRIDE, PipelineSource
 from .protocol import Score
 from .reference import captions_of, load_reference, reference
 from .report import check_writable, machine, write_report
 from .scorers import make_scorer
-from .scoring import Setting, image_text_score
+from .scoring import Setting, condition_score, image_text_score
 from .source import Source, first_line
 from .standards import get_standard
 
@@ -53,6 +54,7 @@ def evaluate(
     fresh: bool = False,
     clip: str | None = None,
     protocol: str | None = None,
+    control: Control | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Scores and seconds per image for each number of steps: the report, which is also written to `output`.
@@ -66,6 +68,8 @@ def evaluate(
     data_options        further arguments of load_data
     clip                also an image-text score, by a name of `scorers.make_scorer`
     protocol            a named protocol in place of data, split, holdout and extractor
+    control             what conditions are taken from the real pictures by; every pipeline is scored against them, one
+                        with a ControlNet is called with them; None: what the pipeline itself names
     fresh               make and time all pictures again, whatever the cache holds
     trust_remote_code   run code that the pipeline brings; code of ours, byte for byte, runs without it
 
@@ -94,7 +98,7 @@ def evaluate(
             get_standard(protocol).check_count(num_images)
             judge = StandardJudge(protocol, where, batch_size, progress)
     source.quantise_by(judge.quantise, judge.quantisation)
-    inputs = judge.inputs(source.conditioning, num_images)
+    inputs = inputs_for(judge, source, num_images, control)
     if source.num_classes is not None and inputs.num_classes > source.num_classes:
         raise UserError(
             f"{pipeline}: knows {source.num_classes} classes, {protocol or data} has {inputs.num_classes}; give "
@@ -131,6 +135,9 @@ def evaluate(
         if scorer is not None and measure is not None:
             cosines = [m.cosines for m in made[n] if m.cosines is not None]
             scores.append(image_text_score(cosines, scorer, measure, setting))
+        if inputs.conditions is not None:
+            errors = [m.errors for m in made[n] if m.errors is not None]
+            scores.append(condition_score(errors, inputs.conditions, setting))
         row = {
             "steps": n,
             "nfe": made[n][0].nfe or None,

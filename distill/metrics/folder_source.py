@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data.images import over_white
 from ..errors import UserError
+from .inputs import Inputs
 from .source import Source, first_line, hash_files, short, side
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -51,7 +52,7 @@ class FolderSource(Source):
     def pictures(
         self,
         rows: range,
-        values: Sequence[str] | Sequence[int],
+        inputs: Inputs,
         seed_block: int,
         arguments: dict[str, Any],
     ) -> tuple[Tensor, float]:

@@ -30,6 +30,7 @@ class Made:
 
     features  (N, D) float32
     cosines   (N,) float64 of each picture with its caption or the name of its class, None without a scorer
+    errors    (N,) float64 of each picture's condition (see Conditions.errors), None without conditions
     seconds   seconds per image (median over full batches of the call alone)
     nfe       evaluations of the denoising network per image, counted; guidance takes two a step
     memory    peak bytes while the pictures were made, None where the system cannot tell
@@ -39,6 +40,7 @@ class Made:
 
     features: Tensor
     cosines: Tensor | None
+    errors: Tensor | None
     seconds: float
     nfe: int
     memory: int | None
@@ -117,6 +119,7 @@ class Generation:
         return Made(
             features=whole["features"],
             cosines=whole["cosines"].flatten() if self.scorer is not None else None,
+            errors=whole["errors"].flatten() if inputs.conditions is not None else None,
             seconds=median(seconds),
             nfe=int(whole["nfe"][0]),
             memory=int(whole["memory"].max()) or None,
@@ -128,17 +131,19 @@ class Generation:
         self, rows: range, inputs: Inputs, seed_block: int, arguments: dict[str, Any], enough: bool
     ) -> dict[str, Tensor]:
         if not enough and (not self.warm or (len(rows) == self.batch_size and len(rows) not in self.warm)):
-            self.source.pictures(range(len(rows)), inputs.values, 0, self.warm_up)
+            self.source.pictures(range(len(rows)), inputs, 0, self.warm_up)
             self.warm.add(len(rows))
         before = self.source.evaluations()
         with PeakMemory(self.device) as peak:
-            images, taken = self.source.pictures(rows, inputs.values, seed_block, arguments)
+            images, taken = self.source.pictures(rows, inputs, seed_block, arguments)
         self.check_side(images.shape[-1])
         nfe = (self.source.evaluations() - before) // len(rows)
         out = {"features": extract(self.network, self.crop(images), self.batch_size)}
         if self.scorer is not None:
             captions = [inputs.captions[i % len(inputs.captions)] for i in rows]
             out["cosines"] = pair_cosines(self.scorer, images, captions, self.batch_size)[:, None]
+        if inputs.conditions is not None:
+            out["errors"] = inputs.conditions.errors(images, rows)[:, None]
         out["seconds"] = torch.full((len(rows), 1), taken / len(rows))
         out["nfe"] = torch.full((len(rows), 1), nfe, dtype=torch.int32)
         out["memory"] = torch.full((len(rows), 1), peak.bytes or 0, dtype=torch.int64)
@@ -147,13 +152,14 @@ class Generation:
         return out
 
     def _records(self, rows: range, inputs: Inputs, seed_block: int, arguments: dict[str, Any]) -> Records:
-        network, values = self.network, inputs.values
-        own = [values[i % len(values)] for i in rows] if values else []
+        network, conditions = self.network, []
+        if inputs.conditions is not None:
+            conditions = [inputs.controlled, inputs.conditions.identity(rows)]
         key = {
             "source": self.source.identity(),
             "rules": [self.source.seed_rule, self.source.quantisation, self.crop_rule],
             "arguments": arguments,
-            "inputs": [inputs.conditioning, hash_prompts(own)],
+            "inputs": [inputs.conditioning, hash_prompts(inputs.of(rows)), *conditions],
             "rows": [rows.start, rows.stop, seed_block],
             "network": [network.name, network.weights_sha256, network.resize, network.layer],
             "scorer": self.scorer.identity if self.scorer is not None else None,

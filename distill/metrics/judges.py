@@ -2,12 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..controls import Control
 from ..errors import UserError
+from .conditions import Conditions
 from .features import Extractor, make_extractor
 from .frechet import INFINITY_RATIO, Moments, frechet_distance, frechet_infinity
 from .inputs import Inputs
@@ -15,11 +18,30 @@ from .kid import mean_sd
 from .pipeline_source import QUANTISATION, quantise
 from .prepare import open_standard
 from .protocol import Score
-from .reference import Reference, captions_of, labels_of, load_reference
+from .reference import Reference, captions_of, labels_of, load_reference, places_of
 from .scoring import Setting, score_all
+from .source import Source
 from .verify import is_verified
 
 LABEL_SEED = 0
+
+
+def inputs_for(judge: "Judge", source: Source, count: int, control: Control | None = None) -> Inputs:
+    """What `source` makes pictures 0 to count - 1 from. `control`: what conditions are taken by, in place of what the
+    source itself names. Raises UserError if there is nothing of the kind."""
+    if source.control is not None and control not in (None, source.control):
+        raise UserError(
+            f"control: the pipeline was trained with {source.control}, not {control}; leave the flag out"
+        )
+    control = control or source.control
+    inputs = judge.inputs(source.conditioning, count)
+    if control is None:
+        if source.controlled:
+            raise UserError(
+                "control: the pipeline has a ControlNet and names no control; give what it sees, --control canny"
+            )
+        return inputs
+    return replace(inputs, conditions=judge.conditions(control), controlled=source.controlled)
 
 
 class Judge(ABC):
@@ -43,6 +65,10 @@ class Judge(ABC):
     @abstractmethod
     def inputs(self, conditioning: str, count: int) -> Inputs:
         """What pictures 0 to count - 1 are made from. Raises UserError if there is nothing of the kind."""
+
+    @abstractmethod
+    def conditions(self, control: Control) -> Conditions:
+        """What the control sees of the real pictures. Raises UserError if there are none."""
 
     @abstractmethod
     def check_side(self, side: int) -> None:
@@ -100,6 +126,9 @@ class DataJudge(Judge):
             return Inputs.of_labels([labels[i % len(labels)] for i in range(count)], classes)
         return Inputs()
 
+    def conditions(self, control: Control) -> Conditions:
+        return Conditions(control, places_of(self.data, self.split, self.options), self.options)
+
     def scores(self, runs: Sequence[Tensor], setting: Setting) -> list[Score]:
         if setting.image_size not in self.references:
             train = self._load(self.split, setting.image_size)
@@ -152,6 +181,11 @@ class StandardJudge(Judge):
             labels = torch.randint(number, (count,), generator=draw).tolist()
             return Inputs("class", labels, num_classes=number)
         return Inputs()
+
+    def conditions(self, control: Control) -> Conditions:
+        raise UserError(
+            f"protocol: {self.standard.name} shows no pictures to the control {control.name!r}; use --data"
+        )
 
     def check_side(self, side: int) -> None:
         self.standard.check(self.standard.num_images.value, side)

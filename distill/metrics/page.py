@@ -48,15 +48,20 @@ def table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def pictures(record: Mapping[str, Any], folder: Path) -> str:
-    """Strips of the same captions and noise, one for each model and number of steps."""
-    captions = record["captions"]
+    """Strips of the same captions or classes and noise, one for each model and number of steps."""
+    return "".join(_group(strips, folder) for strips in record["strips"])
+
+
+def _group(strips: Mapping[str, Any], folder: Path) -> str:
+    captions = strips["captions"]
     names = "".join(
         f"<span{'' if c['seen'] else ' class=unseen'}>{escape(c['text'])}</span>" for c in captions
     )
     lines = [f'<div class="strip"><span class="label"></span><div class="captions">{names}</div></div>']
-    for picture in record["pictures"]:
+    for picture in strips["pictures"]:
         data = base64.b64encode((folder / picture["file"]).read_bytes()).decode()
-        label = f"{picture['model']}, {picture['steps']} step{'s' * (picture['steps'] > 1)}"
+        n = picture["steps"]
+        label = f"{picture['model']}, " + ("condition" if n is None else f"{n} step{'s' * (n > 1)}")
         lines.append(
             f'<div class="strip"><span class="label">{escape(label)}</span>'
             f'<img alt="{escape(label)}" src="data:image/png;base64,{data}"></div>'

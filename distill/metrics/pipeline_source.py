@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
+from .conditions import control_in
+from .inputs import Inputs
 from .loading import load_pipeline
 from .source import Source, first_line, hash_files, short, side
 
@@ -55,6 +57,8 @@ class PipelineSource(Source):
             if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"
         ]
         self.num_classes = _num_classes(denoiser)
+        self.controlled = "controlnet" in self.pipe.components
+        self.control = control_in(Path(pipeline)) if self.controlled else None
         if "prompt" in self.parameters:
             self.conditioning = "caption"
         elif "class_labels" in self.parameters and (self.num_classes or "class_labels" in needed):
@@ -100,20 +104,23 @@ class PipelineSource(Source):
     def pictures(
         self,
         rows: range,
-        values: Sequence[str] | Sequence[int],
+        inputs: Inputs,
         seed_block: int,
         arguments: dict[str, Any],
     ) -> tuple[Tensor, float]:
-        """Picture i has the noise seed seed_block * 1_000_000 + i and values[i % len(values)]."""
+        """Picture i has the noise seed seed_block * 1_000_000 + i."""
         generators = [torch.Generator().manual_seed(seed_block * SEED_STRIDE + i) for i in rows]
-        inputs: dict[str, Any] = {"generator": generators, "output_type": "pt", **arguments}
+        call: dict[str, Any] = {"generator": generators, "output_type": "pt", **arguments}
         if self.conditioning in KEYWORDS:
-            inputs[KEYWORDS[self.conditioning]] = [values[i % len(values)] for i in rows]
+            call[KEYWORDS[self.conditioning]] = inputs.of(rows)
         if self.conditioning == "none" or (self.conditioning == "class" and "batch_size" in self.parameters):
-            inputs["batch_size"] = len(rows)
+            call["batch_size"] = len(rows)
+        if inputs.controlled:
+            assert inputs.conditions is not None
+            call["image"] = inputs.conditions.of(rows, arguments.get("height") or self._side())
         start = time.perf_counter()
         try:
-            images = pictures_of(self.pipe(**inputs))
+            images = pictures_of(self.pipe(**call))
         except (ValueError, TypeError, IndexError) as error:  # the last: a label beyond the network's
             kind = type(self.pipe).__name__
             raise UserError(f"{self.name}: {kind} refuses the call ({first_line(error)})") from error
@@ -132,6 +139,10 @@ class PipelineSource(Source):
     def _identity(self) -> str:
         folder = Path(self.name)
         return hash_files(folder, _files(folder)) if folder.is_dir() else hash_parts(self.pipe)
+
+    def _side(self) -> int:
+        """Of pictures in pixels where the call names none."""
+        return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
 
     def _count(self, module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         inputs = (*args, kwargs.get("sample"), kwargs.get("hidden_states"))

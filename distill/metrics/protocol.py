@@ -81,13 +81,24 @@ class Score:
         return score
 
 
-def same_protocol(scores: Sequence[Score]) -> Protocol:
-    """The one protocol of all scores. Raises UserError that names the first field in which two differ."""
+def comparable(scores: Sequence[Score]) -> None:
+    """Raises UserError if two scores differ in more than what pictures are made from: captions, classes, nothing, a
+    control beside them. Those of one kind must be made from the same."""
+    kinds: dict[str, list[Score]] = {}
+    for score in scores:
+        kinds.setdefault(score.protocol.conditioning, []).append(score)
+    for kind in kinds.values():
+        same_protocol(kind)
+    same_protocol([kind[0] for kind in kinds.values()], but=("conditioning", "prompts_sha256"))
+
+
+def same_protocol(scores: Sequence[Score], but: Sequence[str] = ()) -> Protocol:
+    """The one protocol of all scores, `but` these fields. Raises UserError that names the first in which two differ."""
     if not scores:
         raise ValueError("no scores to compare")
     first = scores[0].protocol
     for score in scores[1:]:
-        for field in fields(Protocol):
+        for field in (f for f in fields(Protocol) if f.name not in but):
             a, b = getattr(first, field.name), getattr(score.protocol, field.name)
             if a != b:
                 raise UserError(

@@ -52,6 +52,13 @@ def labels_of(
     return [labels[i] for i in order], rows.classes
 
 
+def places_of(
+    data: str, split: str, data_options: Mapping[str, Any] | None = None
+) -> list[tuple[str, str, int]]:
+    """(data, split, row) of the pictures of `reference`."""
+    return [(data, split, i) for i in _ordered(data, split, 1, data_options)[1]]
+
+
 def _ordered(
     data: str, split: str, resolution: int, data_options: Mapping[str, Any] | None
 ) -> tuple[ImageData, list[int]]:

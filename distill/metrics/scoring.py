@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from .conditions import DEFINITION, Conditions
 from .features import Extractor
 from .frechet import INFINITY_RATIO, frechet_infinity
 from .image_text import Measure, Scorer, image_text_protocol
@@ -70,7 +71,7 @@ class Setting:
             reference_sha256=reference_sha256,
             n_ref=n_ref,
             n_gen=n_gen or self.n_gen,
-            conditioning=self.inputs.conditioning,
+            conditioning=self.inputs.law,
             prompts_sha256=self.inputs.sha256,
             seed_rule=self.seed_rule,
             image_size=self.image_size,
@@ -131,12 +132,36 @@ def image_text_score(runs: Sequence[Tensor], scorer: Scorer, measure: Measure, s
         measure,
         captions=setting.inputs.captions,
         input=setting.quantisation,
-        conditioning=setting.inputs.conditioning,
+        conditioning=setting.inputs.law,
         seed_rule=setting.seed_rule,
         image_size=setting.image_size,
     )
     protocol = replace(protocol, prompts_sha256=setting.inputs.sha256)
     return Score(measure.label(scorer), *mean_sd([measure.of(x) for x in runs]), protocol)
+
+
+def condition_score(runs: Sequence[Tensor], conditions: Conditions, setting: Setting) -> Score:
+    """Score of the condition errors (N,) of each seed's pictures."""
+    rows = range(min(setting.n_gen, len(conditions.places)))
+    protocol = Protocol(
+        metric="condition error",
+        definition=DEFINITION,
+        extractor=conditions.name,
+        extractor_weights_sha256="",
+        input=setting.quantisation,
+        resize="none",
+        layer="",
+        dim=0,
+        reference=conditions.source,
+        reference_sha256=conditions.identity(rows),
+        n_ref=len(rows),
+        n_gen=setting.n_gen,
+        conditioning=setting.inputs.law,
+        prompts_sha256=setting.inputs.sha256,
+        seed_rule=setting.seed_rule,
+        image_size=setting.image_size,
+    )
+    return Score("condition error", *mean_sd([float(x.mean()) for x in runs]), protocol)
 
 
 def manifold_scores(runs: Sequence[Tensor], train: Reference, setting: Setting) -> list[Score]:

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..controls import Control
 from ..errors import UserError
+from .inputs import Inputs
 
 
 class Source(ABC):
@@ -18,12 +20,16 @@ class Source(ABC):
     num_classes   labels that the network knows, a null class perhaps among them; None if it does not say
     seed_rule     where the start noise of picture i comes from
     quantisation  how a picture becomes uint8; `quantise_by` sets another rule where there is a choice
+    controlled    whether pictures are made from a condition picture too
+    control       that the source itself names; None where it names none
     grey          whether the pictures made last had one channel
     """
 
     conditioning: str = "none"
     num_classes: int | None = None
     grey: bool = False
+    controlled: bool = False
+    control: Control | None = None
     seed_rule: ClassVar[str]
     quantisation: str
 
@@ -37,13 +43,11 @@ class Source(ABC):
     def pictures(
         self,
         rows: range,
-        values: Sequence[str] | Sequence[int],
+        inputs: Inputs,
         seed_block: int,
         arguments: dict[str, Any],
     ) -> tuple[Tensor, float]:
         """Pictures `rows` as uint8 (B, 3, H, H) on the CPU and the seconds that they took.
-
-        values  captions or labels, as `conditioning` says; picture i is made from values[i % len(values)]
 
         Grey pictures are repeated to three channels. Raises UserError if they are not square.
         """

@@ -1,37 +1,52 @@
 """Strips of pictures for a comparison: the same captions or classes and noise for every model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..checkpoint import writing
 from ..data import other_split
 from ..errors import UserError
 from ..grid import strip
+from .conditions import Conditions, Place, read_control
 from .inputs import Inputs
 from .prepare import load_prompts
-from .reference import captions_of, labels_of
+from .reference import captions_of, labels_of, places_of
 from .source import Source
 from .standards import get_standard
 
 SEEN, UNSEEN = 8, 4
 
 
-def strip_inputs(conditioning: str, data: str, options: Sequence[str]) -> tuple[Inputs, int]:
+def check_data(data: str, options: Sequence[str]) -> None:
+    """Raises UserError on data that cannot be read."""
+    _captions(data, dict(pairwise(options)))
+
+
+def strip_inputs(source: Source, data: str, options: Sequence[str]) -> tuple[Inputs, int]:
     """What the pictures of a strip are made from, and how many of them are of the training split.
 
-    options  flags of `evaluate`, of which --protocol, --split and --holdout count
+    options  flags of `evaluate`, of which --protocol, --split, --holdout and --control count
 
-    Captions of the training split, then of the hold-out; the classes in turn; or nothing, with empty captions.
-    Raises UserError on data that cannot be read.
+    Captions of the training split, then of the hold-out, with the conditions of their first pictures; the classes in
+    turn; or nothing, with empty captions. Raises UserError on data that cannot be read.
     """
     given = dict(pairwise(options))
     blank = Inputs("none", [""] * SEEN, [""] * SEEN), SEEN
-    if conditioning == "caption":
-        captions, seen = _captions(data, given)
-        return (Inputs.of_captions(captions), seen) if captions else blank
-    if conditioning == "class":
+    if source.conditioning == "caption":
+        captions, seen, places = _captions(data, given)
+        control = read_control(given["--control"]) if "--control" in given else source.control
+        if not captions:
+            return blank
+        inputs = Inputs.of_captions(captions)
+        if source.controlled and control is not None:
+            inputs = replace(inputs, conditions=Conditions(control, places), controlled=True)
+        return inputs, seen
+    if source.conditioning == "class":
         classes = _classes(data, given)
         labels = [i % len(classes) for i in range(SEEN + UNSEEN)]
         return Inputs.of_labels(labels, classes), len(labels)
@@ -44,30 +59,48 @@ def draw_strips(
     """The file, below the parent of `folder`, with one strip for each call: picture i from noise seed i."""
     files = {}
     for n, arguments in calls.items():
-        images, _ = source.pictures(range(len(inputs.captions)), inputs.values, 0, arguments)
-        path = folder / f"{name}-{n}.png"
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            strip(images).save(path)
-        files[n] = f"{folder.name}/{path.name}"
+        images, _ = source.pictures(range(len(inputs.captions)), inputs, 0, arguments)
+        files[n] = _save(images, folder / f"{name}-{n}.png")
     return files
 
 
-def _captions(data: str, given: Mapping[str, str]) -> tuple[list[str], int]:
+def draw_conditions(inputs: Inputs, side: int, folder: Path, name: str) -> str:
+    """The file with the conditions of a strip; hidden pixels are black."""
+    assert inputs.conditions is not None
+    shown = inputs.conditions.of(range(len(inputs.captions)), side).clamp(min=0)
+    return _save((shown * 255).round().byte(), folder / f"{name}-condition.png")
+
+
+def _save(images: Tensor, path: Path) -> str:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        strip(images).save(path)
+    return f"{path.parent.name}/{path.name}"
+
+
+def _captions(data: str, given: Mapping[str, str]) -> tuple[list[str], int, list[Place]]:
+    """Captions, how many are of the reference split, and where the first picture of each stands."""
     if "--protocol" in given:
-        return load_prompts(get_standard(given["--protocol"]))[:SEEN], SEEN
+        return load_prompts(get_standard(given["--protocol"]))[:SEEN], SEEN, []
     split = given.get("--split", "train")
-    captions = captions_of(data, split)
-    if not any(captions):
-        return [], SEEN
-    seen = list(dict.fromkeys(captions))[:SEEN]
+    seen = _first(data, split, SEEN)
+    if not any(seen):
+        return [], SEEN, []
     try:
-        unseen = list(dict.fromkeys(captions_of(data, given.get("--holdout", other_split(data, split)))))[
-            :UNSEEN
-        ]
+        unseen = _first(data, given.get("--holdout", other_split(data, split)), UNSEEN)
     except UserError:  # data without a hold-out split
-        unseen = []
-    return seen + unseen, len(seen)
+        unseen = {}
+    return [*seen, *unseen], len(seen), [*seen.values(), *unseen.values()]
+
+
+def _first(data: str, split: str, count: int) -> dict[str, Place]:
+    """The first different captions of a split and where their pictures stand."""
+    found: dict[str, Place] = {}
+    for caption, place in zip(captions_of(data, split), places_of(data, split), strict=True):
+        if len(found) == count:
+            break
+        found.setdefault(caption, place)
+    return found
 
 
 def _classes(data: str, given: Mapping[str, str]) -> Sequence[str]:

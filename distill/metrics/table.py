@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .image_text import CLIP_SCORE, CLIP_SCORE_HESSEL, COSINE
-from .protocol import Score, same_protocol
+from .protocol import Score, comparable
 
 SCORES = {  # metric: digits
     "KID": 4,
@@ -13,15 +13,17 @@ SCORES = {  # metric: digits
     "FD": 1,
     "FD-infinity": 1,
     "image-text": 4,
+    "image-text of classes": 4,
     "precision": 3,
     "recall": 3,
     "coverage": 3,
     "NN ratio": 3,
     "caption match": 3,
+    "condition error": 4,
 }
 IMAGE_TEXT = {m.metric for m in (COSINE, CLIP_SCORE, CLIP_SCORE_HESSEL)}
 BEST = dict.fromkeys(SCORES, "higher is better") | {
-    **dict.fromkeys(("KID", "KID hold-out", "FD", "FD-infinity"), "lower is better"),
+    **dict.fromkeys(("KID", "KID hold-out", "FD", "FD-infinity", "condition error"), "lower is better"),
     "NN ratio": "near 1 is best",
 }
 
@@ -45,14 +47,15 @@ def rows_of(model: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def score_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     """The columns of the scores that some row has; values are Scores.
 
-    Raises UserError, naming the field, if the numbers of a column were not measured in the same way.
+    Raises UserError, naming the field, if the numbers of a column were not measured in the same way; what the pictures
+    were made from may differ.
     """
     scores = [by_column(row) for row in rows]
     out = []
     for key, digits in SCORES.items():
         found = [s[key] for s in scores if key in s]
         if found:
-            same_protocol(found)
+            comparable(found)
             title = f"{found[0].name} hold-out" if key == "KID hold-out" else found[0].name
             out.append(Column(key, title, _score_of(key), _digits(digits)))
     return out
@@ -72,6 +75,7 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
         Column("model", "model", lambda r: r["model"], str),
         Column("method", "method", lambda r: r["method"], str),
         Column("export", "export", lambda r: r["export"], str),
+        *([Column("law", "made from", law, str)] if len({law(row) for row in rows}) > 1 else []),
         Column("steps", "steps", lambda r: r["steps"], str),
         Column("nfe", "NFE", lambda r: r["nfe"], str),
         *score_columns(rows),
@@ -127,9 +131,14 @@ def protocol_notes(rows: Sequence[Mapping[str, Any]]) -> str:
     plural = "" if seeds == [1] else "s"
     return (
         f"{first.n_gen} pictures a value (precision, recall, coverage: at most as many as the reference), "
-        f"{repeats} seed{plural} (mean ± sd), conditioning: {first.conditioning}; "
+        f"{repeats} seed{plural} (mean ± sd), conditioning: {'; '.join(dict.fromkeys(law(r) for r in rows))}; "
         f"reference {first.reference} ({first.n_ref}); KID not x1000. Protocols: {ids}.\n"
     )
+
+
+def law(row: Mapping[str, Any]) -> str:
+    """What the pictures of a row were made from."""
+    return str(row["scores"][0]["protocol"]["conditioning"])
 
 
 def by_column(row: Mapping[str, Any]) -> dict[str, Score]:
@@ -140,7 +149,7 @@ def by_column(row: Mapping[str, Any]) -> dict[str, Score]:
     for score in scores:
         metric = score.protocol.metric
         if metric in IMAGE_TEXT:
-            metric = "image-text"
+            metric = "image-text" if score.protocol.conditioning != "class" else "image-text of classes"
         out["KID hold-out" if metric == "KID" and score.protocol.reference != train else metric] = score
     return out
 
@@ -152,7 +161,7 @@ def shown(column: Column, row: Mapping[str, Any]) -> str:
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
-    texts = {"model", "method", "export", "device"}
+    texts = {"model", "method", "export", "law", "device"}
     lines = [[c.title for c in columns], ["---" if c.key in texts else "---:" for c in columns]]
     lines += [[shown(c, row).replace("|", r"\|") for c in columns] for row in rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -98,10 +98,9 @@ def test_every_model_stands_in_the_record(made: tuple[Path, dict], tiny_pipeline
 
 def test_pictures_share_captions_and_noise(made: tuple[Path, dict]) -> None:
     output, record = made
-    assert (
-        len(record["captions"]) == 10 and [c["seen"] for c in record["captions"]] == [True] * 6 + [False] * 4
-    )
-    files = {(p["model"], p["steps"]): output / p["file"] for p in record["pictures"]}
+    assert [s["made_from"] for s in record["strips"]] == ["caption"]
+    assert [c["seen"] for c in record["strips"][0]["captions"]] == [True] * 6 + [False] * 4
+    files = {(p["model"], p["steps"]): output / p["file"] for p in record["strips"][0]["pictures"]}
     assert len(files) == 8
     one, same, other = (files[k] for k in (("full", 1), ("adapter", 1), ("other", 1)))
     assert Image.open(one).size == (160, 16)
@@ -159,7 +158,7 @@ def test_a_report_of_another_protocol_is_refused(
     arguments |= {"device": "cpu", "options": ["--batch_size", "4", "--clip", "lite0-minilm"]}
     record = compare([f"before={same}", f"now={output.parent / 'full'}"], tmp_path / "a", **arguments)
     assert [r["model"] for r in record["rows"]] == ["before", "before", "now", "now"]
-    assert {p["model"] for p in record["pictures"]} == {"now"}
+    assert {p["model"] for p in record["strips"][0]["pictures"]} == {"now"}
     arguments["num_images"] = 7
     with pytest.raises(UserError, match=r"not comparable, n_gen differs: 8 and 7"):
         compare([f"before={same}", f"now={output.parent / 'full'}"], tmp_path / "b", **arguments)
@@ -224,7 +223,7 @@ def test_a_report_may_stand_for_the_teacher(
         num_images=8,
     )
     assert [r["model"] for r in record["rows"]] == [f"teacher ({teacher.stem})", "full", "full"]
-    assert record["pictures"] == []
+    assert record["strips"] == []
 
 
 def test_pictures_are_those_of_the_scored_calls(runs: Path, data_folder: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from fewstep.distill.measure import PeakMemory
 from fewstep.distill.metrics.evaluate import caption_match, evaluate, open_source, real_floor, reference
 from fewstep.distill.metrics.features import EfficientNetLite0, extract
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
+from fewstep.distill.metrics.inputs import Inputs
 from fewstep.distill.metrics.kid import kid
 from fewstep.distill.metrics.manifold import manifold
 from fewstep.distill.metrics.pipeline_source import PipelineSource, hash_parts, quantise
@@ -36,7 +37,9 @@ def pictures(
 ) -> torch.Tensor:
     prompts, rows = ["red cat", "dog", "cat"], range(count)
     batches = [rows[i : i + batch_size] for i in range(0, count, batch_size)]
-    return torch.cat([source.pictures(b, prompts, seed_block, arguments)[0] for b in batches])
+    return torch.cat(
+        [source.pictures(b, Inputs.of_captions(prompts), seed_block, arguments)[0] for b in batches]
+    )
 
 
 def counted(patch: pytest.MonkeyPatch) -> list[range]:
@@ -114,7 +117,10 @@ def test_evaluate_reports_what_its_parts_give(
     runs = []
     for seed in (0, 1):
         call = {"num_inference_steps": 1, "guidance_scale": 2.0}
-        made = [source.pictures(range(14)[i : i + 5], prompts, seed, call)[0] for i in (0, 5, 10)]
+        made = [
+            source.pictures(range(14)[i : i + 5], Inputs.of_captions(prompts), seed, call)[0]
+            for i in (0, 5, 10)
+        ]
         runs.append(extract(extractor, torch.cat(made)))
     real, held = extract(extractor, train), extract(extractor, unseen)
     scores = [Score.from_json(s) for s in report["rows"][1]["scores"]]
@@ -292,7 +298,7 @@ def test_pipelines_that_cannot_be_scored(
     source = PipelineSource(str(folder), CPU)
     source.pipe.vae.decoder.conv_out.bias.data.fill_(torch.nan)
     with pytest.raises(UserError, match="NaN or infinity"):
-        source.pictures(range(2), ["cat"], 0, {"num_inference_steps": 1})
+        source.pictures(range(2), Inputs.of_captions(["cat"]), 0, {"num_inference_steps": 1})
     with pytest.raises(UserError, match="at least one number of steps"):
         source.calls([], 1, None, 2)
     (tmp_path / "empty").mkdir()

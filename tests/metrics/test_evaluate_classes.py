@@ -19,6 +19,7 @@ from fewstep.distill.metrics.evaluate import caption_match, evaluate
 from fewstep.distill.metrics.features import EfficientNetLite0, extract
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
 from fewstep.distill.metrics.image_text import pair_cosines
+from fewstep.distill.metrics.inputs import Inputs
 from fewstep.distill.metrics.lite_minilm import LiteMiniLM
 from fewstep.distill.metrics.pipeline_source import PipelineSource, quantise
 from fewstep.distill.metrics.protocol import Score, hash_prompts, same_protocol
@@ -128,7 +129,7 @@ def test_a_transformer_that_needs_labels(tmp_path: Path) -> None:
     source = PipelineSource(str(tmp_path / "dit"), CPU)
     assert (source.conditioning, source.num_classes) == ("class", 3)
     call = {"num_inference_steps": 2, "guidance_scale": 1.0}
-    made, _ = source.pictures(range(2, 4), [0, 1, 2], 0, call)  # labels 2 and 0
+    made, _ = source.pictures(range(2, 4), Inputs("class", [0, 1, 2]), 0, call)  # labels 2 and 0
     assert source.evaluations() == 4
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "dit")
     pipe.set_progress_bar_config(disable=True)

@@ -10,6 +10,7 @@ from fewstep.distill.errors import UserError
 from fewstep.distill.metrics.evaluate import evaluate
 from fewstep.distill.metrics.features import EfficientNetLite0, extract
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
+from fewstep.distill.metrics.inputs import Inputs
 from fewstep.distill.metrics.pipeline_source import QUANTISATION, PipelineSource, quantise
 from fewstep.distill.metrics.protocol import Score
 from fewstep.distill.metrics.reference import reference
@@ -52,7 +53,7 @@ def test_arrays_of_one_channel(tmp_path: Path, data_folder: Path) -> None:
     """DDPMPipeline gives numpy (B, H, W, 1)."""
     DDPMPipeline(tiny_unet(channels=1), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     source = PipelineSource(str(tmp_path / "ddpm"), CPU)
-    made, _ = source.pictures(range(2), (), 0, {"num_inference_steps": 2})
+    made, _ = source.pictures(range(2), Inputs(), 0, {"num_inference_steps": 2})
     assert made.shape == (2, 3, 16, 16) and made.dtype == torch.uint8 and source.grey
     assert torch.equal(made[:, 0], made[:, 2]) and made.float().std() > 10
     found = scores_of(tmp_path / "ddpm", data_folder, steps=[2])
@@ -62,4 +63,4 @@ def test_arrays_of_one_channel(tmp_path: Path, data_folder: Path) -> None:
 def test_two_channels_are_no_picture(tmp_path: Path) -> None:
     source = PipelineSource(str(consistency_folder(tmp_path / "two", channels=2)), CPU)
     with pytest.raises(UserError, match="gives neither RGB nor grey pictures"):
-        source.pictures(range(2), (), 0, {"num_inference_steps": 1})
+        source.pictures(range(2), Inputs(), 0, {"num_inference_steps": 1})

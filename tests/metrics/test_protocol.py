@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.protocol import Protocol, Score, hash_pictures, hash_prompts, same_protocol
+from fewstep.distill.metrics.protocol import (
+    Protocol,
+    Score,
+    comparable,
+    hash_pictures,
+    hash_prompts,
+    same_protocol,
+)
 from fewstep.distill.metrics.report import check_writable, read_report, write_report
 from fewstep.distill.metrics.table import markdown_table, rows_of
 
@@ -153,3 +160,17 @@ def test_places_that_cannot_be_written_or_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("[]")
     with pytest.raises(UserError, match="not a report"):
         read_report(tmp_path / "file")
+
+
+def test_what_pictures_are_made_from_may_differ_and_nothing_else() -> None:
+    plain = score(0.1)
+    canny = Score("KID", 0.2, None, replace(PROTOCOL, conditioning="caption, canny()"))
+    classes = Score("KID", 0.2, None, replace(PROTOCOL, conditioning="class", prompts_sha256="other"))
+    comparable([plain, canny, classes, plain])
+    other = Score("KID", 0.2, None, replace(PROTOCOL, prompts_sha256="other"))
+    with pytest.raises(UserError, match="not comparable, prompts_sha256 differs"):
+        comparable([plain, canny, other])
+    fewer = Score("KID", 0.2, None, replace(canny.protocol, n_gen=7))
+    for scores in ([plain, fewer], [plain, canny, fewer]):
+        with pytest.raises(UserError, match="not comparable, n_gen differs"):
+            comparable(scores)

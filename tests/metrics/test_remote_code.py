@@ -22,6 +22,7 @@ from fewstep.distill.metrics import compare as comparing
 from fewstep.distill.metrics import loading, reference, remote_code
 from fewstep.distill.metrics.compare import compare
 from fewstep.distill.metrics.evaluate import evaluate, open_source
+from fewstep.distill.metrics.inputs import Inputs
 from fewstep.distill.metrics.pipeline_source import PipelineSource
 from fewstep.distill.metrics.remote_code import may_run
 from PIL import Image
@@ -93,7 +94,7 @@ def test_code_of_ours_runs_unasked_and_leaves_the_folder_as_it_was(
 ) -> None:
     before = files(folder)
     source = open_source(str(folder), CPU)
-    made, _ = source.pictures(range(2), [1, 2], 0, {"num_inference_steps": 1})
+    made, _ = source.pictures(range(2), Inputs("class", [1, 2]), 0, {"num_inference_steps": 1})
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     for picture, seed, label in zip(made.int(), (0, 1), (1, 2), strict=True):
         draw = torch.Generator().manual_seed(seed)
@@ -187,9 +188,10 @@ def test_a_fresh_process_without_network(folder: Path, ours: Path, modules: Path
     code = (
         "import sys, torch; from pathlib import Path; from fewstep.distill.metrics import remote_code\n"
         "from fewstep.distill.metrics.evaluate import open_source\n"
+        "from fewstep.distill.metrics.inputs import Inputs\n"
         f"remote_code.OURS = Path({str(ours)!r})\n"
         f"source = open_source({str(folder)!r}, torch.device('cpu'))\n"
-        "print(source.pictures(range(3), [0], 0, {})[0].shape)"
+        "print(source.pictures(range(3), Inputs('class', [0]), 0, {})[0].shape)"
     )
     child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-2000:]
@@ -215,8 +217,8 @@ def test_an_embedded_teacher_with_code_is_evaluated_and_compared(
         ("stock", "stock"),
     ]
     turns = [CLASSES[i % 3] for i in range(12)]
-    assert record["captions"] == [{"text": name, "seen": True} for name in turns]
-    first, second = (tmp_path / "out" / p["file"] for p in record["pictures"])
+    assert record["strips"][0]["captions"] == [{"text": name, "seen": True} for name in turns]
+    first, second = (tmp_path / "out" / p["file"] for p in record["strips"][0]["pictures"])
     assert Image.open(first).size == (12 * 16, 16) and first.read_bytes() != second.read_bytes()
     pipe = DiffusionPipeline.from_pretrained(stock)
     for i in (1, 5, 11):
@@ -245,5 +247,5 @@ def test_compare_hands_the_trust_on(
     assert "own: " in (said := capfd.readouterr().err) and "give --trust_remote_code if you trust it" in said
     assert main([*command, "--device", "cpu", "--trust_remote_code"]) == 0
     record = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert [p["file"] for p in record["pictures"]] == ["pictures/own-1.png"]
-    assert record["captions"] == [{"text": "", "seen": True}] * 8
+    assert [p["file"] for p in record["strips"][0]["pictures"]] == ["pictures/own-1.png"]
+    assert record["strips"][0]["captions"] == [{"text": "", "seen": True}] * 8

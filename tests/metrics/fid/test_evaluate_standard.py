@@ -15,6 +15,7 @@ from fewstep.distill.metrics.features import extract
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
 from fewstep.distill.metrics.image_text import COSINE, pair_cosines
 from fewstep.distill.metrics.inception import InceptionFID
+from fewstep.distill.metrics.inputs import Inputs
 from fewstep.distill.metrics.pictures import Crop
 from fewstep.distill.metrics.pipeline_source import PipelineSource
 from fewstep.distill.metrics.prepare import prepare_data
@@ -98,7 +99,9 @@ def test_the_number_is_made_by_the_protocols_recipe(
     real = Moments.of(extract(network, CROP(reference)))
     values = []
     for seed in (0, 1):
-        source.pictures(range(6), CAPTIONS, seed, {"num_inference_steps": 1, "guidance_scale": 1.0})
+        source.pictures(
+            range(6), Inputs.of_captions(CAPTIONS), seed, {"num_inference_steps": 1, "guidance_scale": 1.0}
+        )
         pictures = truncate_pixels(raw[-1] * 2 - 1)
         values.append(frechet_distance(Moments.of(extract(network, CROP(pictures))), real))
     assert found.value == pytest.approx(sum(values) / 2, rel=1e-4)
@@ -213,7 +216,7 @@ def test_image_text_score_is_the_mean_cosine_with_the_captions(
     source = PipelineSource(str(tiny_pipeline), torch.device("cpu"))
     prompts = captions_of(str(data_folder), "train")[:6]
     call = {"num_inference_steps": 1, "guidance_scale": 1.0}
-    images, _ = source.pictures(range(6), prompts, 0, call)
+    images, _ = source.pictures(range(6), Inputs.of_captions(prompts), 0, call)
     assert measure == COSINE and found.name == "image-text cosine lite0-minilm"
     assert found.value == pytest.approx(float(pair_cosines(scorer, images, prompts).mean()), abs=1e-4)
     assert found.protocol.n_gen == 6 and found.protocol.extractor == "lite0-minilm"

@@ -1,0 +1,106 @@
+"""What a control is shown beside the caption: its view of real pictures, and how far generated ones are from it."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from ..config import parse_value, validate
+from ..controls import Control
+from ..data import ImageData, load_data
+from ..draws import Draws
+from ..errors import UserError
+from ..settings import settings
+
+MASK_SEED = 0
+DEFINITION = (
+    "mean absolute difference of the condition and what the control sees of the picture, pixels in [0, 1]"
+)
+Place = tuple[str, str, int]
+
+
+@settings
+class Controlled:
+    """Something with a control."""
+
+    control: Control
+
+
+class Conditions:
+    """Condition i is what `control` sees of real picture i, repeated if there are fewer.
+
+    places  (data set, its split, row) of each real picture; a random mask of i comes from (seed 0, i)
+    """
+
+    def __init__(
+        self, control: Control, places: Sequence[Place], data_options: Mapping[str, Any] | None = None
+    ):
+        self.control, self.places = control, places
+        self._load = lru_cache(maxsize=4)(
+            lambda data, split, side: load_data(data, split=split, resolution=side, **(data_options or {}))
+        )
+
+    @property
+    def name(self) -> str:
+        """The control and its settings."""
+        keys = {k: v for k, v in asdict(self.control).items() if k != "name"}
+        return f"{self.control.name}({', '.join(f'{k}={v}' for k, v in keys.items())})"
+
+    @property
+    def source(self) -> str:
+        """Where the real pictures come from."""
+        return " and ".join(dict.fromkeys(f"{Path(data).name}/{split}" for data, split, _ in self.places))
+
+    def real(self, rows: range, side: int) -> Tensor:
+        """uint8 (B, 3, side, side)."""
+        found = [self.places[i % len(self.places)] for i in rows]
+        return torch.cat([self._set(place, side).images([place[2]]) for place in found])
+
+    def seen(self, images: Tensor, rows: range) -> Tensor:
+        """The control's view of uint8 pictures `rows` (B, 3, H, W): float32 of that shape."""
+        return self.control(images.float() / 255, Draws(MASK_SEED, 0, rows))
+
+    def of(self, rows: range, side: int) -> Tensor:
+        """Conditions `rows`: float32 (B, 3, side, side), in [0, 1] but for hidden pixels."""
+        return self.seen(self.real(rows, side), rows)
+
+    def errors(self, images: Tensor, rows: range) -> Tensor:
+        """Of uint8 pictures `rows` (B, 3, H, W): float64 (B,), as DEFINITION says. The formula of NCT's consistency
+        (arXiv 2506.19741) is lost in the text that was read; a mean absolute difference fits its figures."""
+        return (self.of(rows, images.shape[-1]) - self.seen(images, rows)).abs().double().mean((1, 2, 3))
+
+    def identity(self, rows: range) -> str:
+        """Hash of the control and of where real pictures `rows` come from, their content included."""
+        found = [self.places[i % len(self.places)] for i in rows]
+        sets = {f"{p[0]} {p[1]}": self._set(p, 1).fingerprint for p in found}
+        record = [self.name, sets, [[p[0], p[1], p[2]] for p in found]]
+        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+    def _set(self, place: Place, side: int) -> ImageData:
+        return self._load(place[0], place[1], side)
+
+
+def read_control(text: str) -> Control:
+    """`canny`, or YAML such as `{name: canny, low: 50}`. Raises UserError for what is no control."""
+    try:
+        tree = parse_value(text)
+    except yaml.YAMLError:
+        raise UserError(f"control: {text!r} is not readable YAML; write canny or '{{name: canny}}'") from None
+    return control_of({"name": tree} if isinstance(tree, str) else tree)
+
+
+def control_of(tree: Any) -> Control:
+    return validate(Controlled, {"control": tree}).control
+
+
+def control_in(folder: Path) -> Control | None:
+    """That of an exported folder's control.json; None without."""
+    notes = folder / "control.json"
+    return control_of(json.loads(notes.read_text())["control"]) if notes.is_file() else None
