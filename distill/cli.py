@@ -140,6 +140,36 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def sample(arguments: list[str]) -> int:
+    """sample PIPELINE --data NAME_OR_FOLDER --num_images N --steps 4 --output FOLDER"""
+    parser = argparse.ArgumentParser(
+        prog="fewstep sample", description="A folder of pictures, each of the caption or class of a real one."
+    )
+    parser.error = _usage_error  # type: ignore[method-assign]
+    parser.add_argument("pipeline", help="diffusers pipeline folder, embedded teacher or hub id")
+    parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--data", default="emoji")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--num_images", type=int, default=500)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--seed_block", type=int, default=1000, help="of the noise; scores use 0, 1, ...")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--control", help="as of evaluate")
+    parser.add_argument("--device")
+    parser.add_argument("--trust_remote_code", action="store_true")
+    args = vars(parser.parse_args(arguments))
+
+    from .metrics.conditions import read_control
+    from .metrics.pipeline_source import quiet
+    from .metrics.sample import sample as make
+
+    quiet()
+    control = args.pop("control")
+    print(make(**args, control=None if control is None else read_control(control)))
+    return 0
+
+
 def compare(arguments: list[str]) -> int:
     """compare RUN [NAME=RUN ...] --output DIR [--num_images N] [--seeds 3] [--steps 1 2 4] [--teacher NAME]"""
     parser = argparse.ArgumentParser(
@@ -208,6 +238,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
     "evaluate": evaluate,
     "compare": compare,
+    "sample": sample,
     "train-teacher": train_teacher,
     "demo": demo,
     "prepare-data": prepare_data_command,
