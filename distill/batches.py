@@ -34,7 +34,7 @@ class Batches:
     ):
         self.config, self.needs, self.data, self.accelerator = config, needs, data, accelerator
         self.device = accelerator.device
-        if config.data.random_flip and "images" not in needs:
+        if config.data.random_flip and ("latents" in needs or "images" not in needs):
             raise UserError("data.random_flip: this method trains on cached latents; leave it off")
         if "latents" in needs:
             if codec is None:

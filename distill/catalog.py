@@ -17,6 +17,7 @@ from .methods.rcm import RCM
 from .methods.rg_lcd import RGLCD
 from .methods.scott import SCott
 from .pretrain.autoencoder import Autoencoder
+from .pretrain.controlnet import ControlNetTraining
 from .pretrain.diffusion import Diffusion
 from .pretrain.edm import EDMTraining
 from .pretrain.text_encoder import TextEncoder
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "dmd2": DMD2,
     "nct": NCT,
     "diffusion": Diffusion,
+    "controlnet": ControlNetTraining,
     "edm": EDMTraining,
     "autoencoder": Autoencoder,
     "text_encoder": TextEncoder,

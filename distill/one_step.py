@@ -1,4 +1,4 @@
-"""A frozen latent generator of one step, with or without a ControlNet."""
+"""ControlNets beside a frozen network: a generator of one step, or a denoiser of many."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..pipelines.export import sampling_of
 from .condition import Condition
 from .consistency import ConsistencyFunction, lcm_boundary
-from .denoiser import nested
+from .denoiser import Denoiser, nested
 from .errors import UserError
 from .families import LatentConsistency
 from .guidance import guidance_embedding
@@ -75,6 +75,19 @@ class OneStep:
             "guidance_scale": self.guidance_scale,
             **self.teacher.call(),
         }
+
+
+class ControlledDenoiser(Denoiser):
+    """A denoiser beside a ControlNet that is shown `picture` (B, 3, H, W), again for every further B rows."""
+
+    def __init__(self, denoiser: Denoiser, controlnet: ControlNetModel, picture: Tensor):
+        super().__init__(denoiser.network, denoiser.process, denoiser.kind)
+        self.denoiser, self.controlnet, self.picture = denoiser, controlnet, picture
+
+    def call(self, x_t: Tensor, t: Tensor, r: Tensor | None, condition: Condition) -> tuple[tuple, dict]:
+        picture = self.picture.repeat(len(x_t) // len(self.picture), 1, 1, 1)
+        added = residuals(self.controlnet, x_t, t, condition, picture)
+        return self.denoiser.call(x_t, t, r, condition.with_(**added))
 
 
 def residuals(

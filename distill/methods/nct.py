@@ -1,7 +1,5 @@
 """NCT: a control for a frozen one-step generator, trained without images (arXiv 2506.19741)."""
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 
 from ...pipelines.export import Export, in_float32
 from ..condition import Condition
-from ..controls import Control
+from ..controls import Control, ControlNotes
 from ..draws import Draws
 from ..errors import UserError
 from ..frozen import weights_hash
@@ -178,13 +176,3 @@ class NCT(Method):
             }
         )
         return Export(pipeline, beside=[notes], sampling={"1": self.generator.call()})
-
-
-@dataclass(frozen=True)
-class ControlNotes:
-    """control.json of an export: which generator the adapter belongs to and how it was trained."""
-
-    notes: dict[str, Any]
-
-    def save_pretrained(self, folder: Path) -> None:
-        (Path(folder) / "control.json").write_text(json.dumps(self.notes, indent=2) + "\n")

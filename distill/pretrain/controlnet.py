@@ -1,0 +1,105 @@
+"""Trains a ControlNet of a diffusion teacher on pictures, as ControlNets are (arXiv 2302.05543): the rival of NCT."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ...pipelines.export import Export, in_float32
+from ..controls import Control, ControlNotes
+from ..draws import Draws
+from ..errors import UserError
+from ..frozen import weights_hash
+from ..generator import ddim_sample, seeded
+from ..methods.base import Batch, Method, Parts, Progress
+from ..one_step import ControlledDenoiser, controlnet_of
+from ..settings import StudentSettings, settings
+
+
+@settings
+class ControlNetSettings:
+    """control: what the adapter sees of a picture, by its name and that control's own keys.
+
+    caption_dropout  share of samples trained without their prompt; the paper's
+    guidance_scale   of the pictures and of sampling.json
+    """
+
+    control: Control
+    caption_dropout: float = Field(0.5, ge=0, lt=1)
+    guidance_scale: float = Field(3.0, ge=1)
+
+
+class ControlNetTraining(Method):
+    """E |eps_hat(alpha x0 + sigma eps, t, c, c_f) - eps|^2 (arXiv 2302.05543, eq. 5) over the ControlNet alone.
+
+    t is uniform on the training steps; c_f is what the control sees of the picture.
+    """
+
+    Settings = ControlNetSettings
+    needs = frozenset({"images", "latents", "prompts"})
+
+    def __init__(self, settings: ControlNetSettings, parts: Parts):
+        super().__init__(settings, parts)
+        if parts.student != StudentSettings():
+            raise UserError("student: the network is frozen and its control a ControlNet; leave the key out")
+        self.teacher = parts.need_latent_teacher()
+        if self.teacher.family.control_class is None:
+            kind = type(self.teacher.pipeline).__name__
+            raise UserError(f"teacher.path: no pipeline of diffusers samples a {kind} with our ControlNet")
+        self.controlnet = controlnet_of(self.teacher)
+
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        return {"control": list(self.controlnet.parameters())}
+
+    def forward(
+        self, player: str, batch: Batch, progress: Progress, carry: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        assert batch.images is not None and batch.latents is not None and batch.condition is not None
+        process, draws = self.teacher.process, batch.draws
+        x0 = self.teacher.latents(batch.latents, draws)
+        t = draws.integers(0, int(process.t_range[1]) + 1).double()
+        eps = draws.normal(x0.shape[1:])
+        told = batch.condition.drop(draws.uniform() < self.settings.caption_dropout)
+        picture = self.settings.control(batch.images / 2 + 0.5, draws)
+        seen = self.controlled(picture)(process.noised(x0, eps, t), t, told)
+        return {"loss": (seen.eps - eps).square().mean()}
+
+    def controlled(self, picture: Tensor) -> ControlledDenoiser:
+        return ControlledDenoiser(self.teacher.denoiser, self.controlnet, picture)
+
+    @torch.no_grad()
+    def pictures(self, captions: list[str], seed: int) -> dict[str, Tensor]:
+        """Samples of the teacher, what the control sees of them, and controlled samples of other noise."""
+        device = next(self.controlnet.parameters()).device
+        told = self.teacher.condition(captions).to(device)
+
+        def sampled(denoiser: Any, first: int) -> Tensor:
+            generators = seeded(len(captions), first)
+            scale = self.settings.guidance_scale
+            return self.teacher.decode(ddim_sample(denoiser, self.teacher.shape, told, 20, scale, generators))
+
+        plain = sampled(self.teacher.denoiser, seed)
+        draws = Draws(seed, 0, range(len(captions)), device)
+        picture = self.settings.control((plain / 2 + 0.5).float().clamp(0, 1), draws)
+        other = sampled(self.controlled(picture), seed + len(captions))
+        return {"teacher": plain, "condition": 2 * picture - 1, "20 steps": other}
+
+    def export(self) -> Export:
+        """diffusers' ControlNet pipeline with the teacher's scheduler; its controlnet/ alone is the adapter."""
+        network = self.teacher.family.network
+        pipeline = self.teacher.assembled(
+            in_float32({"unet": network})["unet"],
+            self.teacher.family.control_class,
+            controlnet=self.controlnet,
+        )
+        notes = ControlNotes(
+            {
+                "generator": Path(self.teacher.path).name,
+                "generator_hash": weights_hash(network),
+                "control": self.settings.control.__dict__,
+            }
+        )
+        call = {"guidance_scale": self.settings.guidance_scale, **self.teacher.call()}
+        return Export(pipeline, beside=[notes], sampling={"default": call})
