@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ class Conditions:
     @property
     def name(self) -> str:
         """The control and its settings."""
-        keys = {k: v for k, v in asdict(self.control).items() if k != "name"}
+        keys = {k: v for k, v in vars(self.control).items() if k != "name"}
         return f"{self.control.name}({', '.join(f'{k}={v}' for k, v in keys.items())})"
 
     @property

@@ -55,9 +55,9 @@ def strip_inputs(source: Source, data: str, options: Sequence[str]) -> tuple[Inp
 
 def draw_strips(
     source: Source, calls: Mapping[int, dict[str, Any]], inputs: Inputs, folder: Path, name: str
-) -> dict[int, str]:
+) -> dict[int | None, str]:
     """The file, below the parent of `folder`, with one strip for each call: picture i from noise seed i."""
-    files = {}
+    files: dict[int | None, str] = {}
     for n, arguments in calls.items():
         images, _ = source.pictures(range(len(inputs.captions)), inputs, 0, arguments)
         files[n] = _save(images, folder / f"{name}-{n}.png")

@@ -155,8 +155,8 @@ def quality(points: Tensor) -> tuple[float, float]:
 def test_the_discriminator_keeps_what_a_regression_on_noise_loses(
     build_lcd: Callable, build_scott: Callable
 ) -> None:
-    """Seen at 1 and 2 steps: near a mode 0.51, 0.52 (LCD) and 0.72, 0.71 (SCott); of its share the rarest mode has 0.48,
-    0.45 and 0.68, 0.65; variance 1.87, 1.94 (LCD) and 1.56, 1.70 (no discriminator); the data's is 1.98."""
+    """Seen at 1 and 2 steps: near a mode 0.51, 0.52 (LCD) and 0.72, 0.71 (SCott); the rarest mode has 0.48,
+    0.45 and 0.68, 0.65 of its share; variance 1.87, 1.94 (LCD) and 1.56, 1.70 (alone); the data's is 1.98."""
     common: dict[str, Any] = {
         "guidance_dim": 4,
         "w_min": 0.0,
