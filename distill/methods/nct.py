@@ -1,7 +1,5 @@
 """NCT: a control for a frozen one-step generator, trained without images (arXiv 2506.19741)."""
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from ..noise_consistency import (
     noise_consistency,
     output_distance,
 )
+from ..notes import Notes
 from ..one_step import OneStep, controlnet_of
 from ..settings import StudentSettings, settings
 from .base import Batch, Method, Parts, Progress, Published
@@ -163,7 +162,8 @@ class NCT(Method):
             scheduler=self.generator.scheduler,
         )
         s = self.settings
-        notes = ControlNotes(
+        notes = Notes(
+            "control.json",
             {
                 "generator": Path(self.teacher.path).name,
                 "generator_hash": weights_hash(network),
@@ -175,16 +175,6 @@ class NCT(Method):
                 "distance": s.distance,
                 "margin": s.margin,
                 "boundary_weight": float(self.multiplier.value),
-            }
+            },
         )
         return Export(pipeline, beside=[notes], sampling={"1": self.generator.call()})
-
-
-@dataclass(frozen=True)
-class ControlNotes:
-    """control.json of an export: which generator the adapter belongs to and how it was trained."""
-
-    notes: dict[str, Any]
-
-    def save_pretrained(self, folder: Path) -> None:
-        (Path(folder) / "control.json").write_text(json.dumps(self.notes, indent=2) + "\n")
