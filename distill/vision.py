@@ -30,6 +30,10 @@ KNOWN_TOWERS = {"openai/clip-vit-base-patch16": CLIP_B16}
 class Frozen(nn.Module):
     """Stays in evaluation mode and without gradients of its own, also as a part of a method that is trained."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.eval()
+
     def train(self, mode: bool = True) -> "Frozen":
         return super().train(False)
 
