@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -79,7 +80,10 @@ class Degradation:
         return compressed(x, quality)
 
 
-HEAVY = Degradation(blur=(1.0, 15.0), downsample=(4.0, 30.0), noise=(0.0, 20.0), jpeg=(30, 80))
+HEAVY_RANGES: dict[str, Any] = {
+    "blur": (1.0, 15.0), "downsample": (4.0, 30.0), "noise": (0.0, 20.0), "jpeg": (30, 80),
+}  # fmt: skip
+HEAVY = Degradation(**HEAVY_RANGES)
 """The released code's second set, which its training step makes and leaves unused."""
 
 

@@ -45,7 +45,7 @@ class ImageEncoder(Frozen):
     def __init__(self, network: Any, size: int, mean: Sequence[float], std: Sequence[float], num_tokens: int):
         super().__init__()
         self.network = network.requires_grad_(False).eval()
-        self.image_input = {"size": size, "mean": list(mean), "std": list(std)}
+        self.image_input: dict[str, Any] = {"size": size, "mean": list(mean), "std": list(std)}
         self.num_tokens = num_tokens
 
     @torch.no_grad()

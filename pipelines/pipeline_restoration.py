@@ -171,8 +171,8 @@ def image_tokens(
     """(B, N, D) of pictures (B, 3, H, W) in [-1, 1]: all of CLIP's tokens after its last norm, or the places of a
     convolutional network's last features."""
     x = F.interpolate(images / 2 + 0.5, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in (mean, std))
-    states = encoder(((x - mean) / std).to(encoder.dtype)).last_hidden_state
+    centre, spread = (x.new_tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+    states = encoder(((x - centre) / spread).to(encoder.dtype)).last_hidden_state
     if states.ndim == 4:
         return states.flatten(2).mT
     return getattr(encoder, "vision_model", encoder).post_layernorm(states)

@@ -121,7 +121,7 @@ def measured(
         small = setting.degradation.small(unit, Draws(seed, 0, range(count)))
         degraded, bicubic = (2 * enlarged(small, side, by) - 1 for by in (cv2.INTER_LINEAR, cv2.INTER_CUBIC))
         through = batched(lambda x, _: decoded(teacher, x), 2 * unit - 1, seed, setting.batch_size, device)
-        outputs = {"degraded": degraded, "bicubic": bicubic, "clean through the autoencoder": through}
+        outputs = {"degraded": degraded, "bicubic": bicubic, "clean, autoencoder": through}
         for row in rows:
             outputs[row.name] = batched(row.restore, degraded, seed, setting.batch_size, device)
         for name, images in outputs.items():
@@ -210,11 +210,12 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     ]
     for row in report["rows"]:
         digits = {"psnr": 2, "distance": 4, "kid": 4}
-        cells = [printed(*row[m], digits[m]) for m in METRICS]
+        cells = [printed(row[m], digits[m]) for m in METRICS]
         lines.append(f"| {row['name']} | {row['steps'] or '-'} | " + " | ".join(cells) + " |")
     notes = [f"- {key}: {value}" for key, value in report["protocol"].items()]
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
-def printed(mean: float, sd: float | None, digits: int) -> str:
+def printed(score: tuple[float, float | None], digits: int) -> str:
+    mean, sd = score
     return f"{mean:.{digits}f}" if sd is None else f"{mean:.{digits}f} ± {sd:.{digits}f}"

@@ -117,7 +117,7 @@ def test_the_discriminator_joins_late(run: Runner) -> None:
 
 def test_accumulated_batches_follow_whole_ones(run: Runner, lcm_pipeline: Path, tmp_path: Path) -> None:
     """Before the discriminator joins, whose norms have the moments of a micro-batch."""
-    changes = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+    changes = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 2}
     train(tree(lcm_pipeline, tmp_path / "run", **changes))
     assert distance(tmp_path / "run", run.run, 2) < 1e-5
 

@@ -58,7 +58,7 @@ def test_rows_and_their_numbers(config: dict[str, Any], lcm_pipeline: Path) -> N
     report, pictures = report_of(config, [config["output_dir"]])
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == [
-        "degraded", "bicubic", "clean through the autoencoder", "img2img from t = 679", "img2img from t = 339",
+        "degraded", "bicubic", "clean, autoencoder", "img2img from t = 679", "img2img from t = 339",
         "tiny", "tiny, wavelet",
     ]  # fmt: skip
     assert [row["steps"] for row in rows.values()] == [None, None, None, 2, 1, 2, 2]
