@@ -1,5 +1,6 @@
 """Restoration from an intermediate state: the schedule, its start, LCM's own image-to-image, fidelity."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,6 @@ def test_the_schedule_is_that_of_the_students_own_call(lcm_pipeline: Path, tmp_p
     folder.symlink_to(lcm_pipeline)
     assert restorer(tmp_path / "run").guidance_scale == 8.5
     folder.unlink()
-    import shutil
-
     shutil.copytree(lcm_pipeline, folder)
     (folder / "sampling.json").write_text('{"3": {"timesteps": [999, 459, 119], "guidance_scale": 3.0}}')
     own = restorer(tmp_path / "run", 3)
@@ -61,12 +60,15 @@ def test_the_schedule_is_that_of_the_students_own_call(lcm_pipeline: Path, tmp_p
     assert restorer(tmp_path / "run", 3, guidance_scale=5.0).guidance_scale == 5
 
 
-def test_the_latent_is_the_posteriors_mean(tiny_pipeline: Path) -> None:
+@pytest.mark.parametrize("shift", [None, 0.3])
+def test_the_latent_is_the_posteriors_mean(shift: float | None, tiny_pipeline: Path) -> None:
     one, images = restorer(tiny_pipeline), torch.rand(2, 3, 16, 16) * 2 - 1
     vae = one.teacher.vae
+    vae.register_to_config(shift_factor=shift)
     with torch.no_grad():
         mean = vae.encode(images).latent_dist.mean
-    torch.testing.assert_close(one.latents(images), 0.18215 * mean)
+    torch.testing.assert_close(one.latents(images), 0.18215 * (mean - (shift or 0)))
+    assert not one.latents(images.requires_grad_(True)).requires_grad
 
 
 @pytest.mark.parametrize("start", [1, 2])

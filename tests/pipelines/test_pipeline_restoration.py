@@ -59,6 +59,16 @@ def test_a_student_alone(family: str, start: int, tiny_pipeline: Path, lcm_pipel
         torch.testing.assert_close(latent.images, ours, rtol=1e-3, atol=1e-4 * ours.abs().max().item())
 
 
+def test_latents_with_a_shift(tiny_pipeline: Path) -> None:
+    one, pipe = student(tiny_pipeline)
+    one.teacher.vae.register_to_config(shift_factor=0.3)
+    with torch.no_grad():
+        told = one.teacher.condition(["", ""])
+        ours = one.teacher.decode(one(one.latents(2 * PICTURES - 1), told, fresh_from(seeded(2, 5)), 3))
+    made = pipe(PICTURES, generator=seeded(2, 5), output_type="pt", start_index=3).images
+    torch.testing.assert_close(made, (ours / 2 + 0.5).clamp(0, 1), rtol=1e-3, atol=1e-4)
+
+
 def test_a_call_changes_the_defaults(lcm_pipeline: Path) -> None:
     one, pipe = student(lcm_pipeline, guidance_scale=3.0)
     other = Restorer(one.teacher, timesteps=[999, 499, 99], guidance_scale=6.0)
