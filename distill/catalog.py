@@ -7,6 +7,7 @@ from .errors import UserError
 from .methods.base import Method
 from .methods.dmd2 import DMD2
 from .methods.ict import ICT
+from .methods.interlcm import InterLCM
 from .methods.lcd import LCD
 from .methods.lcsc import LCSC
 from .methods.lct import LCT
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "rcm": RCM,
     "dmd2": DMD2,
     "nct": NCT,
+    "interlcm": InterLCM,
     "diffusion": Diffusion,
     "controlnet": ControlNetTraining,
     "edm": EDMTraining,

@@ -46,6 +46,12 @@ class Codec:
         shift, scale = self._units(z)
         return (z - shift) * scale
 
+    def mean_latents(self, posterior: Tensor) -> Tensor:
+        """The posterior's mean in the diffusion model's units, (B, C, h, w)."""
+        mean = posterior.float().chunk(2, dim=1)[0]
+        shift, scale = self._units(mean)
+        return (mean - shift) * scale
+
     def unscaled(self, latents: Tensor) -> Tensor:
         """The same latents in the autoencoder's units."""
         shift, scale = self._units(latents)

@@ -4,10 +4,7 @@ Each is deterministic in the picture (a mask is drawn apart from it), as noise c
 the boundary loss would forbid any use (arXiv 2506.19741, theorem 1).
 """
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -104,16 +101,6 @@ class Inpainting:
 
 
 Control = Annotated[Canny | SoftEdges | Luminance | SuperResolution | Inpainting, Field(discriminator="name")]
-
-
-@dataclass(frozen=True)
-class ControlNotes:
-    """control.json of an export: which generator the adapter belongs to and how it was trained."""
-
-    notes: dict[str, Any]
-
-    def save_pretrained(self, folder: Path) -> None:
-        (Path(folder) / "control.json").write_text(json.dumps(self.notes, indent=2) + "\n")
 
 
 def luminance(images: Tensor) -> Tensor:

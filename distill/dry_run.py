@@ -28,6 +28,7 @@ from .methods.base import Batch, Method, Parts, Progress
 from .rewards import Reward, UnloadedReward
 from .runner import DTYPES, Carry
 from .teacher import LatentTeacher, Teacher
+from .vision import PlannedVision
 
 TITLES = {
     "unet": "teacher network",
@@ -57,8 +58,18 @@ def describe(config: RunConfig) -> str:
     kind = method_named(c.method["name"])
     settings = kind.Settings(**{k: v for k, v in c.method.items() if k != "name"})
     rewards: list[str] = []
+    vision = PlannedVision()
     with META:
-        parts = Parts(teacher, c.student, captions, classes, resolution, reward=unloaded(rewards), vae=vae)
+        parts = Parts(
+            teacher,
+            c.student,
+            captions,
+            classes,
+            resolution,
+            reward=unloaded(rewards),
+            vae=vae,
+            vision=vision,
+        )
         method: Method = kind(settings, parts)
         parts.check(method.needs)
         ema = EMA(method.averaged(), c.ema_decay) if c.use_ema else None
@@ -70,7 +81,7 @@ def describe(config: RunConfig) -> str:
         _table("parameters", [(name, f"{n:,}") for name, n in parameters(method, frozen).items()]),
         _memory(c, method, frozen, ema, resolution),
         _work(c, method, frozen, resolution, len(captions)),
-        _downloads(c, plan, teacher, rewards),
+        _downloads(c, plan, teacher, [*(f"reward {name}" for name in rewards), *vision.asked]),
     ]
     return "\n\n".join(sections)
 
@@ -118,7 +129,7 @@ def step_bytes(config: RunConfig, method: Method, teacher: Frozen, resolution: i
     Forward and backward of each player run on the meta device, attention without its score matrix.
     """
     method.train()
-    modules: list[Any] = list(method.modules())
+    modules: list[Any] = [*method.modules(), *method.passed_through()]
     if config.gradient_checkpointing:
         for module in modules:
             if hasattr(module, "enable_gradient_checkpointing"):
@@ -272,7 +283,7 @@ def unloaded(asked: list[str]) -> Callable[[str], Reward]:
     return note
 
 
-def _downloads(c: RunConfig, plan: Blueprint | None, teacher: Teacher | None, rewards: list[str]) -> str:
+def _downloads(c: RunConfig, plan: Blueprint | None, teacher: Teacher | None, asked: list[str]) -> str:
     rows = []
     if c.teacher and plan and teacher:
         item = 2 if c.teacher.variant in ("fp16", "bf16") else 4
@@ -283,7 +294,7 @@ def _downloads(c: RunConfig, plan: Blueprint | None, teacher: Teacher | None, re
         sizes = count(list(Autoencoder.planned(c.vae).vae.parameters()))
         rows.append((c.vae.path, f"about {gib(4 * sizes)} GiB"))
     rows += [(c.data.name, reason) for reason in missing_data(c.data.name)]
-    rows += [(f"reward {name}", "unless it is here: looked up when the run starts") for name in rewards]
+    rows += [(name, "unless it is here: looked up when the run starts") for name in asked]
     return _table("must be downloaded", rows or [("nothing", "")])
 
 

@@ -9,6 +9,7 @@ import diffusers
 import torch
 
 from ..pipelines.export import Export, is_own, own_parts
+from ..pipelines.pipeline_restoration import RestorationPipeline
 from .checkpoint import write_file
 from .config import RunConfig
 from .search_config import SearchConfig
@@ -19,24 +20,36 @@ def loading_lines(
 ) -> str:
     """Python that opens the export with plain diffusers and samples with its own arguments.
 
-    A ControlNet's pipeline also opens its condition.
+    A ControlNet's pipeline also opens its condition, a restorer the picture that it restores.
 
     own: whether the folder holds code; None: whether a class of it is ours. options: further arguments
     """
     own = bool(is_own(export.model) or own_parts(export.model)) if own is None else own
     note = "  # the .py files in the folder" if own else ""
     trust = ", trust_remote_code=True" if own else ""
-    control = hasattr(export.model, "controlnet")
-    picture = (
-        'condition = load_image("condition.png")  # see control.json; controlnet/ alone is the adapter\n'
-    )
+    picture = picture_line(export)
     return (
         "import torch\nfrom diffusers import DiffusionPipeline\n"
-        + ("from diffusers.utils import load_image\n\n" if control else "\n")
+        + ("from diffusers.utils import load_image\n\n" if picture else "\n")
         + f'pipe = DiffusionPipeline.from_pretrained("{folder}"{options}{trust}){note}\n'
-        + (picture if control else "")
+        + picture
         + f"{sampling_line(export)}\n"
     )
+
+
+def picture_line(export: Export) -> str:
+    """Python that opens the picture that a call needs, "" where it needs none."""
+    if restores(export):
+        return 'degraded = load_image("degraded.png")  # restoration.json says by what\n'
+    if hasattr(export.model, "controlnet"):
+        return (
+            'condition = load_image("condition.png")  # see control.json; controlnet/ alone is the adapter\n'
+        )
+    return ""
+
+
+def restores(export: Export) -> bool:
+    return isinstance(export.model, RestorationPipeline)
 
 
 def adapter_loading_lines(config: RunConfig, export: Export, folder: str = "lora") -> str:
@@ -62,6 +75,8 @@ def sampling_line(export: Export) -> str:
         if export.model is not None
         else {"prompt": 0}
     )
+    if restores(export):
+        return f"image = pipe(degraded{arguments}).images[0]"
     if hasattr(export.model, "controlnet"):
         arguments = ", image=condition" + arguments
     if "prompt" in takes:

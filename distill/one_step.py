@@ -35,21 +35,8 @@ class OneStep:
         self.timestep = int((call.get("timesteps") or [total - 1])[0]) if timestep is None else timestep
         if self.timestep >= total:
             raise UserError(f"method.timestep: {self.timestep} is not below {total}, the teacher's last time")
-        self.guidance_dim = self.network.config.get("time_cond_proj_dim")
-        if self.guidance_dim is None and guidance_scale is not None:
-            raise UserError(
-                "method.guidance_scale: the generator has no embedding of it, and one step has no other guidance; "
-                "leave the key out"
-            )
-        self.guidance_scale = 1.0
-        if self.guidance_dim is not None:
-            own = call.get("guidance_scale", LatentConsistency.guidance)
-            self.guidance_scale = float(own if guidance_scale is None else guidance_scale)
-        self.scheduler = LCMScheduler.from_config(
-            teacher.pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False
-        )
-        scaling = self.scheduler.config.timestep_scaling
-        self.function = ConsistencyFunction(teacher.denoiser, lambda t: lcm_boundary(t, scaling))
+        self.guidance_dim, self.guidance_scale = told_guidance(self.network, call, guidance_scale)
+        self.scheduler, self.function = consistency_of(teacher)
 
     def __call__(
         self,
@@ -75,6 +62,32 @@ class OneStep:
             "guidance_scale": self.guidance_scale,
             **self.teacher.call(),
         }
+
+
+def told_guidance(
+    network: Any, call: dict[str, Any], guidance_scale: float | None
+) -> tuple[int | None, float]:
+    """Width of a network's embedding of the guidance scale, and the scale that it is told: the one given, that of
+    `call`, or the pipeline's default; None and 1 without an embedding."""
+    width = network.config.get("time_cond_proj_dim")
+    if width is None:
+        if guidance_scale is not None:
+            raise UserError(
+                "method.guidance_scale: the generator has no embedding of it, and no other guidance is given here; "
+                "leave the key out"
+            )
+        return None, 1.0
+    own = call.get("guidance_scale", LatentConsistency.guidance)
+    return width, float(own if guidance_scale is None else guidance_scale)
+
+
+def consistency_of(teacher: LatentTeacher) -> tuple[LCMScheduler, ConsistencyFunction]:
+    """The function that LCMScheduler steps with for this network, and that scheduler."""
+    scheduler = LCMScheduler.from_config(
+        teacher.pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False
+    )
+    scaling = scheduler.config.timestep_scaling
+    return scheduler, ConsistencyFunction(teacher.denoiser, lambda t: lcm_boundary(t, scaling))
 
 
 class ControlledDenoiser(Denoiser):

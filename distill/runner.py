@@ -144,7 +144,8 @@ class Runner:
             self.accelerator.init_trackers("fewstep", config=flat(as_tree(c)))
 
     def _memory_savers(self, method: Method) -> None:
-        networks: list[Any] = [m for m in method.modules() if hasattr(m, "enable_gradient_checkpointing")]
+        modules = [*method.modules(), *method.passed_through()]
+        networks: list[Any] = [m for m in modules if hasattr(m, "enable_gradient_checkpointing")]
         if self.config.gradient_checkpointing:
             for network in networks:
                 network.enable_gradient_checkpointing()

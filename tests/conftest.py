@@ -116,6 +116,26 @@ def tiny_tokenizer(folder: Path):
 
 
 @pytest.fixture(scope="session")
+def lcm_pipeline(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline with an embedding of the guidance scale that does something."""
+    from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
+    from fewstep.distill.student import with_guidance_input
+
+    folder = tmp_path_factory.mktemp("lcm") / "pipeline"
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = with_guidance_input(pipe.unet, 16)
+        torch.nn.init.normal_(unet.time_embedding.cond_proj.weight)
+    parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
+    scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    LatentConsistencyModelPipeline(
+        **{**parts, "unet": unet, "scheduler": scheduler}, requires_safety_checker=False
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """tiny_families("sdxl"), sd3, flux or wan: a folder that its stock pipeline loads, random weights, 16 px."""
     folder = tmp_path_factory.mktemp("families")

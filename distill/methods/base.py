@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..rewards import Reward, load_reward
 from ..settings import StudentSettings
 from ..teacher import LatentTeacher, Teacher
+from ..vision import Vision
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Parts:
     resolution  side of the training images in pixels
     reward      gives the reward of a name
     vae         the autoencoder that stands in for a teacher's, None where there is none
+    vision      loads frozen networks that look at pictures
     """
 
     teacher: Teacher | None
@@ -78,6 +80,7 @@ class Parts:
     resolution: int | None = None
     reward: Callable[[str], Reward] = load_reward
     vae: Autoencoder | None = None
+    vision: Vision = field(default_factory=Vision)
 
     @property
     def codec(self) -> Codec | None:
@@ -134,6 +137,10 @@ class Method(nn.Module, ABC):
         """Parameters by name whose averages pictures and export use where use_ema is set: the first player's."""
         exported = {id(p) for p in next(iter(self.players().values()))}
         return {k: p for k, p in self.named_parameters() if id(p) in exported}
+
+    def passed_through(self) -> list[nn.Module]:
+        """Frozen networks of a teacher that gradients pass through: gradient_checkpointing reaches them too."""
+        return []
 
     def turns(self, progress: Progress) -> tuple[str, ...]:
         """The players that move in this iteration, in order."""

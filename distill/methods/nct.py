@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...pipelines.export import Export, in_float32
 from ..condition import Condition
-from ..controls import Control, ControlNotes
+from ..controls import Control
 from ..draws import Draws
 from ..errors import UserError
 from ..frozen import weights_hash
@@ -22,6 +22,7 @@ from ..noise_consistency import (
     noise_consistency,
     output_distance,
 )
+from ..notes import Notes
 from ..one_step import OneStep, controlnet_of
 from ..settings import StudentSettings, settings
 from .base import Batch, Method, Parts, Progress, Published
@@ -161,7 +162,8 @@ class NCT(Method):
             scheduler=self.generator.scheduler,
         )
         s = self.settings
-        notes = ControlNotes(
+        notes = Notes(
+            "control.json",
             {
                 "generator": Path(self.teacher.path).name,
                 "generator_hash": weights_hash(network),
@@ -173,6 +175,6 @@ class NCT(Method):
                 "distance": s.distance,
                 "margin": s.margin,
                 "boundary_weight": float(self.multiplier.value),
-            }
+            },
         )
         return Export(pipeline, beside=[notes], sampling={"1": self.generator.call()})

