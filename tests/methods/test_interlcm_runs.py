@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import ControlNetModel
 from fewstep.distill.config import load_config, read_yaml
 from fewstep.distill.dry_run import describe
@@ -26,6 +27,7 @@ SEEDS = (3, 8)
 PLAIN_DIFFUSERS = """
 import json, sys
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 
 folder, pictures, output = sys.argv[1:]
@@ -120,6 +122,25 @@ def test_accumulated_batches_follow_whole_ones(run: Runner, lcm_pipeline: Path, 
     changes = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 2}
     train(tree(lcm_pipeline, tmp_path / "run", **changes))
     assert distance(tmp_path / "run", run.run, 2) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_follow_one(run: Runner, lcm_pipeline: Path, tmp_path: Path) -> None:
+    """Likewise; then they go on with the discriminator."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree(lcm_pipeline, tmp_path / "run", train_batch_size=2)))
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fewstep.distill.cli"]
+    child = subprocess.run(
+        [sys.executable, "-m", *launch, "distill", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    assert distance(tmp_path / "run", run.run, 2) < 1e-5
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == STEPS and "discriminator/loss" in last
 
 
 def test_a_resumed_run_ends_where_a_whole_one_does(run: Runner, lcm_pipeline: Path, tmp_path: Path) -> None:
