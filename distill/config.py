@@ -25,7 +25,12 @@ Precision = Annotated[
 class DataSettings:
     """name: "emoji", "emoji-noto", "emoji-twemoji", "fashion-mnist", "cifar10", an image folder, webdataset shards, or
     a hub data set. caption_column: null for pictures without captions. random_flip: mirror every second image, for
-    methods that train on pixels."""
+    methods that train on pixels.
+
+    "teacher": the teacher makes the data's latents from `prompts`, a text file of one prompt a line or a folder of
+    such files, and the other keys apply: num_inference_steps (50) of its own sampler, guidance_scale (its own),
+    images_per_prompt (1), and the seed of the noise (0).
+    """
 
     name: str
     split: str = "train"
@@ -33,6 +38,11 @@ class DataSettings:
     caption_column: str | None = "text"
     center_crop: bool = True
     random_flip: bool = False
+    prompts: str | None = None
+    num_inference_steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=0)
+    images_per_prompt: int | None = Field(None, ge=1)
+    seed: int | None = None
 
 
 @settings

@@ -15,7 +15,6 @@ from .catalog import method_named
 from .codec import Autoencoder, Codec, is_here
 from .condition import Condition
 from .config import RunConfig
-from .data import load_data
 from .data.embedded import STYLES
 from .data.named import NAMED, find_named
 from .data.tables import expand_braces
@@ -25,9 +24,12 @@ from .errors import UserError
 from .known_teachers import Blueprint, blueprint, meta_teacher
 from .meta_memory import LiveBytes, fused_attention, nbytes
 from .methods.base import Batch, Method, Parts, Progress
+from .model_card import data_line
 from .rewards import Reward, UnloadedReward
 from .runner import DTYPES, Carry
 from .teacher import LatentTeacher, Teacher
+from .teacher_data import NAME as TAUGHT
+from .teacher_data import captions_of, check_keys, open_data
 
 TITLES = {
     "unet": "teacher network",
@@ -168,13 +170,14 @@ def num_processes() -> int:
 
 
 def _texts(c: RunConfig, resolution: int) -> tuple[list[str], tuple[str, ...]]:
-    """Captions and classes of embedded data. Other data are not opened: whatever classes they have may fit."""
+    """Captions and classes of prompts and of embedded data. Other data are not opened: whatever classes they have may
+    fit."""
+    check_keys(c.data)
+    if c.data.name == TAUGHT:
+        return captions_of(c.data), ()
     if c.data.name not in STYLES:
         return [], ("unknown",)
-    data = load_data(
-        c.data.name, split=c.data.split, resolution=resolution, image_column=c.data.image_column,
-        caption_column=c.data.caption_column, center_crop=c.data.center_crop,
-    )  # fmt: skip
+    data = open_data(c.data, None, resolution)
     return data.captions, data.classes
 
 
@@ -215,7 +218,7 @@ def _heading(c: RunConfig, plan: Blueprint | None, resolution: int) -> str:
     rows = [("method", c.method["name"]), ("student", kind)]
     if c.teacher and plan:
         rows.append(("teacher", f"{c.teacher.path} (architecture from {plan.origin})"))
-    rows += [("data", f"{c.data.name}, split {c.data.split}, {resolution} px"), ("output_dir", c.output_dir)]
+    rows += [("data", f"{data_line(c.data)}, {resolution} px"), ("output_dir", c.output_dir)]
     return _table("", rows)
 
 
@@ -254,6 +257,8 @@ def _work(c: RunConfig, method: Method, teacher: Frozen, resolution: int, num_ro
     needs = method.needs
     if isinstance(teacher, Codec) and "latents" in needs:
         kept = 2 * torch.Size(latent_record(teacher, resolution)).numel()
+        if c.data.name == TAUGHT:  # no variance
+            kept //= 2
         if isinstance(teacher, LatentTeacher) and "prompts" in needs:
             item = DTYPES[c.mixed_precision].itemsize
             kept += item * prompt_size(teacher)
@@ -290,7 +295,7 @@ def _downloads(c: RunConfig, plan: Blueprint | None, teacher: Teacher | None, re
 def missing_data(name: str) -> list[str]:
     """What of the data is not on this machine: at most one line."""
     path = Path(name).expanduser()
-    if name in STYLES or path.exists():
+    if name in (*STYLES, TAUGHT) or path.exists():
         return []
     if name in NAMED:
         return [] if find_named(name) else [f"{NAMED[name].size}, fetched on first use"]

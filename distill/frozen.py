@@ -24,6 +24,19 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+@contextmanager
+def without_adapter(network: Any) -> Iterator[None]:
+    """Within it a network answers without the LoRA that may have been added to it."""
+    if not hasattr(network, "peft_config"):
+        yield
+        return
+    network.disable_adapters()
+    try:
+        yield
+    finally:
+        network.enable_adapters()
+
+
 def move_frozen(module: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Moves a module and casts its parameters that are not trained.
 

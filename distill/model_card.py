@@ -10,7 +10,7 @@ import torch
 
 from ..pipelines.export import Export, is_own, own_parts
 from .checkpoint import write_file
-from .config import RunConfig
+from .config import DataSettings, RunConfig
 from .search_config import SearchConfig
 
 
@@ -153,13 +153,20 @@ def training_table(config: RunConfig, step: int) -> str:
         ("method", method),
         ("teacher", teacher),
         ("student", config.student.kind),
-        ("data", f"{config.data.name}, split {config.data.split}"),
+        ("data", data_line(config.data)),
         ("training steps", f"{step} of {config.max_train_steps}"),
         ("batch", config.train_batch_size * config.gradient_accumulation_steps),
         ("learning rate", config.learning_rate),
         ("made with", f"torch {torch.__version__}, diffusers {diffusers.__version__}"),
     ]
     return markdown(("what", "value"), rows)
+
+
+def data_line(data: DataSettings) -> str:
+    """What a student was trained on."""
+    if data.prompts is None:
+        return f"{data.name}, split {data.split}"
+    return f"the teacher's own latents of {Path(data.prompts).name}"
 
 
 def with_scores(folder: Path, table: str) -> None:

@@ -22,7 +22,6 @@ from .catalog import method_named
 from .checkpoint import Checkpoints, RawWeights, kept_state, restore_state, write_folder, writing
 from .codec import Autoencoder
 from .config import RunConfig, as_tree
-from .data import load_data
 from .draws import mix
 from .ema import EMA
 from .errors import UserError
@@ -32,6 +31,7 @@ from .methods.base import Method, Parts, Progress
 from .model_card import adapter_card, run_card
 from .run_folder import RunFolder, flat
 from .teacher import Teacher
+from .teacher_data import open_data
 
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -99,10 +99,7 @@ class Runner:
         resolution = c.resolution or (teacher.resolution if teacher else None)
         if resolution is None:
             raise UserError("resolution: missing; without a teacher the image size must be given")
-        data = load_data(
-            c.data.name, split=c.data.split, resolution=resolution, center_crop=c.data.center_crop,
-            image_column=c.data.image_column, caption_column=c.data.caption_column,
-        )  # fmt: skip
+        data = open_data(c.data, teacher, resolution)
         kind = method_named(c.method["name"])
         settings = kind.Settings(**{k: v for k, v in c.method.items() if k != "name"})
         parts = Parts(teacher, c.student, data.captions, data.classes, resolution, vae=vae)
@@ -111,6 +108,7 @@ class Runner:
         for frozen in (teacher, vae):
             if frozen is not None:
                 frozen.to(device, DTYPES[c.mixed_precision])
+        self.batches = Batches(c, method.needs, data, teacher, parts.codec, self.accelerator)
         self._memory_savers(method)
         self.method = method
         self.players = method.players()
@@ -137,7 +135,6 @@ class Runner:
             self.ema.to(device)
         self.model = self.accelerator.prepare(method)
         self.optimisers = {k: self.accelerator.prepare(o) for k, o in self.optimisers.items()}
-        self.batches = Batches(c, method.needs, data, teacher, parts.codec, self.accelerator)
         if start is None and "latents" in method.needs:
             method.prepare(self.batches.latents)
         if log_with:

@@ -18,6 +18,7 @@ from ..pipelines.transformer_two_time import TwoTimeDiT
 from ..pipelines.unet_norms import NormedUNet2DConditionModel, NormedUNet2DModel
 from .denoiser import Denoiser, denoiser_of, takes_span
 from .errors import UserError
+from .frozen import without_adapter
 from .methods.base import Parts
 from .process import EDM, NoiseProcess
 from .settings import LORA_TARGETS, StudentSettings
@@ -79,14 +80,8 @@ class Student(nn.Module):
     @contextmanager
     def teacher_mode(self) -> Iterator[None]:
         """Within it the shared base answers as the teacher; without effect for a full student."""
-        if not self.lora:
+        with without_adapter(self.network):
             yield
-            return
-        self.network.disable_adapters()
-        try:
-            yield
-        finally:
-            self.network.enable_adapters()
 
     def lora_weights(self) -> dict[str, Tensor]:
         """The adapter in peft's key layout, as diffusers' save_lora_weights takes it.

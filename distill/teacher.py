@@ -95,6 +95,7 @@ class Teacher(ABC):
     """A frozen diffusion pipeline. Parameters need no gradient, but gradients pass through.
 
     denoiser    the network behind the common call
+    device      where the network runs
     shape       (C, H, W) of a sample that it denoises
     resolution  side of its pictures in pixels
     """
@@ -105,6 +106,7 @@ class Teacher(ABC):
     def __init__(self, pipeline: DiffusionPipeline, path: str, denoiser: Denoiser):
         self.pipeline, self.path = pipeline, path
         self.denoiser, self.process = denoiser, denoiser.process
+        self.device = torch.device("cpu")
         for module in self.modules():
             module.requires_grad_(False).eval()
 
@@ -130,6 +132,7 @@ class Teacher(ABC):
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves the frozen parts, each in the precision that it needs (`move_frozen`)."""
+        self.device = device
         for module in self.modules():
             move_frozen(module, device, dtype)
 
@@ -169,12 +172,12 @@ class LatentTeacher(Teacher, Codec):
     @torch.no_grad()
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """What the text encoders say, as the network's keyword arguments, first dimension that of the captions."""
-        return self.family.encode(list(captions), self.vae.device)
+        return self.family.encode(list(captions), self.device)
 
     @torch.no_grad()
     def encode_empty(self) -> dict[str, Tensor]:
         """The same where the prompt is dropped, first dimension 1."""
-        return self.family.empty(self.vae.device)
+        return self.family.empty(self.device)
 
     def told(self, texts: dict[str, Tensor], empty: dict[str, Tensor]) -> Condition:
         """The condition of encoded prompts, with the arguments that no prompt changes."""
@@ -193,6 +196,16 @@ class LatentTeacher(Teacher, Codec):
         )
         config = {k: v for k, v in self.pipeline.config.items() if k in signature(cls).parameters}
         return cls(**{**config, **components, **parts, name: network})
+
+    def sampler(self) -> Any:
+        """The teacher's own pipeline without its text encoders, for prompts that are encoded."""
+        kind = type(self.pipeline)
+        parts = {k: v for k, v in self.pipeline.components.items() if k not in self.family.encoders}
+        parts["scheduler"] = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        config = {k: v for k, v in self.pipeline.config.items() if k in signature(kind).parameters}
+        pipeline = kind(**{**config, **dict.fromkeys(self.family.encoders), **parts})
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     def adapter(self, weights: dict[str, Tensor], scheduler: Any) -> Adapter:
         """A LoRA of the teacher's network with what its export needs."""
