@@ -24,10 +24,10 @@ from .errors import UserError
 from .known_teachers import Blueprint, blueprint, meta_teacher
 from .meta_memory import LiveBytes, fused_attention, nbytes
 from .methods.base import Batch, Method, Parts, Progress
-from .model_card import data_line
+from .model_card import data_line, teacher_line
 from .rewards import Reward, UnloadedReward
 from .runner import DTYPES, Carry
-from .teacher import LatentTeacher, Teacher
+from .teacher import LatentTeacher, Teacher, lora_place
 from .teacher_data import NAME as TAUGHT
 from .teacher_data import captions_of, check_keys, open_data
 
@@ -50,6 +50,8 @@ def describe(config: RunConfig) -> str:
     """
     c = config
     plan = blueprint(c.teacher) if c.teacher else None
+    if c.teacher and c.teacher.lora:
+        lora_place(c.teacher.lora, "teacher.lora")
     teacher = meta_teacher(c.teacher, plan.architecture, c.resolution) if c.teacher and plan else None
     vae = Autoencoder.planned(c.vae) if c.vae else None
     resolution = c.resolution or (teacher.resolution if teacher else None)
@@ -217,7 +219,7 @@ def _heading(c: RunConfig, plan: Blueprint | None, resolution: int) -> str:
         kind += f", new {s.network.get('_class_name', 'UNet2DModel')}"
     rows = [("method", c.method["name"]), ("student", kind)]
     if c.teacher and plan:
-        rows.append(("teacher", f"{c.teacher.path} (architecture from {plan.origin})"))
+        rows.append(("teacher", f"{teacher_line(c.teacher)} (architecture from {plan.origin})"))
     rows += [("data", f"{data_line(c.data)}, {resolution} px"), ("output_dir", c.output_dir)]
     return _table("", rows)
 
@@ -287,6 +289,8 @@ def _downloads(c: RunConfig, plan: Blueprint | None, teacher: Teacher | None, re
     if c.vae and not is_here(c.vae):
         sizes = count(list(Autoencoder.planned(c.vae).vae.parameters()))
         rows.append((c.vae.path, f"about {gib(4 * sizes)} GiB"))
+    if c.teacher and c.teacher.lora and not Path(c.teacher.lora).expanduser().is_file():
+        rows.append((c.teacher.lora, "unless the hub's cache has it"))
     rows += [(c.data.name, reason) for reason in missing_data(c.data.name)]
     rows += [(f"reward {name}", "unless it is here: looked up when the run starts") for name in rewards]
     return _table("must be downloaded", rows or [("nothing", "")])

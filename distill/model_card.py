@@ -12,6 +12,8 @@ from ..pipelines.export import Export, is_own, own_parts
 from .checkpoint import write_file
 from .config import DataSettings, RunConfig
 from .search_config import SearchConfig
+from .settings import TeacherSettings
+from .teacher import lora_place
 
 
 def loading_lines(
@@ -43,9 +45,18 @@ def adapter_loading_lines(config: RunConfig, export: Export, folder: str = "lora
     """Python that puts the LoRA on the teacher's pipeline with plain diffusers."""
     assert export.adapter is not None and config.teacher is not None
     scheduler, teacher = type(export.adapter.scheduler).__name__, config.teacher.path
+    styled = ""
+    if config.teacher.lora is not None:  # its file, wherever the reader keeps it
+        place, name = lora_place(config.teacher.lora, "teacher.lora")
+        place = "." if Path(place).is_dir() else place
+        styled = (
+            f'pipe.load_lora_weights("{place}", weight_name="{name}")  # the LoRA that the teacher had\n'
+            f"pipe.fuse_lora(lora_scale={config.teacher.lora_scale})\npipe.unload_lora_weights()\n"
+        )
     return (
         f"import torch\nfrom diffusers import DiffusionPipeline, {scheduler}\n\n"
         f'pipe = DiffusionPipeline.from_pretrained("{teacher}")  # the folder or hub id of the teacher\n'
+        f"{styled}"
         f'pipe.scheduler = {scheduler}.from_pretrained("{folder}")\n'
         f'pipe.load_lora_weights("{folder}")\n'
         f"{sampling_line(export)}\n"
@@ -75,7 +86,7 @@ def adapter_card(config: RunConfig, export: Export, step: int) -> str:
     """The card of a LoRA's folder."""
     out = [
         "---\nlibrary_name: diffusers\ntags: [fewstep, few-step, lora]\n---\n",
-        f"# LoRA distilled by fewstep ({config.method['name']})\n",
+        f"# LoRA {'trained' if 'default' in export.sampling else 'distilled'} by fewstep ({config.method['name']})\n",
         "```python\n" + adapter_loading_lines(config, export) + "```\n",
         "## Steps\n",
         steps_table(export.sampling),
@@ -148,7 +159,7 @@ def fitness_line(config: SearchConfig) -> str:
 def training_table(config: RunConfig, step: int) -> str:
     """How the student was made."""
     method = config.method["name"]
-    teacher = config.teacher.path if config.teacher else "none"
+    teacher = teacher_line(config.teacher) if config.teacher else "none"
     rows = [
         ("method", method),
         ("teacher", teacher),
@@ -160,6 +171,14 @@ def training_table(config: RunConfig, step: int) -> str:
         ("made with", f"torch {torch.__version__}, diffusers {diffusers.__version__}"),
     ]
     return markdown(("what", "value"), rows)
+
+
+def teacher_line(teacher: TeacherSettings) -> str:
+    """What a student was distilled from."""
+    if teacher.lora is None:
+        return teacher.path
+    place, name = lora_place(teacher.lora, "teacher.lora")
+    return f"{teacher.path} with {teacher.lora_scale:g} x {name if Path(place).is_dir() else teacher.lora}"
 
 
 def data_line(data: DataSettings) -> str:

@@ -68,6 +68,31 @@ def load_pipeline(
         ) from error
 
 
+def lora_place(lora: str, key: str) -> tuple[str, str]:
+    """The folder or hub id of a LoRA, and its file in it. Raises UserError where neither can be meant."""
+    file, (owner, _, rest) = Path(lora).expanduser(), lora.partition("/")
+    if file.is_file():
+        return str(file.parent), file.name
+    name, _, inside = rest.partition("/")
+    if file.is_absolute() or owner.startswith((".", "~")) or not inside:
+        raise UserError(f"{key}: no file {lora}; give a .safetensors file, or owner/name/file of the hub")
+    return f"{owner}/{name}", inside
+
+
+def fuse_lora(pipeline: Any, lora: str, scale: float = 1.0, *, key: str) -> None:
+    """Adds `scale` times a LoRA to the weights that it is of. Raises UserError where it does not fit."""
+    place, name = lora_place(lora, key)
+    try:
+        pipeline.load_lora_weights(place, weight_name=name)
+        if not pipeline.get_active_adapters():
+            raise ValueError("no key of it belongs to this pipeline")
+        pipeline.fuse_lora(lora_scale=scale)
+        pipeline.unload_lora_weights()
+    except Exception as error:  # of diffusers, peft, safetensors or the network
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{key}: {lora} cannot be added ({reason}); give a LoRA of this network") from error
+
+
 def load_edm(folder: str, **kwargs: Any) -> EDMPipeline:
     """An exported EDMPipeline part by part: diffusers would run the folder's own copy of the class, or refuse to."""
     scheduler = load_pipeline(folder, CMStochasticIterativeScheduler, subfolder="scheduler")
@@ -119,12 +144,16 @@ class Teacher(ABC):
         folder = locate(settings.path)
         options = {k: v for k in ("variant", "revision") if (v := getattr(settings, k)) is not None}
         if class_of(folder) == EDMPipeline.__name__:
+            if settings.lora is not None:
+                raise UserError(f"teacher.lora: {settings.path} works on pixels; leave it out")
             return PixelTeacher(load_edm(folder, dtype=torch.float32, **options), settings.path)
         if class_of(folder) in (None, "StableDiffusionPipeline"):
             options |= {"safety_checker": None, "requires_safety_checker": False}
         if class_of(folder) == "StableDiffusion3Pipeline" and lacks(Path(folder), "text_encoder_3"):
             options |= {"text_encoder_3": None, "tokenizer_3": None}  # diffusers asks for them by name
         pipeline = load_pipeline(folder, dtype=torch.float32, **options)
+        if settings.lora is not None:
+            fuse_lora(pipeline, settings.lora, settings.lora_scale, key="teacher.lora")
         return LatentTeacher(pipeline, settings.path, resolution)
 
     def modules(self) -> list[torch.nn.Module]:
