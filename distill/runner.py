@@ -26,7 +26,7 @@ from .draws import mix
 from .ema import EMA
 from .errors import UserError
 from .grid import save_rows
-from .measure import processor
+from .measure import processor, seconds
 from .methods.base import Method, Parts, Progress
 from .model_card import adapter_card, run_card
 from .run_folder import RunFolder, flat
@@ -67,6 +67,11 @@ class Runner:
         if interrupted:
             raise KeyboardInterrupt
         return self.run
+
+    def rehearse(self, iterations: int) -> list[float]:
+        """Seconds of each of the first iterations, of which no weights are kept."""
+        self._build(None)
+        return [seconds(lambda i=i: self._iteration(i)) for i in range(iterations)]  # type: ignore[misc]
 
     def _build(self, start: int | None) -> None:
         c = self.config

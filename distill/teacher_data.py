@@ -5,6 +5,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 
@@ -55,7 +56,9 @@ class TeacherData(ImageData):
         self.teacher, self.seed = teacher, settings.seed or 0
         self.num_inference_steps = settings.num_inference_steps or STEPS
         scale = settings.guidance_scale
-        self.guidance_scale = own_guidance(teacher) if scale is None else scale
+        self.guidance_scale = (
+            own_guidance(teacher.path, type(teacher.pipeline).__name__) if scale is None else scale
+        )
         self.weights = weights_hash(teacher.family.network)  # now, while no adapter is on it
 
     def images(self, indices: Sequence[int] | None = None) -> Tensor:
@@ -107,12 +110,8 @@ def captions_of(settings: DataSettings) -> list[str]:
     return [p for p in read_prompts(settings.prompts) for _ in range(settings.images_per_prompt or 1)]
 
 
-def own_guidance(teacher: LatentTeacher) -> float:
-    """The guidance scale that the teacher's folder names for any number of steps, else its pipeline's default."""
-    default = signature(type(teacher.pipeline).__call__).parameters["guidance_scale"].default
-    return float(sampling_of_teacher(teacher.path).get("guidance_scale", default))
-
-
-def sampling_of_teacher(path: str) -> dict[str, Any]:
-    """What the folder of a teacher says of a call with any number of steps."""
-    return sampling_of(Path(locate(path))).get("default", {})
+def own_guidance(path: str, kind: str) -> float:
+    """The guidance scale that a teacher's folder names for any number of steps, else its pipeline class's default."""
+    default = signature(getattr(diffusers, kind).__call__).parameters["guidance_scale"].default
+    said = sampling_of(Path(locate(path))).get("default", {})
+    return float(said.get("guidance_scale", default))
