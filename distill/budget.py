@@ -86,7 +86,13 @@ def advice(config: RunConfig) -> str:
         ("--gradient_checkpointing", not c.gradient_checkpointing),
         ("--mixed_precision bf16", c.mixed_precision == "no"),
         (f"--train_batch_size {max(1, c.train_batch_size // 2)}", c.train_batch_size > 1),
-        (f"--resolution {(c.resolution or 1024) // 2}", (c.resolution or 1024) > 512),
+        ("--cpu_offload", not c.cpu_offload),
+        (
+            "--teacher.quantisation w8",
+            c.student.kind == "lora" and not (c.teacher and c.teacher.quantisation),
+        ),
+        ("--optimizer adamw_8bit", c.optimizer == "adamw"),
+        (f"--resolution {(c.resolution or 0) // 2}", (c.resolution or 0) >= 1024),
         (f"--student.rank {c.student.rank // 4}", c.student.kind == "lora" and c.student.rank > 16),
     ]
     return ", ".join(flag for flag, helps in options if helps) or "a smaller model or a larger device"

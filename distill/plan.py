@@ -108,6 +108,8 @@ def planned(config: RunConfig) -> Plan:
     if c.teacher and c.teacher.lora:
         lora_place(c.teacher.lora, "teacher.lora")
     teacher = meta_teacher(c.teacher, plan.architecture, c.resolution) if c.teacher and plan else None
+    if c.teacher and c.teacher.quantisation and isinstance(teacher, LatentTeacher):
+        teacher.quantise(c.teacher.quantisation, DTYPES[c.mixed_precision])
     vae = Autoencoder.planned(c.vae) if c.vae else None
     resolution = c.resolution or (teacher.resolution if teacher else None)
     if resolution is None:
@@ -124,7 +126,8 @@ def planned(config: RunConfig) -> Plan:
     frozen = teacher or vae
     if frozen is not None:
         frozen.to(META, DTYPES[c.mixed_precision])
-    held = held_bytes(method, frozen, ema)
+    moments = 2 if c.optimizer == "adamw_8bit" else 8
+    held = held_bytes(method, frozen, ema, offloaded=c.cpu_offload, moments=moments)
     if c.mixed_precision != "no":
         trained = nbytes([p for p in method.parameters() if p.requires_grad])
         held["autocast's 16-bit copy of the trained weights"] = trained // 2
@@ -151,12 +154,19 @@ def parameters(method: Method, teacher: Frozen) -> dict[str, int]:
     return {**frozen, **out}
 
 
-def held_bytes(method: Method, teacher: Frozen, ema: EMA | None) -> dict[str, int]:
-    """Bytes that stay on the device during the whole run, by title."""
+def held_bytes(
+    method: Method, teacher: Frozen, ema: EMA | None, *, offloaded: bool = False, moments: int = 8
+) -> dict[str, int]:
+    """Bytes that stay on the device during the whole run, by title.
+
+    offloaded: text encoders and autoencoder are not there; moments: bytes of the optimiser's for each parameter.
+    """
     trained = [p for p in method.parameters() if p.requires_grad]
     counted: set[int] = {id(p) for p in trained}
     out = {}
     for name, module in components(teacher).items():
+        if offloaded and (name == "vae" or name.startswith("text_encoder")):
+            continue
         tensors = [t for t in tensors_of(module) if id(t) not in counted]
         counted |= {id(t) for t in tensors}
         dtype = str(getattr(module, "dtype", tensors[0].dtype)).removeprefix("torch.")
@@ -164,7 +174,7 @@ def held_bytes(method: Method, teacher: Frozen, ema: EMA | None) -> dict[str, in
     rest = [t for t in tensors_of(method) if id(t) not in counted]
     out["trained weights, float32"] = nbytes(trained)
     out["gradients"] = nbytes(trained)
-    out["the optimiser's two moments"] = 2 * nbytes(trained)
+    out["the optimiser's two moments"] = moments * count(trained)
     out["moving targets and other state of the method"] = nbytes(rest)
     if ema is not None:
         out["average of the trained weights (use_ema)"] = nbytes(ema.buffers())

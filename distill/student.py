@@ -21,6 +21,7 @@ from .errors import UserError
 from .frozen import without_adapter
 from .methods.base import Parts
 from .process import EDM, NoiseProcess
+from .quantise import dequantise, is_quantised
 from .settings import LORA_TARGETS, StudentSettings
 
 ADAPTER = "student"
@@ -61,6 +62,10 @@ class Student(nn.Module):
                 ),
                 adapter_name=ADAPTER,
             )
+        elif is_quantised(network):
+            raise UserError(
+                "teacher.quantisation: integer weights are not trained; set student.kind to lora, or leave it out"
+            )
         else:
             network = full_copy(network, guidance_dim, two_times)
         if settings.dropout is not None:
@@ -95,7 +100,12 @@ class Student(nn.Module):
 
     def fused(self) -> Any:
         """A float32 copy with the LoRA added to its weights; the trained network stays as it is."""
-        network = copy.deepcopy(self.network).float()
+        network = copy.deepcopy(self.network)
+        if is_quantised(network):  # peft's layers on integer weights do not merge
+            network.unload_lora()
+            dequantise(network)
+            network.load_lora_adapter(self.lora_weights(), adapter_name=ADAPTER, prefix=None)
+        network.float()
         network.fuse_lora(adapter_names=[ADAPTER])
         network.unload_lora()
         return network

@@ -20,6 +20,7 @@ from .errors import UserError
 from .families import FAMILY_NAMES, family_of
 from .frozen import move_frozen
 from .process import EDM, VP
+from .quantise import quantise_base
 from .settings import TeacherSettings
 
 TEACHERS = Path(__file__).parent / "teachers"
@@ -144,8 +145,9 @@ class Teacher(ABC):
         folder = locate(settings.path)
         options = {k: v for k in ("variant", "revision") if (v := getattr(settings, k)) is not None}
         if class_of(folder) == EDMPipeline.__name__:
-            if settings.lora is not None:
-                raise UserError(f"teacher.lora: {settings.path} works on pixels; leave it out")
+            for key in ("lora", "quantisation"):
+                if getattr(settings, key) is not None:
+                    raise UserError(f"teacher.{key}: {settings.path} works on pixels; leave it out")
             return PixelTeacher(load_edm(folder, dtype=torch.float32, **options), settings.path)
         if class_of(folder) in (None, "StableDiffusionPipeline"):
             options |= {"safety_checker": None, "requires_safety_checker": False}
@@ -182,6 +184,11 @@ class LatentTeacher(Teacher, Codec):
         unit = vae_scale_factor(self.vae) * family.patch
         if self.resolution % unit:
             raise UserError(f"resolution: {self.resolution} is no multiple of {unit}, which {path} needs")
+
+    def quantise(self, name: str, dtype: torch.dtype) -> None:
+        """Integer weights by a scheme such as "w8" in the network, which is otherwise of `dtype`."""
+        self.family.network.to(dtype)
+        quantise_base(self.family.network, name)
 
     @property
     def noise(self) -> VP:
