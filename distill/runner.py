@@ -16,7 +16,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from ..pipelines.export import write_adapter, write_export
+from ..pipelines.export import KOHYA, write_adapter, write_export, write_kohya
 from .batches import Batches
 from .catalog import method_named
 from .checkpoint import Checkpoints, RawWeights, kept_state, restore_state, write_folder, writing
@@ -353,6 +353,11 @@ class Runner:
                     names.append("lora")
                     card = adapter_card(self.config, export, self.step)
                     write_folder(self.run / "lora", lambda folder: write_adapter(export, folder, card))
+                    adapter = export.adapter
+                    if adapter.component == "unet":
+                        names.append(KOHYA)
+                        name = self.run.name or "lora"
+                        write_folder(self.run / KOHYA, lambda folder: write_kohya(adapter, folder, name))
                 if export.model is not None:
                     names.append("pipeline")
                     card = run_card(self.config, export, self.step)
