@@ -82,6 +82,20 @@ def turbo(arguments: list[str]) -> int:
     return 0
 
 
+def push_to_hub(arguments: list[str]) -> int:
+    """push-to-hub RUN OWNER/NAME [--private]: upload what a run exported"""
+    parser = argparse.ArgumentParser(prog="fewstep push-to-hub", description="Upload what a run exported.")
+    parser.error = _usage_error  # type: ignore[method-assign]
+    parser.add_argument("run", type=Path, help="run folder; of a LoRA the file goes up, else the pipeline")
+    parser.add_argument("repo_id", help="OWNER/NAME on the hub, made if it is not there")
+    parser.add_argument("--private", action="store_true", help="of a repository that is made")
+    args = parser.parse_args(arguments)
+    from .hub import push
+
+    print(push(args.run, args.repo_id, private=args.private))
+    return 0
+
+
 def train_teacher(arguments: list[str]) -> int:
     """train-teacher CONFIG [--stages.<stage>.key value ...]: autoencoder, text encoder, then the network"""
     from .config import read_yaml, with_overrides
@@ -225,6 +239,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
     "evaluate": evaluate,
     "compare": compare,
+    "push-to-hub": push_to_hub,
     "train-teacher": train_teacher,
     "demo": demo,
     "prepare-data": prepare_data_command,

@@ -7,10 +7,12 @@ from typing import Any
 
 import diffusers
 import torch
+import yaml
 
-from ..pipelines.export import Export, is_own, own_parts
+from ..pipelines.export import KOHYA, Export, is_own, own_parts
 from .checkpoint import write_file
 from .config import DataSettings, RunConfig
+from .licence import base_model, licence_of
 from .search_config import SearchConfig
 from .settings import TeacherSettings
 from .teacher import lora_place
@@ -85,22 +87,36 @@ def sampling_line(export: Export) -> str:
 def adapter_card(config: RunConfig, export: Export, step: int) -> str:
     """The card of a LoRA's folder."""
     out = [
-        "---\nlibrary_name: diffusers\ntags: [fewstep, few-step, lora]\n---\n",
+        front_matter(config, "lora"),
         f"# LoRA {'trained' if 'default' in export.sampling else 'distilled'} by fewstep ({config.method['name']})\n",
         "```python\n" + adapter_loading_lines(config, export) + "```\n",
         "## Steps\n",
         steps_table(export.sampling),
+        *(
+            [f"`{KOHYA}/` beside this folder holds the same LoRA in the key layout of kohya and ComfyUI.\n"]
+            if export.adapter is not None and export.adapter.component == "unet"
+            else []
+        ),
         "## Training\n",
         training_table(config, step),
     ]
     return "\n".join(out)
 
 
+def front_matter(config: RunConfig, *tags: str) -> str:
+    """What the hub reads of a card; the teacher's licence holds for its students."""
+    entries: dict[str, Any] = {"library_name": "diffusers"}
+    if config.teacher is not None:
+        entries |= licence_of(config.teacher) | base_model(config.teacher)
+    entries["tags"] = ["fewstep", "few-step", *tags]
+    return f"---\n{yaml.safe_dump(entries, sort_keys=False)}---\n"
+
+
 def run_card(config: RunConfig, export: Export, step: int) -> str:
     """The card of a finished or interrupted run; scores are added by `with_scores` when they are known."""
     kind = type(export.model).__name__
     out = [
-        "---\nlibrary_name: diffusers\ntags: [fewstep, few-step]\n---\n",
+        front_matter(config),
         f"# {kind} distilled by fewstep ({config.method['name']})\n"
         if export.sampling
         else f"# {kind} trained by fewstep\n",
@@ -163,6 +179,7 @@ def training_table(config: RunConfig, step: int) -> str:
     rows = [
         ("method", method),
         ("teacher", teacher),
+        *([("licence of the teacher", licence_line(config.teacher))] if config.teacher else []),
         ("student", config.student.kind),
         ("data", data_line(config.data)),
         ("training steps", f"{step} of {config.max_train_steps}"),
@@ -179,6 +196,12 @@ def teacher_line(teacher: TeacherSettings) -> str:
         return teacher.path
     place, name = lora_place(teacher.lora, "teacher.lora")
     return f"{teacher.path} with {teacher.lora_scale:g} x {name if Path(place).is_dir() else teacher.lora}"
+
+
+def licence_line(teacher: TeacherSettings) -> str:
+    stated = licence_of(teacher)
+    line = stated.get("license_name") or stated.get("license") or "not stated in its model card"
+    return f"{line}; that of its LoRA holds too" if teacher.lora else line
 
 
 def data_line(data: DataSettings) -> str:

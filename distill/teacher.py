@@ -19,6 +19,7 @@ from .denoiser import Denoiser, UNet2DDenoiser
 from .errors import UserError
 from .families import FAMILY_NAMES, family_of
 from .frozen import move_frozen
+from .hub import refusal
 from .process import EDM, VP
 from .quantise import quantise_base
 from .settings import TeacherSettings
@@ -63,6 +64,8 @@ def load_pipeline(
             raise UserError(
                 f"{key}: {path} is not a readable pipeline folder ({reason}); save it again"
             ) from error
+        if refused := refusal(path, error):
+            raise UserError(f"{key}: {refused}") from error
         raise UserError(
             f"{key}: {path} could not be fetched from the hub ({reason}); check the name and the network, "
             "or give a local pipeline folder"
