@@ -8,12 +8,13 @@ from tqdm import tqdm
 from .codec import Codec
 from .condition import Condition
 from .config import RunConfig
-from .data import ImageData, LatentCache, PromptCache, rows_of
+from .data import ImageData, LatentCache, PromptCache, SampledLatents, rows_of
 from .draws import Draws, mix
 from .errors import UserError
 from .frozen import weights_hash
 from .methods.base import Batch
 from .teacher import LatentTeacher, Teacher
+from .teacher_data import TeacherData
 
 
 class Batches:
@@ -36,17 +37,20 @@ class Batches:
         self.device = accelerator.device
         if config.data.random_flip and ("latents" in needs or "images" not in needs):
             raise UserError("data.random_flip: this method trains on cached latents; leave it off")
+        made = isinstance(data, TeacherData) and "latents" in needs
+        if "prompts" in needs or made:
+            if not isinstance(teacher, LatentTeacher):
+                raise UserError("teacher: missing; prompts are encoded by a latent teacher's text encoder")
+            self.prompts = self._prompt_cache(teacher)
+            self.told, self.empty = teacher.told, teacher.encode_empty()
         if "latents" in needs:
             if codec is None:
                 raise UserError(
                     "teacher: missing; latents are encoded by a latent teacher's autoencoder or `vae`"
                 )
-            self.latents = self._latent_cache(codec)
-        if "prompts" in needs:
-            if not isinstance(teacher, LatentTeacher):
-                raise UserError("teacher: missing; prompts are encoded by a latent teacher's text encoder")
-            self.prompts = self._prompt_cache(teacher)
-            self.told, self.empty = teacher.told, teacher.encode_empty()
+            self.latents: LatentCache = (
+                self._sampled(data) if isinstance(data, TeacherData) else self._latent_cache(codec)
+            )
         if "labels" in needs:
             self.labels = torch.tensor(data.labels)
 
@@ -88,6 +92,14 @@ class Batches:
         return LatentCache.build(
             self.data, encode, key=f"{codec.path} {weights_hash(codec.vae)} {codec.vae.dtype}",
             is_main=a.is_main_process, barrier=a.wait_for_everyone, progress=_bar("encoding images", a),
+        )  # fmt: skip
+
+    def _sampled(self, data: TeacherData) -> SampledLatents:
+        a, network = self.accelerator, data.teacher.family.network
+        return SampledLatents.made(
+            data, lambda start, stop: data.make(start, stop, self.prompts.__getitem__),
+            key=f"{network.dtype}", batch_size=self.config.train_batch_size,
+            is_main=a.is_main_process, barrier=a.wait_for_everyone, progress=_bar("sampling latents", a),
         )  # fmt: skip
 
     def _prompt_cache(self, teacher: LatentTeacher) -> PromptCache:

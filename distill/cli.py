@@ -60,6 +60,42 @@ def _search(config: "SearchConfig", dry: bool) -> int:
     return 0
 
 
+def turbo(arguments: list[str]) -> int:
+    """turbo MODEL --prompts FILE [--lora STYLE.safetensors] [--method lcd] [--dry_run] [--key.sub value ...]"""
+    parser = argparse.ArgumentParser(
+        prog="fewstep turbo",
+        description="Distil a few-step LoRA of your own model from prompts alone, on one device.",
+        epilog="Any key of a configuration is a flag too: --max_train_steps 500, --student.rank 16, ...",
+    )
+    parser.error = _usage_error  # type: ignore[method-assign]
+    parser.add_argument("model", help="pipeline folder, embedded teacher or hub id")
+    parser.add_argument("--prompts", help="text file of one prompt a line, or a folder of such files")
+    parser.add_argument("--lora", help="a style LoRA that the model shall have: file, or owner/name/file")
+    parser.add_argument("--method", help="default: lcd for Stable Diffusion and SDXL, rcm for the others")
+    parser.add_argument("--output_dir", help="default: runs/turbo/<model>")
+    parser.add_argument("--dry_run", action="store_true", help="print what it would take")
+    args, overrides = parser.parse_known_args(arguments)
+    from .turbo import turbo as run
+
+    run(args.model, lora=args.lora, prompts=args.prompts, method=args.method, output_dir=args.output_dir,
+        overrides=overrides, dry=args.dry_run)  # fmt: skip
+    return 0
+
+
+def push_to_hub(arguments: list[str]) -> int:
+    """push-to-hub RUN OWNER/NAME [--private]: upload what a run exported"""
+    parser = argparse.ArgumentParser(prog="fewstep push-to-hub", description="Upload what a run exported.")
+    parser.error = _usage_error  # type: ignore[method-assign]
+    parser.add_argument("run", type=Path, help="run folder; of a LoRA the file goes up, else the pipeline")
+    parser.add_argument("repo_id", help="OWNER/NAME on the hub, made if it is not there")
+    parser.add_argument("--private", action="store_true", help="of a repository that is made")
+    args = parser.parse_args(arguments)
+    from .hub import push
+
+    print(push(args.run, args.repo_id, private=args.private))
+    return 0
+
+
 def train_teacher(arguments: list[str]) -> int:
     """train-teacher CONFIG [--stages.<stage>.key value ...]: autoencoder, text encoder, then the network"""
     from .config import read_yaml, with_overrides
@@ -235,10 +271,12 @@ def _with_config(arguments: list[str], verb: Callable[[list[str]], int]) -> list
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
+    "turbo": turbo,
     "distill": distill,
     "evaluate": evaluate,
     "compare": compare,
     "sample": sample,
+    "push-to-hub": push_to_hub,
     "train-teacher": train_teacher,
     "demo": demo,
     "prepare-data": prepare_data_command,

@@ -25,7 +25,12 @@ Precision = Annotated[
 class DataSettings:
     """name: "emoji", "emoji-noto", "emoji-twemoji", "fashion-mnist", "cifar10", an image folder, webdataset shards, or
     a hub data set. caption_column: null for pictures without captions. random_flip: mirror every second image, for
-    methods that train on pixels."""
+    methods that train on pixels.
+
+    "teacher": the teacher makes the data's latents from `prompts`, a text file of one prompt a line or a folder of
+    such files, and the other keys apply: num_inference_steps (50) of its own sampler, guidance_scale (its own),
+    images_per_prompt (1), and the seed of the noise (0).
+    """
 
     name: str
     split: str = "train"
@@ -33,6 +38,11 @@ class DataSettings:
     caption_column: str | None = "text"
     center_crop: bool = True
     random_flip: bool = False
+    prompts: str | None = None
+    num_inference_steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=0)
+    images_per_prompt: int | None = Field(None, ge=1)
+    seed: int | None = None
 
 
 @settings
@@ -48,7 +58,8 @@ class RunConfig:
     """Keys are the flag names of diffusers' training scripts; train_batch_size is per device.
 
     vae: the autoencoder of a method that works in latents without a teacher. ema_std: of EDM2's power function average,
-    in place of ema_decay.
+    in place of ema_decay. compile: the networks, by torch.compile. cpu_offload: text encoders and autoencoder wait in
+    the CPU's memory. optimizer adamw_8bit: torchao's, or bitsandbytes' without torchao.
     """
 
     output_dir: str
@@ -62,7 +73,7 @@ class RunConfig:
     train_batch_size: int = Field(16, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_train_steps: int = Field(1000, ge=1)
-    optimizer: Literal["adamw", "radam"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "radam"] = "adamw"
     learning_rate: float = Field(1e-4, gt=0)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = Field(0, ge=0)
@@ -73,6 +84,8 @@ class RunConfig:
     max_grad_norm: float | None = Field(1.0, gt=0)
     mixed_precision: Precision = "no"
     gradient_checkpointing: bool = False
+    compile: bool = False
+    cpu_offload: bool = False
     allow_tf32: bool = False
     enable_xformers_memory_efficient_attention: bool = False
     use_ema: bool = False

@@ -69,6 +69,14 @@ class Family(ABC):
         """Arguments that no prompt changes."""
         return {}
 
+    def call_texts(self, texts: Texts) -> Texts:
+        """`encode`'s tensors under the names of the pipeline's call."""
+        return {"prompt_embeds" if v.ndim == 3 else "pooled_prompt_embeds": v for v in texts.values()}
+
+    def unpacked(self, latents: Tensor, resolution: int) -> Tensor:
+        """What the pipeline gives as output_type "latent", as (B, C, h, w)."""
+        return latents
+
     def unguided(self) -> dict[str, Any]:
         """Arguments of the pipeline's call for a network that needs no guidance by differences."""
         return {"guidance_scale": 1.0}
@@ -206,6 +214,10 @@ class Flux(Family):
             return {}
         return {"guidance": torch.full((rows,), self.guidance)}
 
+    def unpacked(self, latents: Tensor, resolution: int) -> Tensor:
+        factor = vae_scale_factor(self.pipeline.vae)
+        return self.pipeline._unpack_latents(latents, resolution, resolution, factor)
+
     def unguided(self) -> dict[str, Any]:
         """The scale that the network is told: there is no other guidance."""
         return {"guidance_scale": self.guidance}
@@ -241,6 +253,9 @@ class Wan(Family):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (self.tokens, self.network.config.text_dim)}
+
+    def unpacked(self, latents: Tensor, resolution: int) -> Tensor:
+        return latents.squeeze(2)
 
     def call(self, resolution: int) -> dict[str, Any]:
         return {"height": resolution, "width": resolution, "num_frames": 1}

@@ -6,9 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import cpu_offload_with_hook
 from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import PreTrainedModel
+
+from .quantise import plain_parts
 
 
 @contextmanager
@@ -22,6 +25,19 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for p in held:
             p.requires_grad_(True)
+
+
+@contextmanager
+def without_adapter(network: Any) -> Iterator[None]:
+    """Within it a network answers without the LoRA that may have been added to it."""
+    if not hasattr(network, "peft_config"):
+        yield
+        return
+    network.disable_adapters()
+    try:
+        yield
+    finally:
+        network.enable_adapters()
 
 
 def move_frozen(module: Any, device: torch.device, dtype: torch.dtype) -> None:
@@ -40,10 +56,33 @@ def move_frozen(module: Any, device: torch.device, dtype: torch.dtype) -> None:
             p.data = p.data.to(torch.float32 if whole or kept & set(name.split(".")) else dtype)
 
 
+class Offloaded:
+    """Modules that wait in the CPU's memory; one that is called moves to `device` and stays there until `rest`.
+
+    diffusers' autoencoders also move where they encode or decode.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], device: torch.device):
+        self.hooks = [cpu_offload_with_hook(m, device)[1] for m in modules]
+        self.rest()
+
+    def rest(self) -> None:
+        for hook in self.hooks:
+            hook.offload()
+
+    def remove(self) -> None:
+        """Leaves the modules on the CPU, as they were before."""
+        self.rest()
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+
 def weights_hash(module: nn.Module) -> str:
     """A short hash of all weights, so that another network is never taken for this one."""
     digest = hashlib.blake2b(digest_size=8)
     for name, value in module.state_dict().items():
         digest.update(name.encode())
-        digest.update(value.detach().float().cpu().numpy().tobytes())
+        for part in plain_parts(value.detach()):
+            digest.update(part.float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -13,6 +13,7 @@ import transformers
 from ..pipelines.pipeline_edm import EDMPipeline
 from .errors import UserError
 from .families import FAMILIES
+from .hub import refusal
 from .published_teachers import KNOWN_TEACHERS, Architecture
 from .settings import TeacherSettings
 from .teacher import EMBEDDED, KNOWN_CLASSES, LatentTeacher, PixelTeacher, Teacher, class_of, locate
@@ -158,6 +159,8 @@ def _fetch_configurations(settings: TeacherSettings) -> Path:
         wanted = ["model_index.json", "*/config.json", "scheduler/scheduler_config.json"]
         return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=wanted))
     except Exception as error:
+        if refused := refusal(settings.path, error):
+            raise UserError(f"teacher.path: {refused}") from error
         reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
         known = ", ".join(KNOWN_TEACHERS)
         raise UserError(

@@ -11,9 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .quantise import plain_parts
+
 
 def nbytes(tensors: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Of plain tensors and of those inside of quantised ones."""
+    return sum(t.nbytes for tensor in tensors for t in plain_parts(tensor))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -23,14 +26,15 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live, self.peak = 0, 0
         self.seen = WeakIdKeyDictionary()
-        for t in known:
+        for t in (part for tensor in known for part in plain_parts(tensor)):
             self.seen[t.untyped_storage()] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.device.type == "meta":
-                self._add(leaf.untyped_storage())
+            for part in plain_parts(leaf) if isinstance(leaf, Tensor) else ():
+                if part.device.type == "meta":
+                    self._add(part.untyped_storage())
         return out
 
     def _add(self, storage: UntypedStorage) -> None:

@@ -7,12 +7,16 @@ from typing import Any
 
 import diffusers
 import torch
+import yaml
 
-from ..pipelines.export import Export, is_own, own_parts
+from ..pipelines.export import KOHYA, Export, is_own, own_parts
 from ..pipelines.pipeline_restoration import RestorationPipeline
 from .checkpoint import write_file
-from .config import RunConfig
+from .config import DataSettings, RunConfig
+from .licence import base_model, licence_of
 from .search_config import SearchConfig
+from .settings import TeacherSettings
+from .teacher import lora_place
 
 
 def loading_lines(
@@ -56,9 +60,18 @@ def adapter_loading_lines(config: RunConfig, export: Export, folder: str = "lora
     """Python that puts the LoRA on the teacher's pipeline with plain diffusers."""
     assert export.adapter is not None and config.teacher is not None
     scheduler, teacher = type(export.adapter.scheduler).__name__, config.teacher.path
+    styled = ""
+    if config.teacher.lora is not None:  # its file, wherever the reader keeps it
+        place, name = lora_place(config.teacher.lora, "teacher.lora")
+        place = "." if Path(place).is_dir() else place
+        styled = (
+            f'pipe.load_lora_weights("{place}", weight_name="{name}")  # the LoRA that the teacher had\n'
+            f"pipe.fuse_lora(lora_scale={config.teacher.lora_scale})\npipe.unload_lora_weights()\n"
+        )
     return (
         f"import torch\nfrom diffusers import DiffusionPipeline, {scheduler}\n\n"
         f'pipe = DiffusionPipeline.from_pretrained("{teacher}")  # the folder or hub id of the teacher\n'
+        f"{styled}"
         f'pipe.scheduler = {scheduler}.from_pretrained("{folder}")\n'
         f'pipe.load_lora_weights("{folder}")\n'
         f"{sampling_line(export)}\n"
@@ -89,22 +102,36 @@ def sampling_line(export: Export) -> str:
 def adapter_card(config: RunConfig, export: Export, step: int) -> str:
     """The card of a LoRA's folder."""
     out = [
-        "---\nlibrary_name: diffusers\ntags: [fewstep, few-step, lora]\n---\n",
-        f"# LoRA distilled by fewstep ({config.method['name']})\n",
+        front_matter(config, "lora"),
+        f"# LoRA {'trained' if 'default' in export.sampling else 'distilled'} by fewstep ({config.method['name']})\n",
         "```python\n" + adapter_loading_lines(config, export) + "```\n",
         "## Steps\n",
         steps_table(export.sampling),
+        *(
+            [f"`{KOHYA}/` beside this folder holds the same LoRA in the key layout of kohya and ComfyUI.\n"]
+            if export.adapter is not None and export.adapter.component == "unet"
+            else []
+        ),
         "## Training\n",
         training_table(config, step),
     ]
     return "\n".join(out)
 
 
+def front_matter(config: RunConfig, *tags: str) -> str:
+    """What the hub reads of a card; the teacher's licence holds for its students."""
+    entries: dict[str, Any] = {"library_name": "diffusers"}
+    if config.teacher is not None:
+        entries |= licence_of(config.teacher) | base_model(config.teacher)
+    entries["tags"] = ["fewstep", "few-step", *tags]
+    return f"---\n{yaml.safe_dump(entries, sort_keys=False)}---\n"
+
+
 def run_card(config: RunConfig, export: Export, step: int) -> str:
     """The card of a finished or interrupted run; scores are added by `with_scores` when they are known."""
     kind = type(export.model).__name__
     out = [
-        "---\nlibrary_name: diffusers\ntags: [fewstep, few-step]\n---\n",
+        front_matter(config),
         f"# {kind} distilled by fewstep ({config.method['name']})\n"
         if export.sampling
         else f"# {kind} trained by fewstep\n",
@@ -163,18 +190,40 @@ def fitness_line(config: SearchConfig) -> str:
 def training_table(config: RunConfig, step: int) -> str:
     """How the student was made."""
     method = config.method["name"]
-    teacher = config.teacher.path if config.teacher else "none"
+    teacher = teacher_line(config.teacher) if config.teacher else "none"
     rows = [
         ("method", method),
         ("teacher", teacher),
+        *([("licence of the teacher", licence_line(config.teacher))] if config.teacher else []),
         ("student", config.student.kind),
-        ("data", f"{config.data.name}, split {config.data.split}"),
+        ("data", data_line(config.data)),
         ("training steps", f"{step} of {config.max_train_steps}"),
         ("batch", config.train_batch_size * config.gradient_accumulation_steps),
         ("learning rate", config.learning_rate),
         ("made with", f"torch {torch.__version__}, diffusers {diffusers.__version__}"),
     ]
     return markdown(("what", "value"), rows)
+
+
+def teacher_line(teacher: TeacherSettings) -> str:
+    """What a student was distilled from."""
+    if teacher.lora is None:
+        return teacher.path
+    place, name = lora_place(teacher.lora, "teacher.lora")
+    return f"{teacher.path} with {teacher.lora_scale:g} x {name if Path(place).is_dir() else teacher.lora}"
+
+
+def licence_line(teacher: TeacherSettings) -> str:
+    stated = licence_of(teacher)
+    line = stated.get("license_name") or stated.get("license") or "not stated in its model card"
+    return f"{line}; that of its LoRA holds too" if teacher.lora else line
+
+
+def data_line(data: DataSettings) -> str:
+    """What a student was trained on."""
+    if data.prompts is None:
+        return f"{data.name}, split {data.split}"
+    return f"the teacher's own latents of {Path(data.prompts).name}"
 
 
 def with_scores(folder: Path, table: str) -> None:

@@ -23,13 +23,12 @@ class Scheme:
     activations: bool
 
     @classmethod
-    def of(cls, name: str) -> "Scheme":
+    def of(cls, name: str, key: str = "method.quantisation") -> "Scheme":
         """ "w4a8" -> weights of 4 bits, activations of 8; "w4": weights alone. Raises UserError for another name."""
         match = re.fullmatch(r"w([2-8])(a8)?", name)
         if match is None:
             raise UserError(
-                f"method.quantisation: {name!r} is no scheme; write w8a8, w4a8, w8, w4 or the like (w2 to w8), "
-                "or null"
+                f"{key}: {name!r} is no scheme; write w8a8, w4a8, w8, w4 or the like (w2 to w8), or null"
             )
         return cls(int(match[1]), match[2] is not None)
 
@@ -81,7 +80,7 @@ def quantised(cls: Any, folder: str, scheme: Scheme, *, convolutions: bool, **wh
     Every linear layer, and with `convolutions` every Conv2d. It saves and opens like any other, given torchao. Raises
     UserError without torchao.
     """
-    need_torchao()
+    need_torchao("method.quantisation")
     from diffusers import TorchAoConfig
 
     left = [] if scheme.weights == 8 else unfit(cls.from_pretrained(folder, **where))
@@ -99,13 +98,40 @@ def unfit(model: nn.Module) -> list[str]:
     return [k for k, m in layers if m.in_features % GROUP]
 
 
-def need_torchao() -> None:
+def quantise_base(network: nn.Module, name: str) -> None:
+    """The linear layers of a frozen network in place, in their own precision otherwise: the base of a LoRA.
+
+    Raises UserError without torchao, and for a scheme with integer activations, which have no gradient.
+    """
+    scheme = Scheme.of(name, "teacher.quantisation")
+    if scheme.activations:
+        raise UserError(
+            f"teacher.quantisation: {name}: no gradient passes integer activations; write w{scheme.weights}"
+        )
+    need_torchao("teacher.quantisation")
+    from torchao.quantization import quantize_
+
+    left = set() if scheme.weights == 8 else set(unfit(network))
+    quantize_(network, scheme.linear(), lambda m, name: isinstance(m, nn.Linear) and name not in left)
+
+
+def is_quantised(network: nn.Module) -> bool:
+    return any(is_traceable_wrapper_subclass(p) for p in network.parameters())
+
+
+def dequantise(network: nn.Module) -> None:
+    """Plain weights in place of integer ones, in place."""
+    for module in network.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and is_traceable_wrapper_subclass(weight):
+            module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+
+
+def need_torchao(key: str) -> None:
     try:
         import torchao.quantization  # noqa: F401
     except ImportError:
-        raise UserError(
-            "method.quantisation: needs torchao; pip install 'fewstep[quantise]', or set it to null"
-        ) from None
+        raise UserError(f"{key}: needs torchao; pip install 'fewstep[quantise]', or set it to null") from None
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -16,22 +16,24 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from ..pipelines.export import write_adapter, write_export
+from ..pipelines.export import KOHYA, write_adapter, write_export, write_kohya
 from .batches import Batches
 from .catalog import method_named
 from .checkpoint import Checkpoints, RawWeights, kept_state, restore_state, write_folder, writing
 from .codec import Autoencoder
 from .config import RunConfig, as_tree
-from .data import load_data
+from .denoiser import Denoiser
 from .draws import mix
 from .ema import EMA
 from .errors import UserError
+from .frozen import Offloaded
 from .grid import save_rows
-from .measure import processor
+from .measure import processor, seconds
 from .methods.base import Method, Parts, Progress
 from .model_card import adapter_card, run_card
 from .run_folder import RunFolder, flat
-from .teacher import Teacher
+from .teacher import LatentTeacher, Teacher
+from .teacher_data import open_data
 
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -68,6 +70,11 @@ class Runner:
             raise KeyboardInterrupt
         return self.run
 
+    def rehearse(self, iterations: int) -> list[float]:
+        """Seconds of each of the first iterations, of which no weights are kept."""
+        self._build(None)
+        return [seconds(lambda i=i: self._iteration(i)) for i in range(iterations)]  # type: ignore[misc]
+
     def _build(self, start: int | None) -> None:
         c = self.config
         replication = DistributedDataParallelKwargs()
@@ -95,14 +102,14 @@ class Runner:
         torch.manual_seed(c.seed)
         device = self.accelerator.device
         teacher = Teacher.load(c.teacher, c.resolution) if c.teacher else None
+        if c.teacher and c.teacher.quantisation:
+            assert isinstance(teacher, LatentTeacher)
+            teacher.quantise(c.teacher.quantisation, DTYPES[c.mixed_precision])
         vae = Autoencoder.load(c.vae) if c.vae else None
         resolution = c.resolution or (teacher.resolution if teacher else None)
         if resolution is None:
             raise UserError("resolution: missing; without a teacher the image size must be given")
-        data = load_data(
-            c.data.name, split=c.data.split, resolution=resolution, center_crop=c.data.center_crop,
-            image_column=c.data.image_column, caption_column=c.data.caption_column,
-        )  # fmt: skip
+        data = open_data(c.data, teacher, resolution)
         kind = method_named(c.method["name"])
         settings = kind.Settings(**{k: v for k, v in c.method.items() if k != "name"})
         parts = Parts(teacher, c.student, data.captions, data.classes, resolution, vae=vae)
@@ -111,7 +118,9 @@ class Runner:
         for frozen in (teacher, vae):
             if frozen is not None:
                 frozen.to(device, DTYPES[c.mixed_precision])
-        self._memory_savers(method)
+        self.batches = Batches(c, method.needs, data, teacher, parts.codec, self.accelerator)
+        self.offloaded = Offloaded(waiting(teacher or vae), device) if c.cpu_offload else None
+        self._memory_savers(method, teacher)
         self.method = method
         self.players = method.players()
         replication.find_unused_parameters = len(self.players) > 1  # a turn leaves the other players' alone
@@ -137,13 +146,12 @@ class Runner:
             self.ema.to(device)
         self.model = self.accelerator.prepare(method)
         self.optimisers = {k: self.accelerator.prepare(o) for k, o in self.optimisers.items()}
-        self.batches = Batches(c, method.needs, data, teacher, parts.codec, self.accelerator)
         if start is None and "latents" in method.needs:
             method.prepare(self.batches.latents)
         if log_with:
             self.accelerator.init_trackers("fewstep", config=flat(as_tree(c)))
 
-    def _memory_savers(self, method: Method) -> None:
+    def _memory_savers(self, method: Method, teacher: Teacher | None) -> None:
         modules = [*method.modules(), *method.passed_through()]
         networks: list[Any] = [m for m in modules if hasattr(m, "enable_gradient_checkpointing")]
         if self.config.gradient_checkpointing:
@@ -152,6 +160,11 @@ class Runner:
         if self.config.enable_xformers_memory_efficient_attention:
             for network in networks:
                 enable_xformers(network)
+        if self.config.compile:
+            denoisers = [m for m in method.modules() if isinstance(m, Denoiser)]
+            denoisers += [teacher.denoiser] if teacher else []
+            for network in dict.fromkeys(d.network for d in denoisers):
+                network.compile()
 
     def _optimiser(self, parameters: list[torch.nn.Parameter], own: dict[str, Any]) -> torch.optim.Optimizer:
         c = self.config
@@ -164,6 +177,8 @@ class Runner:
         }
         if c.optimizer == "radam":
             return torch.optim.RAdam(parameters, decoupled_weight_decay=True, **shared)
+        if c.optimizer == "adamw_8bit":
+            return adamw_8bit()(parameters, **shared)
         return torch.optim.AdamW(parameters, **shared)
 
     def _loop(self, start: int) -> bool:
@@ -244,7 +259,7 @@ class Runner:
 
     def _log(self, values: dict[str, Tensor], rate: float, bar: tqdm) -> None:
         row = {k: float(self.accelerator.reduce(v, "mean")) for k, v in values.items()}
-        row["lr"] = next(iter(self.schedules.values())).get_last_lr()[0]
+        row["lr"] = float(next(iter(self.schedules.values())).get_last_lr()[0])  # torchao's is a tensor
         if not self.accelerator.is_main_process:
             return
         self.accelerator.log(row, step=self.step)
@@ -260,6 +275,8 @@ class Runner:
             self.method.eval()
             rows = self.method.pictures(captions, seed=0)
             self.method.train()
+        if self.offloaded is not None:
+            self.offloaded.rest()
         if rows:
             path = self.run / "samples" / f"step-{self.step:06d}.png"
             with writing(path):
@@ -328,6 +345,8 @@ class Runner:
 
     def _export(self) -> None:
         self.accelerator.wait_for_everyone()
+        if self.offloaded is not None:
+            self.offloaded.remove()
         if self.accelerator.is_main_process:
             with self._averaged():
                 export, names = self.method.export(), []
@@ -335,6 +354,11 @@ class Runner:
                     names.append("lora")
                     card = adapter_card(self.config, export, self.step)
                     write_folder(self.run / "lora", lambda folder: write_adapter(export, folder, card))
+                    adapter = export.adapter
+                    if adapter.component == "unet":
+                        names.append(KOHYA)
+                        name = self.run.name or "lora"
+                        write_folder(self.run / KOHYA, lambda folder: write_kohya(adapter, folder, name))
                 if export.model is not None:
                     names.append("pipeline")
                     card = run_card(self.config, export, self.step)
@@ -351,6 +375,29 @@ class Runner:
 REPLICATED = (
     DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_NPU, DistributedType.MULTI_XPU,
 )  # fmt: skip
+
+
+def waiting(frozen: Teacher | Autoencoder | None) -> list[torch.nn.Module]:
+    """What training does not call where latents and prompts are cached."""
+    if isinstance(frozen, LatentTeacher):
+        return [*frozen.text_encoders, frozen.vae]
+    if isinstance(frozen, Autoencoder):
+        return [frozen.vae]
+    raise UserError("cpu_offload: there is no text encoder or autoencoder; leave it out")
+
+
+def adamw_8bit() -> Any:
+    """AdamW with moments of 8 bits in blocks (arXiv 2110.02861). Raises UserError where no package has it."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            raise UserError(
+                "optimizer: adamw_8bit needs torchao or bitsandbytes; pip install 'fewstep[quantise]', or set adamw"
+            ) from None
+    return AdamW8bit
 
 
 def enable_xformers(network: Any) -> None:

@@ -18,11 +18,19 @@ LORA_TARGETS = (
 
 @settings
 class TeacherSettings:
-    """path: an embedded teacher's name, a diffusers pipeline folder, or a hub id."""
+    """path: an embedded teacher's name, a diffusers pipeline folder, or a hub id.
+
+    lora        a .safetensors file, or `owner/name/file.safetensors` of the hub, added to the weights of network and
+                text encoders; lora_scale times
+    quantisation  of the network's linear layers, for a LoRA student: w8 or w4 (w2 to w8), by torchao
+    """
 
     path: str
     variant: str | None = None
     revision: str | None = None
+    lora: str | None = None
+    lora_scale: float = 1.0
+    quantisation: str | None = None
 
 
 @settings

@@ -18,8 +18,10 @@ from ..pipelines.transformer_two_time import TwoTimeDiT
 from ..pipelines.unet_norms import NormedUNet2DConditionModel, NormedUNet2DModel
 from .denoiser import Denoiser, denoiser_of, takes_span
 from .errors import UserError
+from .frozen import without_adapter
 from .methods.base import Parts
 from .process import EDM, NoiseProcess
+from .quantise import dequantise, is_quantised
 from .settings import LORA_TARGETS, StudentSettings
 
 ADAPTER = "student"
@@ -60,6 +62,10 @@ class Student(nn.Module):
                 ),
                 adapter_name=ADAPTER,
             )
+        elif is_quantised(network):
+            raise UserError(
+                "teacher.quantisation: integer weights are not trained; set student.kind to lora, or leave it out"
+            )
         else:
             network = full_copy(network, guidance_dim, two_times)
         if settings.dropout is not None:
@@ -79,14 +85,8 @@ class Student(nn.Module):
     @contextmanager
     def teacher_mode(self) -> Iterator[None]:
         """Within it the shared base answers as the teacher; without effect for a full student."""
-        if not self.lora:
+        with without_adapter(self.network):
             yield
-            return
-        self.network.disable_adapters()
-        try:
-            yield
-        finally:
-            self.network.enable_adapters()
 
     def lora_weights(self) -> dict[str, Tensor]:
         """The adapter in peft's key layout, as diffusers' save_lora_weights takes it.
@@ -100,7 +100,12 @@ class Student(nn.Module):
 
     def fused(self) -> Any:
         """A float32 copy with the LoRA added to its weights; the trained network stays as it is."""
-        network = copy.deepcopy(self.network).float()
+        network = copy.deepcopy(self.network)
+        if is_quantised(network):  # peft's layers on integer weights do not merge
+            network.unload_lora()
+            dequantise(network)
+            network.load_lora_adapter(self.lora_weights(), adapter_name=ADAPTER, prefix=None)
+        network.float()
         network.fuse_lora(adapter_names=[ADAPTER])
         network.unload_lora()
         return network

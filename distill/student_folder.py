@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from .checkpoint import write_folder
 from .errors import UserError
 from .search_config import StudentFolder
-from .teacher import EMBEDDED
+from .teacher import EMBEDDED, fuse_lora
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,7 @@ def adapted(folder: Path, student: StudentFolder) -> Any:
     """The pipeline with the LoRA in its weights and the scheduler in place of its own. UserError if they do not fit."""
     pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     if student.lora is not None:
-        file = Path(student.lora)
-        try:
-            if file.is_file():
-                pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-            else:
-                owner, name, *rest = student.lora.split("/")
-                pipe.load_lora_weights(f"{owner}/{name}", weight_name="/".join(rest))
-            pipe.fuse_lora()
-            pipe.unload_lora_weights()
-        except Exception as error:  # of diffusers, peft, safetensors or the network
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"student.lora: {student.lora} cannot be added ({reason}); give a LoRA of this network"
-            ) from error
+        fuse_lora(pipe, student.lora, key="student.lora")
     if student.scheduler is not None:
         kind = getattr(diffusers, student.scheduler, None)
         if kind is None or not student.scheduler.endswith("Scheduler"):

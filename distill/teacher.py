@@ -19,7 +19,9 @@ from .denoiser import Denoiser, UNet2DDenoiser
 from .errors import UserError
 from .families import FAMILY_NAMES, family_of
 from .frozen import move_frozen
+from .hub import refusal
 from .process import EDM, VP
+from .quantise import quantise_base
 from .settings import TeacherSettings
 
 TEACHERS = Path(__file__).parent / "teachers"
@@ -62,10 +64,37 @@ def load_pipeline(
             raise UserError(
                 f"{key}: {path} is not a readable pipeline folder ({reason}); save it again"
             ) from error
+        if refused := refusal(path, error):
+            raise UserError(f"{key}: {refused}") from error
         raise UserError(
             f"{key}: {path} could not be fetched from the hub ({reason}); check the name and the network, "
             "or give a local pipeline folder"
         ) from error
+
+
+def lora_place(lora: str, key: str) -> tuple[str, str]:
+    """The folder or hub id of a LoRA, and its file in it. Raises UserError where neither can be meant."""
+    file, (owner, _, rest) = Path(lora).expanduser(), lora.partition("/")
+    if file.is_file():
+        return str(file.parent), file.name
+    name, _, inside = rest.partition("/")
+    if file.is_absolute() or owner.startswith((".", "~")) or not inside:
+        raise UserError(f"{key}: no file {lora}; give a .safetensors file, or owner/name/file of the hub")
+    return f"{owner}/{name}", inside
+
+
+def fuse_lora(pipeline: Any, lora: str, scale: float = 1.0, *, key: str) -> None:
+    """Adds `scale` times a LoRA to the weights that it is of. Raises UserError where it does not fit."""
+    place, name = lora_place(lora, key)
+    try:
+        pipeline.load_lora_weights(place, weight_name=name)
+        if not pipeline.get_active_adapters():
+            raise ValueError("no key of it belongs to this pipeline")
+        pipeline.fuse_lora(lora_scale=scale)
+        pipeline.unload_lora_weights()
+    except Exception as error:  # of diffusers, peft, safetensors or the network
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{key}: {lora} cannot be added ({reason}); give a LoRA of this network") from error
 
 
 def load_edm(folder: str, **kwargs: Any) -> EDMPipeline:
@@ -95,6 +124,7 @@ class Teacher(ABC):
     """A frozen diffusion pipeline. Parameters need no gradient, but gradients pass through.
 
     denoiser    the network behind the common call
+    device      where the network runs
     shape       (C, H, W) of a sample that it denoises
     resolution  side of its pictures in pixels
     """
@@ -105,6 +135,7 @@ class Teacher(ABC):
     def __init__(self, pipeline: DiffusionPipeline, path: str, denoiser: Denoiser):
         self.pipeline, self.path = pipeline, path
         self.denoiser, self.process = denoiser, denoiser.process
+        self.device = torch.device("cpu")
         for module in self.modules():
             module.requires_grad_(False).eval()
 
@@ -117,12 +148,17 @@ class Teacher(ABC):
         folder = locate(settings.path)
         options = {k: v for k in ("variant", "revision") if (v := getattr(settings, k)) is not None}
         if class_of(folder) == EDMPipeline.__name__:
+            for key in ("lora", "quantisation"):
+                if getattr(settings, key) is not None:
+                    raise UserError(f"teacher.{key}: {settings.path} works on pixels; leave it out")
             return PixelTeacher(load_edm(folder, dtype=torch.float32, **options), settings.path)
         if class_of(folder) in (None, "StableDiffusionPipeline"):
             options |= {"safety_checker": None, "requires_safety_checker": False}
         if class_of(folder) == "StableDiffusion3Pipeline" and lacks(Path(folder), "text_encoder_3"):
             options |= {"text_encoder_3": None, "tokenizer_3": None}  # diffusers asks for them by name
         pipeline = load_pipeline(folder, dtype=torch.float32, **options)
+        if settings.lora is not None:
+            fuse_lora(pipeline, settings.lora, settings.lora_scale, key="teacher.lora")
         return LatentTeacher(pipeline, settings.path, resolution)
 
     def modules(self) -> list[torch.nn.Module]:
@@ -130,6 +166,7 @@ class Teacher(ABC):
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves the frozen parts, each in the precision that it needs (`move_frozen`)."""
+        self.device = device
         for module in self.modules():
             move_frozen(module, device, dtype)
 
@@ -151,6 +188,11 @@ class LatentTeacher(Teacher, Codec):
         if self.resolution % unit:
             raise UserError(f"resolution: {self.resolution} is no multiple of {unit}, which {path} needs")
 
+    def quantise(self, name: str, dtype: torch.dtype) -> None:
+        """Integer weights by a scheme such as "w8" in the network, which is otherwise of `dtype`."""
+        self.family.network.to(dtype)
+        quantise_base(self.family.network, name)
+
     @property
     def noise(self) -> VP:
         """The process of a variance-preserving teacher. Raises UserError for another."""
@@ -169,12 +211,12 @@ class LatentTeacher(Teacher, Codec):
     @torch.no_grad()
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """What the text encoders say, as the network's keyword arguments, first dimension that of the captions."""
-        return self.family.encode(list(captions), self.vae.device)
+        return self.family.encode(list(captions), self.device)
 
     @torch.no_grad()
     def encode_empty(self) -> dict[str, Tensor]:
         """The same where the prompt is dropped, first dimension 1."""
-        return self.family.empty(self.vae.device)
+        return self.family.empty(self.device)
 
     def told(self, texts: dict[str, Tensor], empty: dict[str, Tensor]) -> Condition:
         """The condition of encoded prompts, with the arguments that no prompt changes."""
@@ -193,6 +235,16 @@ class LatentTeacher(Teacher, Codec):
         )
         config = {k: v for k, v in self.pipeline.config.items() if k in signature(cls).parameters}
         return cls(**{**config, **components, **parts, name: network})
+
+    def sampler(self) -> Any:
+        """The teacher's own pipeline without its text encoders, for prompts that are encoded."""
+        kind = type(self.pipeline)
+        parts = {k: v for k, v in self.pipeline.components.items() if k not in self.family.encoders}
+        parts["scheduler"] = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        config = {k: v for k, v in self.pipeline.config.items() if k in signature(kind).parameters}
+        pipeline = kind(**{**config, **dict.fromkeys(self.family.encoders), **parts})
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     def adapter(self, weights: dict[str, Tensor], scheduler: Any) -> Adapter:
         """A LoRA of the teacher's network with what its export needs."""

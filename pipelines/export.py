@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_kohya
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 FOLDER = Path(__file__).parent
+KOHYA = "kohya"  # the folder of a run's `write_kohya`
 
 
 def is_own(model: Any) -> bool:
@@ -127,6 +130,17 @@ def write_adapter(export: Export, folder: Path, card: str = "") -> None:
     if is_own(adapter.scheduler):
         copied(adapter.scheduler, folder)
     write_notes(export, folder, card)
+
+
+def write_kohya(adapter: Adapter, folder: Path, name: str) -> None:
+    """Save a U-Net's LoRA as <name>.safetensors into the empty `folder`, in the key layout of kohya and ComfyUI.
+
+    A transformer's needs none: ComfyUI takes diffusers' keys of SD3, Flux and Wan.
+    """
+    assert adapter.component == "unet"
+    keys = convert_state_dict_to_kohya({f"unet.{k}": v for k, v in adapter.weights.items()})
+    tensors = {k: v.detach().cpu().contiguous() for k, v in keys.items()}
+    save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
 
 
 def write_notes(export: Export, folder: Path, card: str) -> None:

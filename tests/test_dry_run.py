@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fewstep.distill import dry_run
+from fewstep.distill import dry_run, plan
 from fewstep.distill.cli import main
 from fewstep.distill.config import RunConfig, load_config, read_yaml, with_overrides
 from fewstep.distill.dry_run import describe, missing_data
@@ -54,9 +54,9 @@ def rows(text: str, title: str) -> dict[str, str]:
 
 def test_published_parameter_counts_of_stable_diffusion() -> None:
     teacher = meta_teacher(SD, SD15)
-    counts = {name: dry_run.count(list(m.parameters())) for name, m in dry_run.components(teacher).items()}
+    counts = {name: plan.count(list(m.parameters())) for name, m in plan.components(teacher).items()}
     assert counts == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
-    assert all(t.is_meta for m in dry_run.components(teacher).values() for t in dry_run.tensors_of(m))
+    assert all(t.is_meta for m in plan.components(teacher).values() for t in plan.tensors_of(m))
     assert float(teacher.process.abar[999]) == pytest.approx(0.00466010, rel=1e-5)
     assert teacher.denoiser.kind == "epsilon"
 
@@ -99,14 +99,14 @@ def test_sd15_recipes_pass(name: str, trained: int, capsys: pytest.CaptureFixtur
 def test_emoji_recipes_pass_with_the_embedded_teacher(
     name: str, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(dry_run.blueprint.__globals__["EMBEDDED"], "emoji-sd", tiny_pipeline)
+    monkeypatch.setitem(plan.blueprint.__globals__["EMBEDDED"], "emoji-sd", tiny_pipeline)
     text = describe(load_config(read_yaml(CONFIGS / "emoji" / f"{name}.yaml")))
     assert rows(text, "must be downloaded") == {"nothing": ""}
     assert "memory per device" in text
 
 
 def test_missing_embedded_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dry_run.blueprint.__globals__["EMBEDDED"], "emoji-sd", tmp_path / "none")
+    monkeypatch.setitem(plan.blueprint.__globals__["EMBEDDED"], "emoji-sd", tmp_path / "none")
     with pytest.raises(UserError, match=r"teacher\.path: the embedded emoji-sd .*train_teacher\.py"):
         describe(load_config(read_yaml(CONFIGS / "emoji" / "lcd.yaml")))
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill import dry_run
 from fewstep.distill.cli import main
 from fewstep.distill.config import load_config, read_yaml
+from fewstep.distill.dry_run import describe
 from fewstep.distill.errors import UserError
 from fewstep.distill.known_teachers import blueprint, meta_teacher
+from fewstep.distill.plan import count, prompt_size
 from fewstep.distill.process import VP
 from fewstep.distill.published_teachers import KNOWN_TEACHERS
 from fewstep.distill.settings import TeacherSettings
@@ -66,8 +67,8 @@ def test_published_sizes(path: str, no_position_tables: None) -> None:
     assert isinstance(teacher, LatentTeacher)
     parts = [teacher.family.network, teacher.vae, *teacher.text_encoders]
     counts, shape, numbers = SIZES[path]
-    assert [dry_run.count(list(m.parameters())) for m in parts] == counts
-    assert (teacher.shape, dry_run.prompt_size(teacher)) == (shape, numbers)
+    assert [count(list(m.parameters())) for m in parts] == counts
+    assert (teacher.shape, prompt_size(teacher)) == (shape, numbers)
     assert all(p.is_meta for m in parts for p in m.parameters())
     assert isinstance(teacher.process, VP) == (
         any(name in path for name in ("stable-diffusion-v", "xl", "LCM"))
@@ -110,13 +111,13 @@ def test_dry_runs_of_a_tiny_sdxl(kind: str, tiny_families: Callable[[str], Path]
         "data": {"name": "emoji-noto", "split": "score"},
         "method": {"name": "lcd", "guidance_dim": 8},
     }
-    text = dry_run.describe(load_config(tree))
+    text = describe(load_config(tree))
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     title = "student" if kind == "full" else "teacher network (UNet2DConditionModel)"
     extra = 8 * 16 if kind == "full" else 0  # the embedding of the guidance scale
-    assert rows(text, "parameters")[title] == f"{dry_run.count(list(unet.parameters())) + extra:,}"
+    assert rows(text, "parameters")[title] == f"{count(list(unet.parameters())) + extra:,}"
     assert rows(text, "must be downloaded") == {"nothing": ""}
     kept = 2 * 8 * 8 * 8 + 4 * (12 * 40 + 20)
     assert rows(text, "work")["disk for caches"].startswith(f"{kept / 1024:.0f} KiB an image")
@@ -143,7 +144,7 @@ def test_methods_that_cannot_take_a_flow_teacher_say_so(
         "resolution": 16,
     }
     with pytest.raises(UserError, match=REFUSED[method]):
-        dry_run.describe(load_config(tree))
+        describe(load_config(tree))
 
 
 @pytest.mark.parametrize("method", ["meanflow", "ict"])
@@ -158,7 +159,7 @@ def test_methods_with_pipelines_of_their_own_refuse_sdxl(
         "method": {"name": method, **settings},
     }
     with pytest.raises(UserError, match="StableDiffusionXLPipeline; this method's exported pipeline knows"):
-        dry_run.describe(load_config(tree))
+        describe(load_config(tree))
 
 
 def test_blueprints_of_folders(tiny_families: Callable[[str], Path], tmp_path: Path) -> None:

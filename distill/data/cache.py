@@ -91,6 +91,39 @@ class LatentCache:
         return self.records.read(rows)["latents"].float()
 
 
+class SampledLatents(LatentCache):
+    """Latents without an image: `make` gives rows start to stop as (n, C, h, w), the autoencoder's mean; the variance
+    is nothing."""
+
+    LOG_VARIANCE = -30.0  # the least that AutoencoderKL gives
+
+    @classmethod
+    def made(
+        cls,
+        data: ImageData,
+        make: Callable[[int, int], Tensor],
+        *,
+        key: str,
+        directory: Path | None = None,
+        batch_size: int = 64,
+        progress: Progress | None = None,
+        is_main: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> "SampledLatents":
+        """Make what is not in the cache yet, and open it; the other arguments and the errors are those of `build`."""
+        stem = (directory or cache_directory()) / "sampled"
+        records = Records(stem, f"sampled {key} {data.fingerprint}", len(data))
+        records.build(
+            lambda start, stop: {"latents": make(start, stop).to("cpu", torch.float16)},
+            batch_size, progress, is_main, barrier,
+        )  # fmt: skip
+        return cls(records)
+
+    def __getitem__(self, rows: Sequence[int]) -> Tensor:
+        mean = super().__getitem__(rows)
+        return torch.cat([mean, torch.full_like(mean, self.LOG_VARIANCE)], dim=1)
+
+
 class PromptCache:
     """What a text encoder made of every distinct caption, in the encoder's own precision."""
 

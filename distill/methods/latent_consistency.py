@@ -169,9 +169,9 @@ class LatentConsistency(Method):
     ) -> Tensor:
         """Latents (B, C, h, w) by multistep consistency sampling, one random generator per image."""
         condition = self.teacher.condition(captions)
-        guidance = torch.full((len(captions),), w, device=self.teacher.vae.device)
+        device = self.teacher.device
+        guidance = torch.full((len(captions),), w, device=device)
         fresh = fresh_from(generators)
-        device = self.teacher.vae.device
         noise = fresh(torch.empty(len(captions), *self.teacher.shape, device=device))
         return self.generator(num_steps)(noise, self.embedded(condition, guidance), fresh)
 

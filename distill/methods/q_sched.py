@@ -74,7 +74,7 @@ class QSched(Search):
         if self.scheme is None:
             self.subjects = ("full",)
         else:
-            need_torchao()
+            need_torchao("method.quantisation")
             self.subjects = ("quantised", "full") if s.control else ("quantised",)
         size = dimensions(s.family, parts.steps)
         needed = s.points ** (2 * size) + 1

@@ -70,7 +70,13 @@ class Diffusion(Method):
         return {"20 steps": self.teacher.decode(z)}
 
     def export(self) -> Export:
+        sampling = {"default": {"guidance_scale": self.settings.guidance_scale}}
+        adapter, network = None, self.student.network
+        if self.student.lora:
+            adapter = self.teacher.adapter(self.student.lora_weights(), self.teacher.pipeline.scheduler)
+            if not self.parts.student.export_fused:
+                return Export(None, sampling=sampling, adapter=adapter)
+            network = self.student.fused()
         parts = in_float32({k: v for k, v in self.teacher.pipeline.components.items() if k != "unet"})
-        network = self.student.fused() if self.student.lora else self.student.network
         pipeline = StableDiffusionPipeline(**parts, unet=network, requires_safety_checker=False)
-        return Export(pipeline, sampling={"default": {"guidance_scale": self.settings.guidance_scale}})
+        return Export(pipeline, sampling=sampling, adapter=adapter)

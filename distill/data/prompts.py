@@ -1,0 +1,24 @@
+"""Prompts of the user: lines of text files."""
+
+from pathlib import Path
+
+from ..errors import UserError
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a text file, or of every .txt file below a folder in the order of their names; blank ones are left
+    out, repeated ones stay. UserError where there are none."""
+    place = Path(path).expanduser()
+    files = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
+    try:
+        lines = [line.strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise UserError(
+            f"data.prompts: no file {path}; give a text file with one prompt a line, or a folder"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.prompts: {path} cannot be read ({error}); save it as UTF-8 text") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UserError(f"data.prompts: {path} holds no prompts; write one a line, in .txt files")
+    return prompts
