@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from unittest import mock
 
 import huggingface_hub.constants
@@ -107,12 +108,13 @@ def rehearse(config: RunConfig) -> Measured:
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text("a photograph\n")
         steps = config.data.num_inference_steps or STEPS
+        own: Any = config  # pydantic's dataclasses are no dataclasses to mypy
         data = dataclasses.replace(
-            config.data, name=TAUGHT, prompts=str(prompts), images_per_prompt=config.train_batch_size,
+            own.data, name=TAUGHT, prompts=str(prompts), images_per_prompt=config.train_batch_size,
             num_inference_steps=min(SAMPLER_STEPS, steps),
         )  # fmt: skip
         short = dataclasses.replace(
-            config, output_dir=folder, data=data, report_to="none", resume_from_checkpoint=None
+            own, output_dir=folder, data=data, report_to="none", resume_from_checkpoint=None
         )
         runner = Runner(short)
         try:
