@@ -74,11 +74,17 @@ def turbo(arguments: list[str]) -> int:
     parser.add_argument("--method", help="default: lcd for Stable Diffusion and SDXL, rcm for the others")
     parser.add_argument("--output_dir", help="default: runs/turbo/<model>")
     parser.add_argument("--dry_run", action="store_true", help="print what it would take")
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the LoRA when it is finished")
     args, overrides = parser.parse_known_args(arguments)
+    from .hub import push
     from .turbo import turbo as run
 
-    run(args.model, lora=args.lora, prompts=args.prompts, method=args.method, output_dir=args.output_dir,
-        overrides=overrides, dry=args.dry_run)  # fmt: skip
+    config = run(
+        args.model, lora=args.lora, prompts=args.prompts, method=args.method, output_dir=args.output_dir,
+        overrides=overrides, dry=args.dry_run,
+    )  # fmt: skip
+    if args.push_to_hub and not args.dry_run:
+        print(push(Path(config.output_dir), args.push_to_hub))
     return 0
 
 

@@ -110,7 +110,7 @@ def planned(config: RunConfig) -> Plan:
         lora_place(c.teacher.lora, "teacher.lora")
     teacher = meta_teacher(c.teacher, plan.architecture, c.resolution) if c.teacher and plan else None
     if c.teacher and c.teacher.quantisation and isinstance(teacher, LatentTeacher):
-        teacher.quantise(c.teacher.quantisation, DTYPES[c.mixed_precision])
+        teacher.quantise(DTYPES[c.mixed_precision])
     vae = Autoencoder.planned(c.vae) if c.vae else None
     resolution = c.resolution or (teacher.resolution if teacher else None)
     if resolution is None:

@@ -23,12 +23,12 @@ class Scheme:
     activations: bool
 
     @classmethod
-    def of(cls, name: str, key: str = "method.quantisation") -> "Scheme":
+    def of(cls, name: str) -> "Scheme":
         """ "w4a8" -> weights of 4 bits, activations of 8; "w4": weights alone. Raises UserError for another name."""
         match = re.fullmatch(r"w([2-8])(a8)?", name)
         if match is None:
             raise UserError(
-                f"{key}: {name!r} is no scheme; write w8a8, w4a8, w8, w4 or the like (w2 to w8), or null"
+                f"method.quantisation: {name!r} is no scheme; write w8a8, w4a8, w8, w4 or the like (w2 to w8), or null"
             )
         return cls(int(match[1]), match[2] is not None)
 
@@ -98,21 +98,16 @@ def unfit(model: nn.Module) -> list[str]:
     return [k for k, m in layers if m.in_features % GROUP]
 
 
-def quantise_base(network: nn.Module, name: str) -> None:
-    """The linear layers of a frozen network in place, in their own precision otherwise: the base of a LoRA.
+def quantise_base(network: nn.Module) -> None:
+    """The linear layers of a frozen network in place, integers of 8 bits, for a LoRA on it.
 
-    Raises UserError without torchao, and for a scheme with integer activations, which have no gradient.
+    Below 8 bits torchao keeps each weight in a byte all the same; no gradient passes integer activations. Raises
+    UserError without torchao.
     """
-    scheme = Scheme.of(name, "teacher.quantisation")
-    if scheme.activations:
-        raise UserError(
-            f"teacher.quantisation: {name}: no gradient passes integer activations; write w{scheme.weights}"
-        )
     need_torchao("teacher.quantisation")
     from torchao.quantization import quantize_
 
-    left = set() if scheme.weights == 8 else set(unfit(network))
-    quantize_(network, scheme.linear(), lambda m, name: isinstance(m, nn.Linear) and name not in left)
+    quantize_(network, Scheme(8, False).linear())
 
 
 def is_quantised(network: nn.Module) -> bool:

@@ -104,7 +104,7 @@ class Runner:
         teacher = Teacher.load(c.teacher, c.resolution) if c.teacher else None
         if c.teacher and c.teacher.quantisation:
             assert isinstance(teacher, LatentTeacher)
-            teacher.quantise(c.teacher.quantisation, DTYPES[c.mixed_precision])
+            teacher.quantise(DTYPES[c.mixed_precision])
         vae = Autoencoder.load(c.vae) if c.vae else None
         resolution = c.resolution or (teacher.resolution if teacher else None)
         if resolution is None:

@@ -22,7 +22,7 @@ class TeacherSettings:
 
     lora        a .safetensors file, or `owner/name/file.safetensors` of the hub, added to the weights of network and
                 text encoders; lora_scale times
-    quantisation  of the network's linear layers, for a LoRA student: w8 or w4 (w2 to w8), by torchao
+    quantisation  w8: the network's linear layers hold integers of 8 bits (torchao), for a LoRA student
     """
 
     path: str
@@ -30,7 +30,7 @@ class TeacherSettings:
     revision: str | None = None
     lora: str | None = None
     lora_scale: float = 1.0
-    quantisation: str | None = None
+    quantisation: Literal["w8"] | None = None
 
 
 @settings

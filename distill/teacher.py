@@ -188,10 +188,10 @@ class LatentTeacher(Teacher, Codec):
         if self.resolution % unit:
             raise UserError(f"resolution: {self.resolution} is no multiple of {unit}, which {path} needs")
 
-    def quantise(self, name: str, dtype: torch.dtype) -> None:
-        """Integer weights by a scheme such as "w8" in the network, which is otherwise of `dtype`."""
+    def quantise(self, dtype: torch.dtype) -> None:
+        """Integers of 8 bits in the network's linear layers, the others in `dtype`."""
         self.family.network.to(dtype)
-        quantise_base(self.family.network, name)
+        quantise_base(self.family.network)
 
     @property
     def noise(self) -> VP:

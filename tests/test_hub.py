@@ -183,3 +183,35 @@ def test_an_upload_that_fails(run: Path, tmp_path: Path) -> None:
             push(run, "me/mine", api=Api(error))
     with pytest.raises(UserError, match=r"none: holds no export to upload; finish the run"):
         push(tmp_path / "none", "me/mine", api=Api())
+
+
+def test_turbo_uploads_what_it_made(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("red cat\n")
+    api = Api()
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    call = [
+        "turbo",
+        str(tiny_pipeline),
+        "--prompts",
+        "prompts.txt",
+        "--output_dir",
+        "mine",
+        "--push_to_hub",
+        "me/it",
+    ]
+    call += ["--student.rank", "2", "--max_train_steps", "1", "--data.num_inference_steps", "2"]
+    call += ["--data.images_per_prompt", "2", "--validation_steps", "0"]
+    assert main([*call, "--dry_run"]) == 0 and not api.calls
+    assert main(call) == 0
+    files = api.calls[1][2]
+    assert {"pytorch_lora_weights.safetensors", "kohya/mine.safetensors", "scheduler_config.json"} <= set(
+        files
+    )
+    card = files["README.md"].decode()
+    assert 'pipe.load_lora_weights("me/it")' in card and 'LCMScheduler.from_pretrained("me/it")' in card
+    assert '("lora")' not in card
