@@ -49,7 +49,7 @@ def configured(teacher: Path, prompts: Path, output: Path, **data: Any) -> dict[
 
 def made(folder: Path, prompts: Path, **data: Any) -> TeacherData:
     teacher = Teacher.load(TeacherSettings(str(folder)), 16)
-    settings = DataSettings(name="teacher", prompts=str(prompts), num_inference_steps=3, **data)
+    settings = DataSettings(name="teacher", prompts=str(prompts), **{"num_inference_steps": 3, **data})
     found = open_data(settings, teacher, 16)
     assert isinstance(found, TeacherData)
     return found
@@ -143,7 +143,12 @@ def test_the_fingerprint_tells_what_made_the_latents(
     assert made(tiny_pipeline, prompts).fingerprint == base
     others = [
         made(tiny_pipeline, prompts, **change).fingerprint
-        for change in ({"guidance_scale": 2.0}, {"seed": 1}, {"images_per_prompt": 2})
+        for change in (
+            {"num_inference_steps": 4},
+            {"guidance_scale": 2.0},
+            {"seed": 1},
+            {"images_per_prompt": 2},
+        )
     ]
     changed = shutil.copytree(tiny_pipeline, tmp_path / "changed")
     pipe: Any = DiffusionPipeline.from_pretrained(changed, safety_checker=None)
