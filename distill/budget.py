@@ -2,13 +2,11 @@
 
 import dataclasses
 import gc
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest import mock
 
 import huggingface_hub.constants
 import psutil
@@ -16,7 +14,7 @@ import torch
 from accelerate import PartialState
 
 from .config import RunConfig
-from .data import cache_directory
+from .data.cache import cache_directory, cache_in
 from .errors import UserError
 from .measure import PeakMemory, seconds
 from .meta_memory import nbytes
@@ -104,7 +102,7 @@ def rehearse(config: RunConfig) -> Measured:
 
     Raises UserError where the device's memory does not suffice.
     """
-    with TemporaryDirectory() as folder, mock.patch.dict(os.environ, FEWSTEP_CACHE=folder):
+    with TemporaryDirectory() as folder, cache_in(folder):
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text("a photograph\n")
         steps = config.data.num_inference_steps or STEPS

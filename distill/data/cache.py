@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,23 @@ Progress = Callable[[int, int], None]  # rows done, rows in all
 Fields = dict[str, tuple[str, tuple[int, ...]]]  # name: (torch dtype without "torch.", shape of one row)
 
 
+_elsewhere: ContextVar[str | None] = ContextVar("_elsewhere", default=None)
+
+
 def cache_directory() -> Path:
-    """$FEWSTEP_CACHE, else ~/.cache/fewstep."""
-    chosen = os.environ.get("FEWSTEP_CACHE")
+    """That of `cache_in`, else $FEWSTEP_CACHE, else ~/.cache/fewstep."""
+    chosen = _elsewhere.get() or os.environ.get("FEWSTEP_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "fewstep"
+
+
+@contextmanager
+def cache_in(folder: str) -> Iterator[None]:
+    """Caches of this thread lie in `folder` meanwhile."""
+    token = _elsewhere.set(folder)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
 
 
 class LatentCache:

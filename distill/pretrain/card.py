@@ -59,7 +59,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{folder}", dtype=torch.float32, trust_remote_code=True)
-image = pipe(class_labels=7, generator=torch.Generator().manual_seed(0)).images[0]  # a sneaker, 18 steps of Heun
+sneakers = pipe(class_labels=7, generator=torch.Generator().manual_seed(0)).images  # 18 steps of Heun
 ```
 
 Trained by `scripts/train_teacher.py configs/fashion/teacher.yaml` on the 60,000 training pictures of Fashion-MNIST
