@@ -22,7 +22,7 @@ from .pretrain.controlnet import ControlNetTraining
 from .pretrain.diffusion import Diffusion
 from .pretrain.edm import EDMTraining
 from .pretrain.text_encoder import TextEncoder
-from .search import Search
+from .search.candidates import Search
 
 METHODS: dict[str, type[Method]] = {
     "lcd": LCD,

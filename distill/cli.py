@@ -10,13 +10,13 @@ from .errors import UserError
 from .metrics.commands import prepare_data_command, verify_metrics_command
 
 if TYPE_CHECKING:
-    from .search_config import SearchConfig
+    from .search.config import SearchConfig
 
 
 def distill(arguments: list[str]) -> int:
     """distill CONFIG [--key.sub value ...] [--output_dir DIR] [--max_train_steps N] [--dry_run]"""
     from .config import load_config, read_yaml, with_overrides
-    from .search_config import is_search, load_search
+    from .search.config import is_search, load_search
 
     dry = "--dry_run" in arguments
     path, *rest = _with_config([a for a in arguments if a != "--dry_run"], distill)
@@ -28,7 +28,7 @@ def distill(arguments: list[str]) -> int:
         return _search(load_search(tree), dry)
     config = load_config(tree)
     if dry:
-        from .dry_run import describe
+        from .planning.dry_run import describe
 
         print(describe(config))
         return 0
@@ -46,11 +46,11 @@ def distill(arguments: list[str]) -> int:
 
 def _search(config: "SearchConfig", dry: bool) -> int:
     if dry:
-        from .search_plan import describe
+        from .search.plan import describe
 
         print(describe(config))
         return 0
-    from .search_runner import SearchRunner
+    from .search.runner import SearchRunner
 
     runner = SearchRunner(config)
     if runner.finished():

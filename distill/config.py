@@ -181,7 +181,7 @@ def as_tree(config: Any) -> dict[str, Any]:
 
 def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     """A configuration that was written before keys were added, with those keys; itself where it no longer fits."""
-    from .search_config import is_search, load_search
+    from .search.config import is_search, load_search
 
     try:
         return as_tree(load_search(tree) if is_search(tree) else load_config(tree))

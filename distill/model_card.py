@@ -14,7 +14,7 @@ from ..pipelines.pipeline_restoration import RestorationPipeline
 from .checkpoint import write_file
 from .config import DataSettings, RunConfig
 from .licence import base_model, licence_of
-from .search_config import SearchConfig
+from .search.config import SearchConfig
 from .settings import TeacherSettings
 from .teacher import lora_place
 

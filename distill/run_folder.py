@@ -9,7 +9,7 @@ import yaml
 from .checkpoint import write_file, writing
 from .config import RunConfig, as_tree, read_yaml, with_defaults
 from .errors import UserError
-from .search_config import SearchConfig
+from .search.config import SearchConfig
 
 CONFIG, LOG, EXPORTED = "config.yaml", "log.jsonl", "exported.json"
 # Keys that may differ when a run is taken up again: they do not touch its weights.

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from .checkpoint import write_folder
 from .errors import UserError
-from .search_config import StudentFolder
+from .search.config import StudentFolder
 from .teacher import EMBEDDED, fuse_lora
 
 

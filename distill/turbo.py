@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from .budget import Measured, advice, disk_needs, free_memory, full_disks, rehearse
 from .config import RunConfig, load_config, with_overrides
 from .data.prompts import read_prompts
-from .dry_run import gib, text_of
 from .errors import UserError
-from .known_teachers import blueprint
-from .plan import Plan, num_processes, planned
+from .planning.budget import Measured, advice, disk_needs, free_memory, full_disks, rehearse
+from .planning.dry_run import gib, text_of
+from .planning.known_teachers import blueprint
+from .planning.plan import Plan, num_processes, planned
 from .run_folder import CONFIG
 from .runner import Runner
 from .settings import TeacherSettings

@@ -15,7 +15,7 @@ from fewstep.distill.config import (
     with_overrides,
 )
 from fewstep.distill.errors import UserError
-from fewstep.distill.search_config import is_search, load_search
+from fewstep.distill.search.config import is_search, load_search
 from fewstep.distill.settings import LORA_TARGETS
 
 TREE: dict[str, Any] = {

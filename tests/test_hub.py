@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import yaml
 from diffusers import DiffusionPipeline
-from fewstep.distill import hub, known_teachers, licence
+from fewstep.distill import hub, licence
 from fewstep.distill.cli import main
 from fewstep.distill.config import load_config
 from fewstep.distill.errors import UserError
 from fewstep.distill.hub import push
 from fewstep.distill.licence import licence_of
 from fewstep.distill.model_card import front_matter, training_table
+from fewstep.distill.planning import known_teachers
 from fewstep.distill.settings import TeacherSettings
 from fewstep.distill.teacher import load_pipeline
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError

@@ -12,11 +12,11 @@ from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline
 from fewstep.distill import runner as runner_module
 from fewstep.distill.config import load_config
-from fewstep.distill.dry_run import describe
 from fewstep.distill.errors import UserError
 from fewstep.distill.frozen import Offloaded
 from fewstep.distill.generator import seeded
-from fewstep.distill.plan import planned
+from fewstep.distill.planning.dry_run import describe
+from fewstep.distill.planning.plan import planned
 from fewstep.distill.quantise import held_bytes, is_quantised
 from fewstep.distill.runner import Runner
 from fewstep.distill.settings import TeacherSettings

@@ -10,8 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from fewstep.distill.config import DataSettings, load_config
 from fewstep.distill.draws import Draws, mix
-from fewstep.distill.dry_run import describe
 from fewstep.distill.errors import UserError
+from fewstep.distill.planning.dry_run import describe
 from fewstep.distill.runner import Runner
 from fewstep.distill.settings import TeacherSettings
 from fewstep.distill.teacher import Teacher

@@ -12,9 +12,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from fewstep.distill.config import load_config
-from fewstep.distill.dry_run import describe
 from fewstep.distill.errors import UserError
 from fewstep.distill.generator import seeded
+from fewstep.distill.planning.dry_run import describe
 from fewstep.distill.runner import Runner
 from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.student import Student

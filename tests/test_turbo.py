@@ -12,12 +12,13 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline, LCMScheduler
-from fewstep.distill import budget, turbo
-from fewstep.distill.budget import Measured, advice, disk_needs, full_disks, rehearse
+from fewstep.distill import turbo
 from fewstep.distill.cli import main
 from fewstep.distill.data import load_data
 from fewstep.distill.errors import UserError
-from fewstep.distill.plan import planned
+from fewstep.distill.planning import budget
+from fewstep.distill.planning.budget import Measured, advice, disk_needs, full_disks, rehearse
+from fewstep.distill.planning.plan import planned
 from fewstep.distill.runner import Runner
 from fewstep.distill.teacher_data import TeacherData
 

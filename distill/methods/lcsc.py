@@ -6,11 +6,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from ..checkpoint_set import CheckpointSet
-from ..combine import Space, open_space
 from ..errors import UserError
 from ..metrics.protocol import Score
-from ..search import Candidate, Search, SearchParts, Trial, compared, ranked
+from ..search.candidates import Candidate, Search, SearchParts, Trial, compared, ranked
+from ..search.checkpoint_set import CheckpointSet
+from ..search.combine import Space, open_space
 from ..settings import settings
 from .evolution import child
 

@@ -11,7 +11,7 @@ from ...pipelines.scheduler_q_sched import BASES
 from ..errors import UserError
 from ..metrics.protocol import Score
 from ..quantise import Scheme, need_torchao, quantised
-from ..search import Candidate, Search, SearchParts, Trial, compared, deviation, ranked, verdict
+from ..search.candidates import Candidate, Search, SearchParts, Trial, compared, deviation, ranked, verdict
 from ..settings import settings
 from .evolution import child
 

@@ -20,7 +20,7 @@ from .loading import read_sampling
 from .page import page
 from .pipeline_source import quiet
 from .remote_code import own_code
-from .report import check_writable, read_report
+from .report import check_writable, read_report, write_report
 from .strips import check_data, draw_conditions, draw_strips, strip_inputs
 from .table import by_column, columns_of, markdown, protocol_notes
 
@@ -31,7 +31,7 @@ class Entry:
 
     name      what it is called in the table
     pipeline  what `evaluate` scores: a pipeline folder or a hub id; None for a report made before
-    report    that report
+    report    that report; one that `compare` made says the rest too
     method, export, training   what the run folder says of how it was made; export is stock, LoRA or remote code
     bytes     of the files that a user needs to fetch beside the teacher's, None where they are not at hand
     """
@@ -59,7 +59,8 @@ def read_entry(text: str) -> Entry:
         folder = EMBEDDED[place]
         return Entry(name or place, place, export=kind_of(folder), bytes=size_of(folder))
     if path.suffix == ".json":
-        return Entry(name or path.stem, None, report=path)
+        known = {"name": path.stem, **read_report(path).get("model", {})}
+        return Entry(**{**known, "name": name or known["name"]}, pipeline=None, report=path)
     if (path / CONFIG).is_file():
         return _read_run(name or path.name, path)
     if path.is_dir():
@@ -171,7 +172,7 @@ def _teacher_of(models: Sequence[Entry], teacher: str | None) -> Entry | None:
     entry = read_entry(place)
     if entry.pipeline is not None and any(m.pipeline == entry.pipeline for m in models):
         return None
-    return replace(entry, name=f"teacher ({entry.name})")
+    return entry if entry.name.startswith("teacher (") else replace(entry, name=f"teacher ({entry.name})")
 
 
 def _score(model: Entry, steps: Sequence[int], shared: Sequence[str], reports: Path) -> dict[str, Any]:
@@ -190,7 +191,19 @@ def _score(model: Entry, steps: Sequence[int], shared: Sequence[str], reports: P
         raise KeyboardInterrupt
     if child.returncode:
         raise UserError(f"{model.name}: {model.pipeline} could not be scored; its own error stands above")
-    return read_report(path)
+    report = {**read_report(path), "model": {"name": model.name, **_made(model)}}
+    write_report(report, path)
+    return report
+
+
+def _made(model: Entry) -> dict[str, Any]:
+    """What a report alone does not say of a model."""
+    return {
+        "method": model.method,
+        "export": model.export,
+        "training": dict(model.training),
+        "bytes": model.bytes,
+    }
 
 
 def _offered(model: Entry, steps: Sequence[int]) -> list[int]:
@@ -208,10 +221,7 @@ def _offered(model: Entry, steps: Sequence[int]) -> list[int]:
 def _rows(model: Entry, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     shared = {
         "model": model.name,
-        "method": model.method,
-        "export": model.export,
-        "training": dict(model.training),
-        "bytes": model.bytes,
+        **_made(model),
         "pipeline_sha256": report.get("pipeline_sha256"),
         "commit": report.get("commit", "unknown"),
         "verified": report.get("verified"),

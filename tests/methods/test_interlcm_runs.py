@@ -13,10 +13,10 @@ import torch
 import yaml
 from diffusers import ControlNetModel
 from fewstep.distill.config import load_config, read_yaml
-from fewstep.distill.dry_run import describe
 from fewstep.distill.errors import UserError
 from fewstep.distill.generator import fresh_from
 from fewstep.distill.methods.interlcm import InterLCM
+from fewstep.distill.planning.dry_run import describe
 from fewstep.distill.runner import Runner
 from safetensors.torch import load_file
 

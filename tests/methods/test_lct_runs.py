@@ -12,10 +12,10 @@ import torch
 import yaml
 from fewstep.distill.cli import main
 from fewstep.distill.config import load_config, read_yaml, with_overrides
-from fewstep.distill.dry_run import describe
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.lct import LCT
 from fewstep.distill.normalised_latents import Statistics
+from fewstep.distill.planning.dry_run import describe
 from fewstep.distill.runner import Runner
 from safetensors.torch import load_file
 

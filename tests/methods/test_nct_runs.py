@@ -13,9 +13,9 @@ import torch
 import yaml
 from diffusers import ControlNetModel
 from fewstep.distill.config import load_config, read_yaml
-from fewstep.distill.dry_run import describe
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.nct import NCT
+from fewstep.distill.planning.dry_run import describe
 from fewstep.distill.runner import Runner
 from safetensors.torch import load_file
 

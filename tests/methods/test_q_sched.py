@@ -10,7 +10,7 @@ from fewstep.distill.config import validate
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.q_sched import QSched, QSchedSettings, coefficients, dimensions, won_back
 from fewstep.distill.metrics.protocol import Protocol, Score
-from fewstep.distill.search import Candidate, SearchParts, Trial, ranked
+from fewstep.distill.search.candidates import Candidate, SearchParts, Trial, ranked
 
 FULL: dict[str, Any] = {"quantisation": None}
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from fewstep.distill.config import load_config, read_yaml
-from fewstep.distill.dry_run import describe
 from fewstep.distill.generator import seeded
+from fewstep.distill.planning.dry_run import describe
 from fewstep.distill.runner import Runner
 
 Families = Callable[[str], Path]

@@ -13,9 +13,9 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from fewstep.distill.config import load_config, read_yaml
-from fewstep.distill.dry_run import describe
 from fewstep.distill.methods.base import Parts
 from fewstep.distill.methods.rcm import RCM, RCMSettings
+from fewstep.distill.planning.dry_run import describe
 from fewstep.distill.runner import Runner
 from fewstep.distill.settings import StudentSettings
 from fewstep.pipelines.unet_norms import NormedUNet2DModel

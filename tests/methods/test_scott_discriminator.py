@@ -9,11 +9,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from fewstep.distill.discriminator import Discriminator
 from fewstep.distill.draws import Draws
-from fewstep.distill.known_teachers import meta_teacher
 from fewstep.distill.losses import hinge_critic, hinge_generator
 from fewstep.distill.methods.base import Progress
 from fewstep.distill.methods.scott import SCott
-from fewstep.distill.published_teachers import SD15
+from fewstep.distill.planning.known_teachers import meta_teacher
+from fewstep.distill.planning.published_teachers import SD15
 from fewstep.distill.settings import LORA_TARGETS, StudentSettings, TeacherSettings
 from torch import Tensor, nn
 

@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from .config import RunConfig, resolved
-from .errors import UserError
-from .settings import settings
+from ..config import RunConfig, resolved
+from ..errors import UserError
+from ..settings import settings
 
 
 @settings
@@ -112,6 +112,6 @@ def load_search(tree: dict[str, Any]) -> SearchConfig:
 
 def is_search(tree: dict[str, Any]) -> bool:
     """Whether method.name names a search."""
-    from .catalog import SEARCHES
+    from ..catalog import SEARCHES
 
     return isinstance(tree.get("method"), dict) and str(tree["method"].get("name")) in SEARCHES

@@ -10,13 +10,13 @@ import diffusers
 import torch
 import transformers
 
-from ..pipelines.pipeline_edm import EDMPipeline
-from .errors import UserError
-from .families import FAMILIES
-from .hub import refusal
+from ...pipelines.pipeline_edm import EDMPipeline
+from ..errors import UserError
+from ..families import FAMILIES
+from ..hub import refusal
+from ..settings import TeacherSettings
+from ..teacher import EMBEDDED, KNOWN_CLASSES, LatentTeacher, PixelTeacher, Teacher, class_of, locate
 from .published_teachers import KNOWN_TEACHERS, Architecture
-from .settings import TeacherSettings
-from .teacher import EMBEDDED, KNOWN_CLASSES, LatentTeacher, PixelTeacher, Teacher, class_of, locate
 
 WEIGHTS = (".safetensors", ".bin")
 

@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .catalog import method_named
-from .codec import Autoencoder, Codec
-from .condition import Condition
-from .config import RunConfig
-from .data.embedded import STYLES
-from .draws import Draws
-from .ema import EMA
-from .errors import UserError
+from ..catalog import method_named
+from ..codec import Autoencoder, Codec
+from ..condition import Condition
+from ..config import RunConfig
+from ..data.embedded import STYLES
+from ..draws import Draws
+from ..ema import EMA
+from ..errors import UserError
+from ..methods.base import Batch, Method, Parts, Progress
+from ..rewards import Reward, UnloadedReward
+from ..runner import DTYPES, Carry
+from ..teacher import LatentTeacher, Teacher, lora_place
+from ..teacher_data import NAME as TAUGHT
+from ..teacher_data import captions_of, check_keys, open_data
+from ..vision import PlannedVision
 from .known_teachers import Blueprint, blueprint, meta_teacher
 from .meta_memory import LiveBytes, fused_attention, nbytes
-from .methods.base import Batch, Method, Parts, Progress
-from .rewards import Reward, UnloadedReward
-from .runner import DTYPES, Carry
-from .teacher import LatentTeacher, Teacher, lora_place
-from .teacher_data import NAME as TAUGHT
-from .teacher_data import captions_of, check_keys, open_data
-from .vision import PlannedVision
 
 TITLES = {
     "unet": "teacher network",

@@ -6,9 +6,9 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
-from fewstep.distill.checkpoint_set import CheckpointSet
-from fewstep.distill.combine import LoRASpace, WeightSpace, network_prefix, open_space
 from fewstep.distill.errors import UserError
+from fewstep.distill.search.checkpoint_set import CheckpointSet
+from fewstep.distill.search.combine import LoRASpace, WeightSpace, network_prefix, open_space
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.student import Student
 from fewstep.distill.teacher import Teacher

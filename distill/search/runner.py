@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..pipelines.export import is_own, write_variant
-from .catalog import SEARCHES
-from .checkpoint import write_folder
-from .draws import mix
-from .errors import UserError
+from ...pipelines.export import is_own, write_variant
+from ..catalog import SEARCHES
+from ..checkpoint import write_folder
+from ..draws import mix
+from ..errors import UserError
+from ..measure import processor
+from ..metrics.evaluate import choose_device
+from ..metrics.judges import inputs_for
+from ..metrics.pipeline_source import NotFinite, PipelineSource, quiet
+from ..metrics.remote_code import own_code
+from ..model_card import search_card
+from ..quantise import held_bytes
+from ..run_folder import LOG, RunFolder
+from ..student_folder import StudentFiles
+from .candidates import Candidate, Search, SearchParts, Trial, ranked
+from .config import SearchConfig
 from .fitness import Fitness
-from .measure import processor
-from .metrics.evaluate import choose_device
-from .metrics.judges import inputs_for
-from .metrics.pipeline_source import NotFinite, PipelineSource, quiet
-from .metrics.remote_code import own_code
-from .model_card import search_card
-from .quantise import held_bytes
-from .run_folder import LOG, RunFolder
-from .search import Candidate, Search, SearchParts, Trial, ranked
-from .search_config import SearchConfig
-from .search_report import Cell, report
-from .student_folder import StudentFiles
+from .report import Cell, report
 
 SEARCH_BLOCK = 1000  # noise of the search lies above the report's seed blocks 0, 1, ...
 

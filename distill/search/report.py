@@ -6,16 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_file
+from ..checkpoint import write_file
+from ..metrics.compare import kind_of, size_of
+from ..metrics.evaluate import evaluate
+from ..metrics.protocol import Score
+from ..metrics.table import by_column, markdown, protocol_notes
+from ..model_card import markdown as plain_table
+from ..model_card import with_scores
+from .candidates import Candidate, Search
+from .config import SearchConfig
 from .fitness import balance
-from .metrics.compare import kind_of, size_of
-from .metrics.evaluate import evaluate
-from .metrics.protocol import Score
-from .metrics.table import by_column, markdown, protocol_notes
-from .model_card import markdown as plain_table
-from .model_card import with_scores
-from .search import Candidate, Search
-from .search_config import SearchConfig
 
 
 @dataclass(frozen=True)

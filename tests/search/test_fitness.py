@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill import fitness as module
 from fewstep.distill.config import validate
 from fewstep.distill.errors import UserError
-from fewstep.distill.fitness import Fitness, balance, realism
 from fewstep.distill.metrics.image_text import pair_cosines
 from fewstep.distill.metrics.kid import kid
 from fewstep.distill.metrics.manifold import radii
 from fewstep.distill.metrics.reference import reference
 from fewstep.distill.metrics.scorers import make_scorer
-from fewstep.distill.search_config import FitnessSettings, SearchDataSettings
+from fewstep.distill.search import fitness as module
+from fewstep.distill.search.config import FitnessSettings, SearchDataSettings
+from fewstep.distill.search.fitness import Fitness, balance, realism
 from torch import Tensor
 
 DATA = SearchDataSettings(name="emoji-noto", split="score")

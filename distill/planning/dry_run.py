@@ -4,15 +4,15 @@ import re
 from glob import glob
 from pathlib import Path
 
-from .codec import Autoencoder, is_here
-from .config import RunConfig
-from .data.embedded import STYLES
-from .data.named import NAMED, find_named
-from .data.tables import expand_braces
-from .errors import UserError
-from .model_card import data_line, teacher_line
+from ..codec import Autoencoder, is_here
+from ..config import RunConfig
+from ..data.embedded import STYLES
+from ..data.named import NAMED, find_named
+from ..data.tables import expand_braces
+from ..errors import UserError
+from ..model_card import data_line, teacher_line
+from ..teacher_data import NAME as TAUGHT
 from .plan import Plan, count, num_processes, parameters, planned
-from .teacher_data import NAME as TAUGHT
 
 
 def describe(config: RunConfig) -> str:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fewstep.distill.checkpoint_set import CheckpointSet
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.lcsc import ema_alpha
+from fewstep.distill.search.checkpoint_set import CheckpointSet
 from safetensors.torch import save_file
 
 

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from fewstep.distill import dry_run, plan
 from fewstep.distill.cli import main
 from fewstep.distill.config import RunConfig, load_config, read_yaml, with_overrides
-from fewstep.distill.dry_run import describe, missing_data
 from fewstep.distill.errors import UserError
-from fewstep.distill.known_teachers import blueprint, meta_teacher
-from fewstep.distill.meta_memory import LiveBytes, fused_attention
 from fewstep.distill.methods.base import Parts
 from fewstep.distill.methods.lcd import LCD, LCDSettings
-from fewstep.distill.published_teachers import SD15
+from fewstep.distill.planning import dry_run, plan
+from fewstep.distill.planning.dry_run import describe, missing_data
+from fewstep.distill.planning.known_teachers import blueprint, meta_teacher
+from fewstep.distill.planning.meta_memory import LiveBytes, fused_attention
+from fewstep.distill.planning.published_teachers import SD15
 from fewstep.distill.settings import TeacherSettings
 from fewstep.distill.student import Student
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SD = TeacherSettings("stable-diffusion-v1-5/stable-diffusion-v1-5")
 Configure = Callable[..., RunConfig]
 

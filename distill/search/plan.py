@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from .catalog import SEARCHES
-from .dry_run import gib, missing_data
-from .metrics.compare import size_of
-from .metrics.lite_minilm import SHIPPED
-from .search import SearchParts
-from .search_config import SearchConfig
-from .student_folder import located
+from ..catalog import SEARCHES
+from ..metrics.compare import size_of
+from ..metrics.lite_minilm import SHIPPED
+from ..planning.dry_run import gib, missing_data
+from ..student_folder import located
+from .candidates import SearchParts
+from .config import SearchConfig
 
 
 def describe(config: SearchConfig) -> str:

@@ -10,19 +10,19 @@ import pytest
 import torch
 from fewstep.distill.cli import main
 from fewstep.distill.config import load_config, read_yaml
-from fewstep.distill.dry_run import describe
 from fewstep.distill.errors import UserError
-from fewstep.distill.known_teachers import blueprint, meta_teacher
-from fewstep.distill.plan import count, prompt_size
+from fewstep.distill.planning.dry_run import describe
+from fewstep.distill.planning.known_teachers import blueprint, meta_teacher
+from fewstep.distill.planning.plan import count, prompt_size
+from fewstep.distill.planning.published_teachers import KNOWN_TEACHERS
 from fewstep.distill.process import VP
-from fewstep.distill.published_teachers import KNOWN_TEACHERS
 from fewstep.distill.settings import TeacherSettings
 from fewstep.distill.student import Student
 from fewstep.distill.teacher import LatentTeacher
 
 from .test_dry_run import rows
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 VAE, VAE_16, CLIP_L, CLIP_L_P, CLIP_G = 83_653_863, 83_819_683, 123_060_480, 123_650_304, 694_659_840
 T5, UMT5 = 4_762_310_656, 5_680_910_336
 # Parameters in the order network, autoencoder, text encoders; latents; numbers in a prompt's record.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .metrics.protocol import Score
+from ..metrics.protocol import Score
 
 Candidate = dict[str, list[float]]
 

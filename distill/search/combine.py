@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import load_config, read_yaml
+from ..errors import UserError
+from ..run_folder import CONFIG
+from ..teacher import load_pipeline, locate
 from .checkpoint_set import CheckpointSet
-from .config import load_config, read_yaml
-from .errors import UserError
-from .run_folder import CONFIG
-from .teacher import load_pipeline, locate
 
 Space = Literal["weights", "lora_factors", "lora_delta"]
 NETWORKS = ("unet", "transformer")

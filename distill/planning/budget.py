@@ -13,15 +13,15 @@ import psutil
 import torch
 from accelerate import PartialState
 
-from .config import RunConfig
-from .data.cache import cache_directory, cache_in
-from .errors import UserError
-from .measure import PeakMemory, seconds
+from ..config import RunConfig
+from ..data.cache import cache_directory, cache_in
+from ..errors import UserError
+from ..measure import PeakMemory, seconds
+from ..runner import Runner
+from ..teacher_data import NAME as TAUGHT
+from ..teacher_data import STEPS, TeacherData
 from .meta_memory import nbytes
 from .plan import Plan, components
-from .runner import Runner
-from .teacher_data import NAME as TAUGHT
-from .teacher_data import STEPS, TeacherData
 
 MEASURED = 6  # iterations, the first one not counted: a whole cycle of methods whose players take five turns
 SAMPLER_STEPS = 4  # of the measured picture

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import UserError
-from .run_folder import LOG
+from ..errors import UserError
+from ..run_folder import LOG
 
 
 @dataclass(frozen=True)

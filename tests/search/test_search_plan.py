@@ -8,12 +8,12 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, TCDScheduler
 from fewstep.distill.cli import main
 from fewstep.distill.config import read_yaml
 from fewstep.distill.errors import UserError
-from fewstep.distill.search_config import StudentFolder, load_search
-from fewstep.distill.search_plan import describe
+from fewstep.distill.search.config import StudentFolder, load_search
+from fewstep.distill.search.plan import describe
 from fewstep.distill.student_folder import StudentFiles, located
 from safetensors.torch import save_file
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = ("sdxl_turbo/q_sched", "flux/q_sched", "sd15/q_sched_lcm", "sd15/q_sched_pcm")
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fewstep.distill import search_runner as module
-from fewstep.distill.checkpoint_set import CheckpointSet
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics.evaluate import open_source
 from fewstep.distill.metrics.inputs import Inputs
-from fewstep.distill.search_config import load_search
-from fewstep.distill.search_runner import SearchRunner
+from fewstep.distill.search import runner as module
+from fewstep.distill.search.checkpoint_set import CheckpointSet
+from fewstep.distill.search.config import load_search
+from fewstep.distill.search.runner import SearchRunner
 from safetensors.torch import save_file
 
 

@@ -1,0 +1,1 @@
+"""What a run will hold, fetch and take, before it starts."""

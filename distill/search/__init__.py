@@ -1,0 +1,1 @@
+"""Searches without training: candidates, their fitness, the loop and its report."""
