@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 
 import datasets
 import numpy as np
@@ -241,12 +240,12 @@ def test_metadata_may_leave_out_captions_and_lines(tmp_path):
 
 def test_hub_id_without_network_fails_at_once_in_one_line(tmp_path):
     code = (
+        "import sys, time; time.sleep = lambda seconds: print('waits', seconds, file=sys.stderr)\n"
         "from fewstep.distill.data import load_data; from fewstep.distill.errors import UserError\n"
         "for name in ('someone/pictures', 'emoji_noto'):\n"
         "    try: load_data(name, resolution=8)\n"
         "    except UserError as error: print(error)\n"
     )
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)},
@@ -258,4 +257,4 @@ def test_hub_id_without_network_fails_at_once_in_one_line(tmp_path):
     assert len(lines) == 2, done.stdout + done.stderr
     assert lines[0].startswith("someone/pictures: cannot be reached") and "give a local folder" in lines[0]
     assert "did you mean emoji-noto?" in lines[1]
-    assert done.stderr == "" and time.monotonic() - start < 20
+    assert done.stderr == ""  # no attempt is repeated after a pause
