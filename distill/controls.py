@@ -1,10 +1,13 @@
-"""What a control sees of a picture: (B, 3, H, W) in [0, 1] to a condition of that shape, a ControlNet's input.
+"""What a control sees of a picture: (B, 3, H, W) in [0, 1] to a condition of that shape, a ControlNet's input, or to an
+embedding (B, D), an IP-Adapter's.
 
 Each is deterministic in the picture (a mask is drawn apart from it), as noise consistency needs: of a random condition
 the boundary loss would forbid any use (arXiv 2506.19741, theorem 1).
 """
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -13,16 +16,47 @@ from pydantic import Field
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
+from ..pipelines.ip_adapter import ENCODER_FOLDER
 from .draws import Draws
 from .errors import UserError
 from .settings import settings
+from .vision import Vision
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 HIDDEN = -1.0  # of masked pixels, as diffusers' inpainting ControlNets have them
 
+View = Callable[[Tensor, Draws], Tensor]  # pictures to conditions
+
+
+class PictureControl:
+    """Settings of a control whose conditions are pictures.
+
+    definition  of the error between the conditions of two pictures
+    """
+
+    definition: ClassVar[str] = (
+        "mean absolute difference of the condition and what the control sees of the picture, pixels in [0, 1]"
+    )
+
+    def load(self, vision: Vision) -> View:
+        """What looks at pictures, a module where it has weights."""
+        return self  # type: ignore[return-value]
+
+    def error(self, wanted: Tensor, seen: Tensor) -> Tensor:
+        """Of conditions (B, ...): float64 (B,)."""
+        return (wanted - seen).abs().double().mean((1, 2, 3))
+
+    def shown(self, images: Tensor, seen: Tensor) -> Tensor:
+        """What a person looks at: a picture of the condition of `images`."""
+        return seen
+
+    def record(self) -> dict[str, Any]:
+        """As an export's control.json has it."""
+        return dict(vars(self))
+
 
 @settings
-class Canny:
+class Canny(PictureControl):
     """Edges of OpenCV's Canny in 0 and 1; thresholds of the gradient on a scale of 0 to 255, as ControlNet's."""
 
     name: Literal["canny"] = "canny"
@@ -38,7 +72,7 @@ class Canny:
 
 
 @settings
-class SoftEdges:
+class SoftEdges(PictureControl):
     """Norm of the Sobel gradient of the blurred luminance, at most 1; blur: standard deviation in pixels."""
 
     name: Literal["soft_edges"] = "soft_edges"
@@ -55,7 +89,7 @@ class SoftEdges:
 
 
 @settings
-class Luminance:
+class Luminance(PictureControl):
     """The picture without its colours."""
 
     name: Literal["luminance"] = "luminance"
@@ -65,7 +99,7 @@ class Luminance:
 
 
 @settings
-class SuperResolution:
+class SuperResolution(PictureControl):
     """The picture averaged over squares of `factor` pixels, each square in its one colour."""
 
     name: Literal["superres"] = "superres"
@@ -81,7 +115,7 @@ class SuperResolution:
 
 
 @settings
-class Inpainting:
+class Inpainting(PictureControl):
     """The picture with one rectangle of `HIDDEN`, whose sides are uniform on this share of the picture's."""
 
     name: Literal["inpaint"] = "inpaint"
@@ -100,7 +134,58 @@ class Inpainting:
         return torch.where(hidden, HIDDEN, images)
 
 
-Control = Annotated[Canny | SoftEdges | Luminance | SuperResolution | Inpainting, Field(discriminator="name")]
+@settings
+class Depth(PictureControl):
+    """Relative inverse depth by a model of transformers, near bright; model: its folder or hub id."""
+
+    name: Literal["depth"] = "depth"
+    model: str = "depth-anything/Depth-Anything-V2-Small-hf"
+
+    def load(self, vision: Vision) -> View:
+        return vision.depth(self.model)
+
+
+@settings
+class HED(PictureControl):
+    """Soft edges of ControlNet's HED (arXiv 1504.06375), by the package controlnet-aux; model: a folder or hub id with
+    ControlNetHED.pth. `soft_edges` needs no weights."""
+
+    name: Literal["hed"] = "hed"
+    model: str = "lllyasviel/Annotators"
+
+    def load(self, vision: Vision) -> View:
+        return vision.edges(self.model)
+
+
+@settings
+class ImagePrompt(PictureControl):
+    """The picture's embedding; encoder: efflite0, efflite2, or a folder or hub id (it may go on below the repository)
+    of a CLIPVisionModelWithProjection."""
+
+    definition: ClassVar[str] = (
+        "1 - cosine of the encoder's embeddings of the picture that was shown and of the picture"
+    )
+    name: Literal["image"] = "image"
+    encoder: str = "efflite0"
+
+    def load(self, vision: Vision) -> View:
+        return vision.embedder(self.encoder)
+
+    def error(self, wanted: Tensor, seen: Tensor) -> Tensor:
+        return 1 - F.cosine_similarity(wanted.double(), seen.double())
+
+    def shown(self, images: Tensor, seen: Tensor) -> Tensor:
+        return images
+
+    def record(self) -> dict[str, Any]:
+        """An encoder of a folder by its place in the export, which has a copy."""
+        local = Path(self.encoder).expanduser().is_dir()
+        return {**vars(self), "encoder": ENCODER_FOLDER if local else self.encoder}
+
+
+Spatial = Canny | SoftEdges | Luminance | SuperResolution | Inpainting | Depth | HED
+SpatialControl = Annotated[Spatial, Field(discriminator="name")]
+Control = Annotated[Spatial | ImagePrompt, Field(discriminator="name")]
 
 
 def luminance(images: Tensor) -> Tensor:

@@ -24,7 +24,11 @@ from .errors import UserError
 from .process import EDM, NoiseProcess, TrigFlow, per_sample
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "edm", "velocity", "trigflow")
-ADDED_CONDITIONS = ("text_embeds", "time_ids")  # SDXL's, which its U-Net takes as one nested argument
+ADDED_CONDITIONS = (
+    "text_embeds",
+    "time_ids",
+    "image_embeds",
+)  # SDXL's and an IP-Adapter's, one nested argument
 
 
 @dataclass(frozen=True)
@@ -177,8 +181,11 @@ def _keeper(kept: dict[str, Tensor], name: str):
 
 
 def nested(arguments: dict[str, Any]) -> dict[str, Any]:
-    """SDXL's added conditions under added_cond_kwargs, which diffusers' U-Net wants; the others as they are."""
+    """Added conditions under added_cond_kwargs, which diffusers' U-Net wants, image_embeds (B, 1, D) as a list with the
+    one of its one IP-Adapter; the others as they are."""
     added = {k: arguments[k] for k in ADDED_CONDITIONS if k in arguments}
+    if "image_embeds" in added:
+        added["image_embeds"] = [added["image_embeds"]]
     flat = {k: v for k, v in arguments.items() if k not in added}
     return {**flat, "added_cond_kwargs": added} if added else flat
 

@@ -2,16 +2,33 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import cpu_offload_with_hook
 from diffusers import AutoencoderKLWan
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .quantise import plain_parts
+
+
+class Frozen(nn.Module):
+    """Stays in evaluation mode and without gradients of its own, also as a part of a method that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Frozen":
+        return super().train(False)
+
+
+def full_precision(like: Tensor) -> AbstractContextManager:
+    """Within it nothing on the device of `like` is cast by autocast."""
+    kind = like.device.type
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from ..pipelines.export import KOHYA, Export, is_own, own_parts
+from ..pipelines.ip_adapter import ImagePrompt
 from ..pipelines.pipeline_restoration import RestorationPipeline
 from .checkpoint import write_file
 from .config import DataSettings, RunConfig
@@ -24,14 +25,16 @@ def loading_lines(
 ) -> str:
     """Python that opens the export with plain diffusers and samples with its own arguments.
 
-    A ControlNet's pipeline also opens its condition, a restorer the picture that it restores.
+    A ControlNet's pipeline also opens its condition, an IP-Adapter's its image prompt, a restorer the picture that it
+    restores.
 
     own: whether the folder holds code; None: whether a class of it is ours. options: further arguments
     """
     own = bool(is_own(export.model) or own_parts(export.model)) if own is None else own
     note = "  # the .py files in the folder" if own else ""
     trust = ", trust_remote_code=True" if own else ""
-    picture = picture_line(export)
+    prompt = image_prompt(export)
+    picture = picture_line(export) if prompt is None else prompt.loading_lines(folder)
     return (
         "import torch\nfrom diffusers import DiffusionPipeline\n"
         + ("from diffusers.utils import load_image\n\n" if picture else "\n")
@@ -50,6 +53,10 @@ def picture_line(export: Export) -> str:
             'condition = load_image("condition.png")  # see control.json; controlnet/ alone is the adapter\n'
         )
     return ""
+
+
+def image_prompt(export: Export) -> ImagePrompt | None:
+    return next((part for part in export.beside if isinstance(part, ImagePrompt)), None)
 
 
 def restores(export: Export) -> bool:
@@ -92,6 +99,8 @@ def sampling_line(export: Export) -> str:
         return f"image = pipe(degraded{arguments}).images[0]"
     if hasattr(export.model, "controlnet"):
         arguments = ", image=condition" + arguments
+    if prompt := image_prompt(export):
+        arguments = f", {prompt.argument}{arguments}"
     if "prompt" in takes:
         picture = "frames[0][0]" if "num_frames" in call else "images[0]"
         return f'image = pipe("red apple"{arguments}).{picture}'

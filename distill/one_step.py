@@ -1,5 +1,6 @@
 """ControlNets beside a frozen network: a generator of one step, or a denoiser of many."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..pipelines.export import sampling_of
 from .condition import Condition
 from .consistency import ConsistencyFunction, lcm_boundary
-from .denoiser import Denoiser, nested
+from .denoiser import Denoiser, denoiser_of, nested
 from .errors import UserError
 from .families import LatentConsistency
 from .guidance import guidance_embedding
@@ -24,7 +25,7 @@ class OneStep:
 
     The time, and the scale that a guidance-embedding network is told, are those of the folder's own call of one step
     where its sampling.json has one; else the last training time and the pipeline's default. Parameters are frozen,
-    gradients pass through to a ControlNet.
+    gradients pass through to an adapter.
     """
 
     def __init__(self, teacher: LatentTeacher, timestep: int | None, guidance_scale: float | None):
@@ -38,22 +39,24 @@ class OneStep:
         self.guidance_dim, self.guidance_scale = told_guidance(self.network, call, guidance_scale)
         self.scheduler, self.function = consistency_of(teacher)
 
-    def __call__(
-        self,
-        noise: Tensor,
-        told: Condition,
-        controlnet: ControlNetModel | None = None,
-        picture: Tensor | None = None,
-    ) -> Tensor:
-        """Latents (B, C, h, w); picture (B, 3, H, W) is what the ControlNet sees."""
-        t = torch.full((len(noise),), float(self.timestep), dtype=torch.float64, device=noise.device)
-        arguments: dict[str, Any] = {}
-        if controlnet is not None:
-            arguments = residuals(controlnet, noise, t, told, picture)
+    def __call__(self, noise: Tensor, told: Condition) -> Tensor:
+        """Latents (B, C, h, w)."""
+        t = self.times(noise)
         if self.guidance_dim is not None:
             w = torch.full_like(t, self.guidance_scale - 1)
-            arguments["timestep_cond"] = guidance_embedding(w, self.guidance_dim)
-        return self.function(noise, t, told.with_(**arguments))
+            told = told.with_(timestep_cond=guidance_embedding(w, self.guidance_dim))
+        return self.function(noise, t, told)
+
+    def times(self, noise: Tensor) -> Tensor:
+        """The time of the step, (B,)."""
+        return torch.full((len(noise),), float(self.timestep), dtype=torch.float64, device=noise.device)
+
+    def through(self, network: Any) -> "OneStep":
+        """The same step of another network of this kind."""
+        other, old = copy.copy(self), self.function
+        denoiser = denoiser_of(network, old.denoiser.process, old.denoiser.kind)
+        other.network, other.function = network, ConsistencyFunction(denoiser, old.boundary)
+        return other
 
     def call(self) -> dict[str, Any]:
         """Arguments of a stock pipeline's call that give the same step."""

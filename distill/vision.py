@@ -2,18 +2,26 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, TimmWrapperConfig, TimmWrapperModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..pipelines.pipeline_restoration import image_tokens
+from .control_networks import DepthEstimator, EdgeDetector, ImageEmbedder, Unread
 from .errors import UserError
+from .frozen import Frozen, full_precision
 from .metrics.lite import LITE0, LITE2, Lite
-from .rewards import CLIP_MEAN, CLIP_STD
 
 DistanceName = Literal["efflite0", "efflite2", "lpips", "lpips-imagenet"]
 LITES: dict[str, Lite] = {"efflite0": LITE0, "efflite2": LITE2}
@@ -24,18 +32,14 @@ CLIP_B16 = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "patch_size": 16, "image_size": 224, "projection_dim": 512,
 }  # fmt: skip
-KNOWN_TOWERS = {"openai/clip-vit-base-patch16": CLIP_B16}
-
-
-class Frozen(nn.Module):
-    """Stays in evaluation mode and without gradients of its own, also as a part of a method that is trained."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.eval()
-
-    def train(self, mode: bool = True) -> "Frozen":
-        return super().train(False)
+CLIP_H14 = {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+    "patch_size": 14, "image_size": 224, "projection_dim": 1024, "hidden_act": "gelu",
+}  # fmt: skip
+KNOWN_TOWERS = {
+    "openai/clip-vit-base-patch16": CLIP_B16,
+    "h94/IP-Adapter/models/image_encoder": CLIP_H14,  # OpenCLIP's ViT-H/14 (laion/CLIP-ViT-H-14-laion2B-s32B-b79K)
+}
 
 
 class ImageEncoder(Frozen):
@@ -57,8 +61,7 @@ class ImageDistance(Frozen):
     """Of pairs of pictures (B, 3, H, W), (B,); differentiable in both."""
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        kind = images.device.type
-        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+        with full_precision(images):
             return self.distance(images.float(), others.float())
 
     @abstractmethod
@@ -116,16 +119,31 @@ class Vision:
         """efflite0 and efflite2 from their packages; else a folder or hub id of a CLIPVisionModel. UserError for one
         that cannot be read."""
         if name in LITES:
-            network = TimmWrapperModel(timm_config(LITES[name]))
-            weights = LITES[name].unfolded().state_dict()
-            network.timm_model.load_state_dict(
-                {k: v for k, v in weights.items() if not k.startswith("classifier.")}
-            )
-            return lite_encoder(network)
+            return lite_encoder(lite_network(LITES[name]))
         try:
             return clip_encoder(CLIPVisionModel.from_pretrained(name, dtype=torch.float32))
         except Exception as error:  # the hub has errors of its own, the network others
-            raise unreadable("method.visual.image_encoder", name, error) from error
+            raise unreadable("method.visual.image_encoder", CLIPVisionModel, name, error) from error
+
+    def embedder(self, name: str) -> ImageEmbedder:
+        """efflite0 and efflite2 from their packages; else a folder or hub id, which may go on below the repository, of
+        a CLIPVisionModelWithProjection. UserError for one that cannot be read."""
+        if name in LITES:
+            return lite_embedder(lite_network(LITES[name]))
+        place, inside = hub_place(name)
+        kind = CLIPVisionModelWithProjection
+        try:
+            return clip_embedder(kind.from_pretrained(place, subfolder=inside, dtype=torch.float32))
+        except Exception as error:
+            raise unreadable("method.control.encoder", kind, name, error) from error
+
+    def depth(self, name: str) -> nn.Module:
+        """A folder or hub id of one of transformers' depth models. UserError for one that cannot be read."""
+        return DepthEstimator.load(name)
+
+    def edges(self, name: str) -> nn.Module:
+        """A folder or hub id with ControlNetHED.pth. UserError without it, or without the package controlnet-aux."""
+        return EdgeDetector.load(name)
 
     def distance(self, name: DistanceName) -> ImageDistance:
         if name in LITES:
@@ -149,12 +167,33 @@ class PlannedVision(Vision):
     def encoder(self, name: str) -> ImageEncoder:
         if name in LITES:
             return lite_encoder(TimmWrapperModel(timm_config(LITES[name])))
+        return clip_encoder(
+            CLIPVisionModel(self._tower(name, "method.visual.image_encoder", CLIPVisionModel))
+        )
+
+    def embedder(self, name: str) -> ImageEmbedder:
+        if name in LITES:
+            return lite_embedder(TimmWrapperModel(timm_config(LITES[name])))
+        kind = CLIPVisionModelWithProjection
+        return clip_embedder(kind(self._tower(name, "method.control.encoder", kind)))
+
+    def depth(self, name: str) -> nn.Module:
+        self.asked.append(f"depth model {name}")
+        return Unread()
+
+    def edges(self, name: str) -> nn.Module:
+        self.asked.append(f"HED of {name}")
+        return Unread()
+
+    def _tower(self, name: str, key: str, kind: Any) -> CLIPVisionConfig:
         self.asked.append(f"image encoder {name}")
+        if name in KNOWN_TOWERS:
+            return CLIPVisionConfig.from_dict(KNOWN_TOWERS[name])
+        place, inside = hub_place(name)
         try:
-            config = KNOWN_TOWERS.get(name) or CLIPVisionConfig.from_pretrained(name).to_dict()
+            return CLIPVisionConfig.from_pretrained(place, subfolder=inside)
         except Exception as error:
-            raise unreadable("method.visual.image_encoder", name, error) from error
-        return clip_encoder(CLIPVisionModel(CLIPVisionConfig.from_dict(config)))
+            raise unreadable(key, kind, name, error) from error
 
     def distance(self, name: DistanceName) -> ImageDistance:
         if name in LITES:
@@ -169,14 +208,43 @@ def timm_config(lite: Lite) -> Any:
     return TimmWrapperConfig(architecture=lite.architecture, do_pooling=False)
 
 
+def lite_network(lite: Lite) -> Any:
+    """The package's weights in the class that transformers saves and loads."""
+    network = TimmWrapperModel(timm_config(lite))
+    weights = lite.unfolded().state_dict()
+    network.timm_model.load_state_dict({k: v for k, v in weights.items() if not k.startswith("classifier.")})
+    return network
+
+
 def lite_encoder(network: Any) -> ImageEncoder:
     return ImageEncoder(network, LITE_SIZE, (0.5,) * 3, (0.5,) * 3, (LITE_SIZE // 32) ** 2)
+
+
+def lite_embedder(network: Any) -> ImageEmbedder:
+    return ImageEmbedder(network, network.timm_model.num_features, LITE_SIZE, (0.5,) * 3, (0.5,) * 3)
+
+
+def clip_embedder(network: Any) -> ImageEmbedder:
+    config = network.config
+    return ImageEmbedder(network, config.projection_dim, config.image_size, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+
+
+def hub_place(name: str) -> tuple[str, str]:
+    """A folder, or owner/name of the hub, and what of the name goes on below it."""
+    if Path(name).expanduser().is_dir() or name.count("/") < 2:
+        return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name, ""
+    owner, repository, inside = name.split("/", 2)
+    return f"{owner}/{repository}", inside
 
 
 def clip_encoder(network: Any) -> ImageEncoder:
     config = network.config
     return ImageEncoder(
-        network, config.image_size, CLIP_MEAN, CLIP_STD, (config.image_size // config.patch_size) ** 2 + 1
+        network,
+        config.image_size,
+        OPENAI_CLIP_MEAN,
+        OPENAI_CLIP_STD,
+        (config.image_size // config.patch_size) ** 2 + 1,
     )
 
 
@@ -187,9 +255,9 @@ def vgg_lpips(weights: bool) -> nn.Module:
     return _NoTrainLpips(pretrained=weights, net="vgg", pnet_rand=not weights)
 
 
-def unreadable(key: str, name: str, error: Exception) -> UserError:
+def unreadable(key: str, kind: Any, name: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:120]
     return UserError(
-        f"{key}: no CLIPVisionModel can be read from {name} ({reason}); give its folder, a hub id such as "
+        f"{key}: no {kind.__name__} can be read from {name} ({reason}); give its folder, a hub id such as "
         "openai/clip-vit-base-patch16, or efflite0"
     )

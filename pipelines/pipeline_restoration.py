@@ -170,12 +170,20 @@ def image_tokens(
 ) -> torch.Tensor:
     """(B, N, D) of pictures (B, 3, H, W) in [-1, 1]: all of CLIP's tokens after its last norm, or the places of a
     convolutional network's last features."""
-    x = F.interpolate(images / 2 + 0.5, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    centre, spread = (x.new_tensor(v).view(1, 3, 1, 1) for v in (mean, std))
-    states = encoder(((x - centre) / spread).to(encoder.dtype)).last_hidden_state
+    pixels = encoder_input(images / 2 + 0.5, size, mean, std)
+    states = encoder(pixels.to(encoder.dtype)).last_hidden_state
     if states.ndim == 4:
         return states.flatten(2).mT
     return getattr(encoder, "vision_model", encoder).post_layernorm(states)
+
+
+def encoder_input(
+    images: torch.Tensor, size: int, mean: Sequence[float], std: Sequence[float]
+) -> torch.Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] as an image network was trained to see them, (B, 3, size, size)."""
+    x = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    centre, spread = (x.new_tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+    return (x - centre) / spread
 
 
 def colour_fixed(output: torch.Tensor, seen: torch.Tensor, kind: ColourFix) -> torch.Tensor:

@@ -3,25 +3,23 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import parse_value, validate
-from ..controls import Control
+from ..controls import Control, ImagePrompt, View
 from ..data import ImageData, load_data
 from ..draws import Draws
 from ..errors import UserError
 from ..settings import settings
+from ..vision import Vision
 
 MASK_SEED = 0
-DEFINITION = (
-    "mean absolute difference of the condition and what the control sees of the picture, pixels in [0, 1]"
-)
 Place = tuple[str, str, int]
 
 
@@ -36,12 +34,17 @@ class Conditions:
     """Condition i is what `control` sees of real picture i, repeated if there are fewer.
 
     places  (data set, its split, row) of each real picture; a random mask of i comes from (seed 0, i)
+    device  of the control's network, where it has one
     """
 
     def __init__(
-        self, control: Control, places: Sequence[Place], data_options: Mapping[str, Any] | None = None
+        self,
+        control: Control,
+        places: Sequence[Place],
+        data_options: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
     ):
-        self.control, self.places = control, places
+        self.control, self.places, self.device = control, places, device
         self._load = lru_cache(maxsize=4)(
             lambda data, split, side: load_data(data, split=split, resolution=side, **(data_options or {}))
         )
@@ -63,17 +66,24 @@ class Conditions:
         return torch.cat([self._set(place, side).images([place[2]]) for place in found])
 
     def seen(self, images: Tensor, rows: range) -> Tensor:
-        """The control's view of uint8 pictures `rows` (B, 3, H, W): float32 of that shape."""
-        return self.control(images.float() / 255, Draws(MASK_SEED, 0, rows))
+        """The control's view of uint8 pictures `rows` (B, 3, H, W): float32 of that shape, or embeddings (B, D)."""
+        device = self.device if isinstance(self._view, nn.Module) else "cpu"
+        return self._view(images.float().to(device) / 255, Draws(MASK_SEED, 0, rows, device)).cpu()
 
     def of(self, rows: range, side: int) -> Tensor:
-        """Conditions `rows`: float32 (B, 3, side, side), in [0, 1] but for hidden pixels."""
+        """Conditions `rows`: float32 (B, 3, side, side), in [0, 1] but for hidden pixels, or embeddings (B, D)."""
         return self.seen(self.real(rows, side), rows)
 
+    def shown(self, rows: range, side: int) -> Tensor:
+        """Pictures of conditions `rows`: float32 (B, 3, side, side) in [0, 1], hidden pixels black."""
+        real = self.real(rows, side)
+        return self.control.shown(real.float() / 255, self.seen(real, rows)).clamp(min=0)
+
     def errors(self, images: Tensor, rows: range) -> Tensor:
-        """Of uint8 pictures `rows` (B, 3, H, W): float64 (B,), as DEFINITION says. The formula of NCT's consistency
-        (arXiv 2506.19741) is lost in the text that was read; a mean absolute difference fits its figures."""
-        return (self.of(rows, images.shape[-1]) - self.seen(images, rows)).abs().double().mean((1, 2, 3))
+        """Of uint8 pictures `rows` (B, 3, H, W): float64 (B,), as the control's definition says. The formula of NCT's
+        consistency (arXiv 2506.19741) is lost in the text that was read; a mean absolute difference fits its figures.
+        """
+        return self.control.error(self.of(rows, images.shape[-1]), self.seen(images, rows))
 
     def identity(self, rows: range) -> str:
         """Hash of the control and of where real pictures `rows` come from, their content included."""
@@ -81,6 +91,11 @@ class Conditions:
         sets = {f"{p[0]} {p[1]}": self._set(p, 1).fingerprint for p in found}
         record = [self.name, sets, [[p[0], p[1], p[2]] for p in found]]
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _view(self) -> View:
+        view = self.control.load(Vision())
+        return view.to(self.device) if isinstance(view, nn.Module) else view
 
     def _set(self, place: Place, side: int) -> ImageData:
         return self._load(place[0], place[1], side)
@@ -100,6 +115,11 @@ def control_of(tree: Any) -> Control:
 
 
 def control_in(folder: Path) -> Control | None:
-    """That of an exported folder's control.json; None without."""
+    """That of an exported folder's control.json, with its own copy of a network; None without."""
     notes = folder / "control.json"
-    return control_of(json.loads(notes.read_text())["control"]) if notes.is_file() else None
+    if not notes.is_file():
+        return None
+    control = control_of(json.loads(notes.read_text())["control"])
+    if isinstance(control, ImagePrompt) and (folder / control.encoder).is_dir():
+        return ImagePrompt(encoder=str(folder / control.encoder))
+    return control

@@ -38,7 +38,7 @@ def inputs_for(judge: "Judge", source: Source, count: int, control: Control | No
     if control is None:
         if source.controlled:
             raise UserError(
-                "control: the pipeline has a ControlNet and names no control; give what it sees, --control canny"
+                "control: the pipeline has an adapter and names no control; give what it sees, --control canny"
             )
         return inputs
     return replace(inputs, conditions=judge.conditions(control), controlled=source.controlled)
@@ -99,7 +99,7 @@ class DataJudge(Judge):
         data_options: Mapping[str, Any] | None,
     ):
         self.data, self.split, self.holdout = data, split, holdout
-        self.batch_size, self.options = batch_size, data_options
+        self.batch_size, self.options, self.device = batch_size, data_options, device
         if holdout == split:
             raise UserError(f"holdout: {holdout} is the reference itself; name another split, or none")
         for name in (split, holdout):
@@ -127,7 +127,8 @@ class DataJudge(Judge):
         return Inputs()
 
     def conditions(self, control: Control) -> Conditions:
-        return Conditions(control, places_of(self.data, self.split, self.options), self.options)
+        places = places_of(self.data, self.split, self.options)
+        return Conditions(control, places, self.options, self.device)
 
     def scores(self, runs: Sequence[Tensor], setting: Setting) -> list[Score]:
         if setting.image_size not in self.references:

@@ -15,6 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from ...pipelines.ip_adapter import FILE, FOLDER
 from ..errors import UserError
 from .conditions import control_in
 from .inputs import Inputs
@@ -42,6 +43,9 @@ class PipelineSource(Source):
         self.device = device
         self.quantise: Callable[[Tensor], Tensor] = quantise
         self.pipe, self.sampling = load_pipeline(pipeline, trust_remote_code)
+        self.prompted = (Path(pipeline) / FOLDER / FILE).is_file()
+        if self.prompted:
+            self._load_ip_adapter()
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         if getattr(self.pipe, "safety_checker", None) is not None:
@@ -57,7 +61,7 @@ class PipelineSource(Source):
             if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"
         ]
         self.num_classes = _num_classes(denoiser)
-        self.controlled = "controlnet" in self.pipe.components
+        self.controlled = self.prompted or "controlnet" in self.pipe.components
         self.control = control_in(Path(pipeline)) if self.controlled else None
         if "prompt" in self.parameters:
             self.conditioning = "caption"
@@ -93,6 +97,10 @@ class PipelineSource(Source):
         for key in out:
             if key not in self.parameters:
                 raise UserError(f"{self.name}: {type(self.pipe).__name__} takes no {key!r}; leave it out")
+        if self.prompted and self.pipe.unet.config.time_cond_proj_dim is None and out["guidance_scale"] > 1:
+            raise UserError(
+                f"guidance_scale: {out['guidance_scale']} needs a picture to guide away from; set it to 1"
+            )
         return out
 
     def quantise_by(self, rule: Callable[[Tensor], Tensor], name: str) -> None:
@@ -108,7 +116,28 @@ class PipelineSource(Source):
         seed_block: int,
         arguments: dict[str, Any],
     ) -> tuple[Tensor, float]:
-        """Picture i has the noise seed seed_block * 1_000_000 + i."""
+        """Picture i has the noise seed seed_block * 1_000_000 + i.
+
+        With an IP-Adapter one call a picture: stock pipelines show all image prompts of a call to each of its pictures.
+        """
+        parts = [range(i, i + 1) for i in rows] if self.prompted else [rows]
+        calls = [self._call(part, inputs, seed_block, arguments) for part in parts]
+        start = time.perf_counter()
+        try:
+            made = [pictures_of(self.pipe(**call)) for call in calls]
+        except (ValueError, TypeError, IndexError) as error:  # the last: a label beyond the network's
+            kind = type(self.pipe).__name__
+            raise UserError(f"{self.name}: {kind} refuses the call ({first_line(error)})") from error
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        pictures = self._quantise(torch.cat(made) if self.prompted else made[0])
+        side(self.name, pictures)
+        return pictures, seconds
+
+    def _call(
+        self, rows: range, inputs: Inputs, seed_block: int, arguments: dict[str, Any]
+    ) -> dict[str, Any]:
         generators = [torch.Generator().manual_seed(seed_block * SEED_STRIDE + i) for i in rows]
         call: dict[str, Any] = {"generator": generators, "output_type": "pt", **arguments}
         if self.conditioning in KEYWORDS:
@@ -117,19 +146,9 @@ class PipelineSource(Source):
             call["batch_size"] = len(rows)
         if inputs.controlled:
             assert inputs.conditions is not None
-            call["image"] = inputs.conditions.of(rows, arguments.get("height") or self._side())
-        start = time.perf_counter()
-        try:
-            images = pictures_of(self.pipe(**call))
-        except (ValueError, TypeError, IndexError) as error:  # the last: a label beyond the network's
-            kind = type(self.pipe).__name__
-            raise UserError(f"{self.name}: {kind} refuses the call ({first_line(error)})") from error
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        seconds = time.perf_counter() - start
-        pictures = self._quantise(images)
-        side(self.name, pictures)
-        return pictures, seconds
+            seen = inputs.conditions.of(rows, arguments.get("height") or self._side())
+            call |= {"ip_adapter_image_embeds": [seen[:, None]]} if self.prompted else {"image": seen}
+        return call
 
     def identity(self) -> str:
         """Hash of a folder's files; of a hub id, of its weights and configurations in memory."""
@@ -139,6 +158,21 @@ class PipelineSource(Source):
     def _identity(self) -> str:
         folder = Path(self.name)
         return hash_files(folder, _files(folder)) if folder.is_dir() else hash_parts(self.pipe)
+
+    def _load_ip_adapter(self) -> None:
+        """The adapter in the folder, which takes embeddings that are made here."""
+        try:
+            self.pipe.load_ip_adapter(
+                self.name,
+                subfolder=FOLDER,
+                weight_name=FILE,
+                image_encoder_folder=None,
+                local_files_only=True,
+            )
+        except Exception as error:  # whatever diffusers or safetensors say about the file
+            raise UserError(
+                f"{self.name}: {FOLDER}/{FILE} cannot be loaded ({first_line(error)}); export it again"
+            ) from error
 
     def _side(self) -> int:
         """Of pictures in pixels where the call names none."""

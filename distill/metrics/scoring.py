@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .conditions import DEFINITION, Conditions
+from .conditions import Conditions
 from .features import Extractor
 from .frechet import INFINITY_RATIO, frechet_infinity
 from .image_text import Measure, Scorer, image_text_protocol
@@ -145,7 +145,7 @@ def condition_score(runs: Sequence[Tensor], conditions: Conditions, setting: Set
     rows = range(min(setting.n_gen, len(conditions.places)))
     protocol = Protocol(
         metric="condition error",
-        definition=DEFINITION,
+        definition=conditions.control.definition,
         extractor=conditions.name,
         extractor_weights_sha256="",
         input=setting.quantisation,

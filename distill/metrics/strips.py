@@ -65,9 +65,9 @@ def draw_strips(
 
 
 def draw_conditions(inputs: Inputs, side: int, folder: Path, name: str) -> str:
-    """The file with the conditions of a strip; hidden pixels are black."""
+    """The file with pictures of the conditions of a strip."""
     assert inputs.conditions is not None
-    shown = inputs.conditions.of(range(len(inputs.captions)), side).clamp(min=0)
+    shown = inputs.conditions.shown(range(len(inputs.captions)), side)
     return _save((shown * 255).round().byte(), folder / f"{name}-condition.png")
 
 

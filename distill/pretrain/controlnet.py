@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...pipelines.export import Export, in_float32
-from ..controls import Control
+from ..controls import SpatialControl
 from ..draws import Draws
 from ..errors import UserError
 from ..frozen import weights_hash
@@ -27,7 +27,7 @@ class ControlNetSettings:
     guidance_scale   of the pictures and of sampling.json
     """
 
-    control: Control
+    control: SpatialControl
     caption_dropout: float = Field(0.5, ge=0, lt=1)
     guidance_scale: float = Field(3.0, ge=1)
 
@@ -50,6 +50,7 @@ class ControlNetTraining(Method):
             kind = type(self.teacher.pipeline).__name__
             raise UserError(f"teacher.path: no pipeline of diffusers samples a {kind} with our ControlNet")
         self.controlnet = controlnet_of(self.teacher)
+        self.view = settings.control.load(parts.vision)
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"control": list(self.controlnet.parameters())}
@@ -63,7 +64,7 @@ class ControlNetTraining(Method):
         t = draws.integers(0, int(process.t_range[1]) + 1).double()
         eps = draws.normal(x0.shape[1:])
         told = batch.condition.drop(draws.uniform() < self.settings.caption_dropout)
-        picture = self.settings.control(batch.images / 2 + 0.5, draws)
+        picture = self.view(batch.images / 2 + 0.5, draws)
         seen = self.controlled(picture)(process.noised(x0, eps, t), t, told)
         return {"loss": (seen.eps - eps).square().mean()}
 
@@ -83,7 +84,7 @@ class ControlNetTraining(Method):
 
         plain = sampled(self.teacher.denoiser, seed)
         draws = Draws(seed, 0, range(len(captions)), device)
-        picture = self.settings.control((plain / 2 + 0.5).float().clamp(0, 1), draws)
+        picture = self.view((plain / 2 + 0.5).float().clamp(0, 1), draws)
         other = sampled(self.controlled(picture), seed + len(captions))
         return {"teacher": plain, "condition": 2 * picture - 1, "20 steps": other}
 
@@ -100,7 +101,7 @@ class ControlNetTraining(Method):
             {
                 "generator": Path(self.teacher.path).name,
                 "generator_hash": weights_hash(network),
-                "control": self.settings.control.__dict__,
+                "control": self.settings.control.record(),
             },
         )
         call = {"guidance_scale": self.settings.guidance_scale, **self.teacher.call()}
