@@ -119,7 +119,8 @@ def evaluate(arguments: list[str]) -> int:
     )
     parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument(
-        "pipeline", help="diffusers pipeline folder, embedded teacher, hub id, or folder of images"
+        "pipeline",
+        help="diffusers pipeline folder, embedded teacher, hub id, each with +LORA; or folder of images",
     )
     parser.add_argument("--data", help="default: emoji")
     parser.add_argument("--split", help="of real pictures and prompts, default: train")
@@ -183,16 +184,20 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def sample(arguments: list[str]) -> int:
-    """sample PIPELINE --data NAME_OR_FOLDER --num_images N --steps 4 --output FOLDER"""
+    """sample PIPELINE --data NAME_OR_FOLDER --num_images N --steps 4 --output FOLDER | --prompts FILE"""
     parser = argparse.ArgumentParser(
-        prog="fewstep sample", description="A folder of pictures, each of the caption or class of a real one."
+        prog="fewstep sample",
+        description="A folder of pictures, each of the caption or class of a real one, or of a line of a text file.",
     )
     parser.error = _usage_error  # type: ignore[method-assign]
-    parser.add_argument("pipeline", help="diffusers pipeline folder, embedded teacher or hub id")
-    parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("pipeline", help="as of evaluate, images apart")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="a new folder, or one that was not finished"
+    )
     parser.add_argument("--data", default="emoji")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--num_images", type=int, default=500)
+    parser.add_argument("--prompts", help="a text file with one a line, in place of --data")
+    parser.add_argument("--num_images", type=int, help="default: one for each prompt, else 500")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seed_block", type=int, default=1000, help="of the noise; scores use 0, 1, ...")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -223,7 +228,7 @@ def compare(arguments: list[str]) -> int:
     parser.add_argument(
         "entries",
         nargs="+",
-        help="[NAME=] run folder, pipeline folder, embedded teacher, hub id or report.json",
+        help="[NAME=] run folder, pipeline folder, embedded teacher, hub id, each but runs with +LORA; or report.json",
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="of students")

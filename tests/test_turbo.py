@@ -1,7 +1,5 @@
 """`fewstep turbo`: one command from prompts to a LoRA, its settings by family, and its refusals."""
 
-import json
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +12,6 @@ import yaml
 from diffusers import DiffusionPipeline, LCMScheduler
 from fewstep.distill import turbo
 from fewstep.distill.cli import main
-from fewstep.distill.data import load_data
-from fewstep.distill.errors import UserError
 from fewstep.distill.planning import budget
 from fewstep.distill.planning.budget import Measured, advice, disk_needs, full_disks, rehearse
 from fewstep.distill.planning.plan import planned
@@ -243,43 +239,6 @@ def test_mistakes(call: list[str], message: str, capsys: pytest.CaptureFixture[s
     assert main(["turbo", *call]) == 2
     error = capsys.readouterr().err
     assert message.replace("\\", "") in error and error.count("\n") == 1
-
-
-def test_a_reference_of_the_models_own_pictures(
-    here: Path, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Styled pictures of the prompts, one noise each, in the layout that `compare` reads; drawn once."""
-    style = style_of(tiny_pipeline, here / "style")
-    (here / "unseen.txt").write_text("dog face\n")
-    call = [
-        str(tiny_pipeline), "--lora", str(style), "--prompts", "prompts.txt", "--holdout_prompts", "unseen.txt",
-        "--copies", "2", "--steps", "2", "--batch_size", "4", "--output", "reference",
-    ]  # fmt: skip
-    script = runpy.run_path(str(SCRIPTS / "draw_reference.py"))
-    script["main"](call)
-    for split, count in (("train", 6), ("holdout", 2)):
-        assert len(load_data("reference/pictures", split=split, resolution=16)) == count
-    data = load_data("reference/pictures", resolution=16)
-    assert data.captions == [p for p in ("red cat", "dog", "a face") for _ in range(2)]
-    pipe = DiffusionPipeline.from_pretrained("reference/teacher")
-    calls = {"guidance_scale": 7.5, "num_inference_steps": 2, "output_type": "pt"}
-    generator = torch.Generator().manual_seed(10**9 + 3)
-    drawn = pipe("dog", generator=generator, **calls).images[0]
-    assert torch.allclose(data.images([3])[0] / 255, drawn, atol=0.02)  # rounded
-    assert (data.images([2]) - data.images([3])).any()
-    plain = DiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
-    bare = plain("dog", generator=torch.Generator().manual_seed(10**9 + 3), **calls).images[0]
-    assert (bare - drawn).abs().max() > 0.02
-    assert json.loads(Path("reference/teacher/sampling.json").read_text()) == {
-        "default": {"guidance_scale": 7.5}
-    }
-    first = Path("reference/pictures/train/000000.png")
-    before = first.stat().st_mtime_ns
-    Path("reference/pictures/train/000005.png").unlink()
-    script["main"](call)
-    assert Path("reference/pictures/train/000005.png").is_file() and first.stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="fashion-edm takes no prompts"):
-        script["main"](["fashion-edm", "--prompts", "prompts.txt", "--output", "none"])
 
 
 def test_the_style_for_emoji_sd_passes_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -237,17 +237,23 @@ def real_floor(
 
 
 def open_source(pipeline: str, device: torch.device, trust_remote_code: bool = False) -> Source:
-    """An embedded teacher, a pipeline folder, a folder of images or a hub id. Raises UserError if it is none."""
+    """An embedded teacher, a pipeline folder, a folder of images or a hub id; of pipelines also `PIPELINE+LORA`, with
+    the LoRA of a file in the weights. Raises UserError if it is none."""
+    lora = None
+    if not Path(pipeline).exists() and "+" in pipeline:
+        pipeline, _, lora = pipeline.partition("+")
     path = EMBEDDED.get(pipeline, Path(pipeline))
     if path.is_dir():
         if (path / "model_index.json").is_file():
-            return PipelineSource(str(path), device, trust_remote_code=trust_remote_code)
+            return PipelineSource(str(path), device, lora=lora, trust_remote_code=trust_remote_code)
         if (path / "pipeline" / "model_index.json").is_file():
             raise UserError(f"{path}: this is a run folder; give {path / 'pipeline'}")
+        if lora is not None:
+            raise UserError(f"{pipeline}+{lora}: a folder of images takes no LoRA; give a pipeline")
         return FolderSource(path)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", pipeline):
         raise UserError(f"{pipeline}: no such folder; give a pipeline folder, a folder of images or a hub id")
-    return PipelineSource(pipeline, device, trust_remote_code=trust_remote_code)
+    return PipelineSource(pipeline, device, lora=lora, trust_remote_code=trust_remote_code)
 
 
 def _setting(

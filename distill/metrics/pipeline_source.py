@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from ...pipelines.ip_adapter import FILE, FOLDER
 from ..errors import UserError
+from ..teacher import fuse_lora
 from .conditions import control_in
 from .inputs import Inputs
 from .loading import load_pipeline
@@ -37,12 +38,17 @@ class PipelineSource(Source):
     seed_rule = f"one CPU torch.Generator per image, seed_block * {SEED_STRIDE} + i"
     quantisation = QUANTISATION
 
-    def __init__(self, pipeline: str, device: torch.device, *, trust_remote_code: bool = False):
-        """Raises UserError if it cannot be loaded or needs inputs other than a prompt or a class label."""
-        self.name = pipeline
+    def __init__(
+        self, pipeline: str, device: torch.device, *, lora: str | None = None, trust_remote_code: bool = False
+    ):
+        """lora: a file, or owner/name/file of the hub. Raises UserError if it cannot be loaded or needs inputs other
+        than a prompt or a class label."""
+        self.name, self.lora = pipeline, lora
         self.device = device
         self.quantise: Callable[[Tensor], Tensor] = quantise
         self.pipe, self.sampling = load_pipeline(pipeline, trust_remote_code)
+        if lora is not None:
+            fuse_lora(self.pipe, lora, key=f"{pipeline}+{lora}")
         self.prompted = (Path(pipeline) / FOLDER / FILE).is_file()
         if self.prompted:
             self._load_ip_adapter()
@@ -151,13 +157,14 @@ class PipelineSource(Source):
         return call
 
     def identity(self) -> str:
-        """Hash of a folder's files; of a hub id, of its weights and configurations in memory."""
+        """Hash of a folder's files; of a hub id, or with a LoRA, of the weights and configurations in memory."""
         return self._identity
 
     @cached_property
     def _identity(self) -> str:
         folder = Path(self.name)
-        return hash_files(folder, _files(folder)) if folder.is_dir() else hash_parts(self.pipe)
+        on_disk = folder.is_dir() and self.lora is None
+        return hash_files(folder, _files(folder)) if on_disk else hash_parts(self.pipe)
 
     def _load_ip_adapter(self) -> None:
         """The adapter in the folder, which takes embeddings that are made here."""
@@ -197,8 +204,9 @@ class PipelineSource(Source):
 
     def describe(self) -> dict[str, Any]:
         folder = Path(self.name)
+        added = f"+{Path(self.lora).name}" if self.lora is not None else ""
         return {
-            "pipeline": short(folder) if folder.is_dir() else self.name,
+            "pipeline": (short(folder) if folder.is_dir() else self.name) + added,
             "pipeline_sha256": self.identity(),
             "pipeline_class": type(self.pipe).__name__,
             "scheduler": type(self.pipe.scheduler).__name__,

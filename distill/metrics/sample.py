@@ -1,4 +1,5 @@
-"""A folder of pictures that a pipeline makes from the captions or classes of a data set: a data set in its turn."""
+"""A folder of pictures that a pipeline makes from the captions or classes of a data set, or from prompts: a data set in
+its turn."""
 
 import json
 from collections.abc import Mapping
@@ -11,11 +12,17 @@ from tqdm.auto import tqdm
 
 from ..checkpoint import write_file
 from ..controls import Control
+from ..data.prompts import read_prompts
 from ..errors import UserError
 from .evaluate import choose_device, open_source
+from .inputs import Inputs
 from .judges import DataJudge, inputs_for
+from .protocol import hash_prompts
+from .source import Source
 
 SEED_BLOCK = 1000  # noise that no score of fewer seeds has seen
+NUM_IMAGES = 500
+RECORD = "sample.json"
 
 
 def sample(
@@ -24,7 +31,8 @@ def sample(
     *,
     data: str = "emoji",
     split: str = "train",
-    num_images: int,
+    prompts: str | None = None,
+    num_images: int | None = None,
     steps: int,
     seed_block: int = SEED_BLOCK,
     batch_size: int = 64,
@@ -35,31 +43,75 @@ def sample(
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> Path:
-    """00000.png and so on and metadata.jsonl in a new folder, which `load_data` and image tools read.
+    """00000.png and so on and metadata.jsonl in `output`, which `load_data` and image tools read.
 
-    Picture i is made as `evaluate` makes it: from the caption, class or condition of reference row i, with the noise
-    seed seed_block * 1_000_000 + i. Raises UserError for whatever the caller can mend.
+    Picture i is made as `evaluate` makes it: from the caption, class or condition of reference row i, or from line i of
+    the text file `prompts`, repeated if there are fewer, with the noise seed seed_block * 1_000_000 + i. num_images: by
+    default one for each prompt, else 500. The same call goes on where it was stopped; sample.json says what it was.
+    Raises UserError for whatever the caller can mend.
     """
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"output: {output} is not empty; name a new folder")
-    if num_images < 1 or batch_size < 1:
-        raise UserError(f"num_images, batch_size: {num_images}, {batch_size}; give 1 or more")
     where = choose_device(device)
     source = open_source(pipeline, where, trust_remote_code)
-    ((_, call),) = source.calls([steps], 1, guidance_scale, num_images).items()
-    judge = DataJudge(data, split, None, "efflite0-128", where, batch_size, data_options)
-    inputs = inputs_for(judge, source, num_images, control)
-    output.mkdir(parents=True, exist_ok=True)
-    lines = []
-    with tqdm(total=num_images, unit="image", disable=not progress) as bar:
-        for first in range(0, num_images, batch_size):
-            rows = range(first, min(first + batch_size, num_images))
-            images, _ = source.pictures(rows, inputs, seed_block, call)
-            for i, image in zip(rows, images, strict=True):
-                name = f"{i:05}.png"
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(output / name)
-                text = inputs.captions[i % len(inputs.captions)] if inputs.captions else ""
-                lines.append(json.dumps({"file_name": name, "text": text}))
+    if prompts is None:
+        count = NUM_IMAGES if num_images is None else num_images
+        judge = DataJudge(data, split, None, "efflite0-128", where, batch_size, data_options)
+        inputs = inputs_for(judge, source, count, control)
+    else:
+        inputs = _prompted(prompts, source, control)
+        count = len(inputs.captions) if num_images is None else num_images
+    if count < 1 or batch_size < 1:
+        raise UserError(f"num_images, batch_size: {count}, {batch_size}; give 1 or more")
+    ((_, call),) = source.calls([steps], 1, guidance_scale, count).items()
+    conditions = [] if inputs.conditions is None else [inputs.conditions.identity(range(count))]
+    record = {
+        **source.describe(),
+        "arguments": call,
+        "num_images": count,
+        "seed_rule": source.seed_rule,
+        "seed_block": seed_block,
+        "inputs_sha256": [hash_prompts(inputs.of(range(count))), *conditions],
+    }
+    _claim(output, record)
+    with tqdm(total=count, unit="image", disable=not progress) as bar:
+        for first in range(0, count, batch_size):
+            rows = range(first, min(first + batch_size, count))
+            if not all((output / _name(i)).is_file() for i in rows):
+                images, _ = source.pictures(rows, inputs, seed_block, call)
+                for i, image in zip(rows, images, strict=True):
+                    _save(Image.fromarray(image.permute(1, 2, 0).numpy()), output / _name(i))
             bar.update(len(rows))
+    told = [inputs.captions[i % len(inputs.captions)] if inputs.captions else "" for i in range(count)]
+    lines = [json.dumps({"file_name": _name(i), "text": text}) for i, text in enumerate(told)]
     write_file(output / "metadata.jsonl", "\n".join(lines) + "\n")
     return output
+
+
+def _prompted(prompts: str, source: Source, control: Control | None) -> Inputs:
+    if source.conditioning != "caption":
+        raise UserError(f"prompts: {source.name} takes none; leave the flag out")
+    if source.controlled or control is not None:
+        raise UserError("prompts: a control needs pictures beside them; give --data in its place")
+    return Inputs.of_captions(read_prompts(prompts))
+
+
+def _claim(output: Path, record: dict[str, Any]) -> None:
+    """Refuses a folder that holds anything but pictures of the same call."""
+    note = output / RECORD
+    text = json.dumps(record, indent=2) + "\n"
+    if output.exists() and any(output.iterdir()) and not (note.is_file() and note.read_text() == text):
+        raise UserError(
+            f"output: {output} holds other files or the pictures of another call; name a new folder"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    write_file(note, text)
+
+
+def _name(i: int) -> str:
+    return f"{i:05}.png"
+
+
+def _save(image: Image.Image, file: Path) -> None:
+    """Whole or not at all."""
+    part = file.with_suffix(".part")
+    image.save(part, format="PNG")
+    part.replace(file)

@@ -1,14 +1,16 @@
-"""A folder of samples: the pictures that `evaluate` would see, readable as data."""
+"""A folder of samples: the pictures that `evaluate` would see, readable as data, of captions or of prompts."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from fewstep.distill.cli import main
 from fewstep.distill.data import load_data
 from fewstep.distill.metrics.evaluate import open_source
 from fewstep.distill.metrics.inputs import Inputs
 from fewstep.distill.metrics.reference import captions_of
+from peft import LoraConfig, get_peft_model_state_dict
 
 
 def test_samples_are_a_data_set(
@@ -25,6 +27,60 @@ def test_samples_are_a_data_set(
     expected, _ = source.pictures(range(14), Inputs.of_captions(captions), 1000, arguments)
     made = load_data(str(out), resolution=16)
     assert made.captions == captions and torch.equal(made.images(), expected)
+    first, last = out / "00000.png", out / "00013.png"
+    before = first.stat().st_mtime_ns
+    last.unlink()
+    assert main(call) == 0
+    assert last.is_file() and first.stat().st_mtime_ns == before
     capsys.readouterr()
-    assert main(call) == 2
-    assert f"output: {out} is not empty; name a new folder" in capsys.readouterr().err
+    for other in ([*call, "--seed_block", "3"], [*call, "--output", str(data_folder)]):
+        assert main(other) == 2
+        assert (
+            "holds other files or the pictures of another call; name a new folder" in capsys.readouterr().err
+        )
+
+
+def test_pictures_of_prompts_by_a_model_with_a_lora(
+    tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The LoRA's scale is in the weights, and prompts come again with other noise."""
+    pipe = DiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
+    torch.manual_seed(0)
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+    style = tmp_path / "pytorch_lora_weights.safetensors"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red cat\ndog\n")
+    call = [
+        "sample",
+        f"{tiny_pipeline}+{style}",
+        "--prompts",
+        str(prompts),
+        "--steps",
+        "2",
+        "--num_images",
+        "3",
+    ]
+    assert main([*call, "--output", str(tmp_path / "made" / "train")]) == 0
+    made = load_data(str(tmp_path / "made"), resolution=16)
+    assert made.captions == ["red cat", "dog", "red cat"]
+    assert (made.images([0]) != made.images([2])).any()
+    arguments = {"num_inference_steps": 2, "output_type": "pt"}
+    drawn = pipe("dog", generator=torch.Generator().manual_seed(10**9 + 1), **arguments).images[0]
+    assert torch.allclose(made.images([1])[0] / 255, drawn, atol=0.0025)  # rounded
+    pipe.unet.disable_adapters()
+    bare = pipe("dog", generator=torch.Generator().manual_seed(10**9 + 1), **arguments).images[0]
+    assert (bare - drawn).abs().max() > 0.03
+    styled, plain = (open_source(p, torch.device("cpu")) for p in (call[1], str(tiny_pipeline)))
+    assert styled.identity() != plain.identity()
+    assert styled.describe()["pipeline"] == plain.describe()["pipeline"] + f"+{style.name}"
+    capsys.readouterr()
+    for pipeline, message in (
+        (f"{tiny_pipeline}+{tmp_path}/none.safetensors", "none.safetensors"),
+        (f"{tmp_path / 'made' / 'train'}+{style}", "a folder of images takes no LoRA"),
+        ("fashion-edm", "prompts: "),
+    ):
+        out = str(tmp_path / "other")
+        assert main(["sample", pipeline, "--prompts", str(prompts), "--steps", "2", "--output", out]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
