@@ -18,9 +18,10 @@ from diffusers import (
 from torch import Tensor
 
 from .codec import vae_scale_factor
-from .denoiser import Denoiser, denoiser_of
+from .denoiser import Denoiser
 from .errors import UserError
 from .guidance import guidance_embedding
+from .network_adapters import denoiser_of
 from .process import VP, RectifiedFlow
 
 Texts = dict[str, Tensor]

@@ -11,10 +11,11 @@ from torch import Tensor
 from ..pipelines.export import sampling_of
 from .condition import Condition
 from .consistency import ConsistencyFunction, lcm_boundary
-from .denoiser import Denoiser, denoiser_of, nested
+from .denoiser import Denoiser
 from .errors import UserError
 from .families import LatentConsistency
 from .guidance import guidance_embedding
+from .network_adapters import denoiser_of, nested
 from .teacher import LatentTeacher, locate
 
 EMBEDDING_CHANNELS = (16, 32, 96, 256)  # of a ControlNet's condition; each but the first halves its side

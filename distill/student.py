@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from ..pipelines.transformer_two_time import TwoTimeDiT
 from ..pipelines.unet_norms import NormedUNet2DConditionModel, NormedUNet2DModel
-from .denoiser import Denoiser, denoiser_of, takes_span
+from .denoiser import Denoiser
 from .errors import UserError
 from .frozen import without_adapter
 from .methods.base import Parts
+from .network_adapters import denoiser_of, takes_span
 from .process import EDM, NoiseProcess
 from .quantise import dequantise, is_quantised
 from .settings import LORA_TARGETS, StudentSettings

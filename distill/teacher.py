@@ -15,11 +15,12 @@ from ..pipelines.export import Adapter, in_float32
 from ..pipelines.pipeline_edm import EDMPipeline
 from .codec import Codec, vae_scale_factor
 from .condition import Condition
-from .denoiser import Denoiser, UNet2DDenoiser
+from .denoiser import Denoiser
 from .errors import UserError
 from .families import FAMILY_NAMES, family_of
 from .frozen import move_frozen
 from .hub import refusal
+from .network_adapters import UNet2DDenoiser
 from .process import EDM, VP
 from .quantise import quantise_base
 from .settings import TeacherSettings

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fewstep.distill.denoiser import TwoTimeDiTDenoiser
 from fewstep.distill.derivative import DERIVATIVES
 from fewstep.distill.draws import Draws
 from fewstep.distill.measure import (
@@ -32,6 +31,7 @@ from fewstep.distill.measure import (
 )
 from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.methods.rcm import RCM, RCMSettings
+from fewstep.distill.network_adapters import TwoTimeDiTDenoiser
 from fewstep.distill.process import RectifiedFlow
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.teacher import Teacher

@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from fewstep.distill.condition import Condition
-from fewstep.distill.denoiser import Prediction, UNet2DConditionDenoiser
+from fewstep.distill.denoiser import Prediction
+from fewstep.distill.network_adapters import UNet2DConditionDenoiser
 from fewstep.distill.process import VP, NoiseProcess
 from torch import Tensor
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from fewstep.distill.condition import Condition
-from fewstep.distill.denoiser import FluxDenoiser, WanDenoiser
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics.inputs import Inputs
 from fewstep.distill.metrics.pipeline_source import PipelineSource
 from fewstep.distill.model_card import sampling_line
+from fewstep.distill.network_adapters import FluxDenoiser, WanDenoiser
 from fewstep.distill.process import VP, RectifiedFlow
 from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.student import Student

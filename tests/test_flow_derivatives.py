@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import ModelMixin
 from fewstep.distill.condition import Condition
-from fewstep.distill.denoiser import ADAPTERS, Denoiser, denoiser_of
+from fewstep.distill.denoiser import Denoiser
 from fewstep.distill.derivative import total_derivative
+from fewstep.distill.network_adapters import ADAPTERS, denoiser_of
 from fewstep.distill.process import RectifiedFlow
 from torch import Tensor
 from torch.overrides import TorchFunctionMode

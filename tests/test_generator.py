@@ -8,8 +8,9 @@ import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 from fewstep.distill.condition import Condition
 from fewstep.distill.consistency import ConsistencyFunction
-from fewstep.distill.denoiser import Denoiser, UNet2DConditionDenoiser
+from fewstep.distill.denoiser import Denoiser
 from fewstep.distill.generator import Generator, fresh_from, lcm_timesteps, seeded
+from fewstep.distill.network_adapters import UNet2DConditionDenoiser
 from fewstep.distill.process import VP
 from torch import Tensor, nn
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from fewstep.distill.condition import Condition
-from fewstep.distill.denoiser import UNet2DConditionDenoiser
 from fewstep.distill.generator import ddim_sample, seeded
+from fewstep.distill.network_adapters import UNet2DConditionDenoiser
 from fewstep.distill.process import EDM, VP
 from fewstep.distill.solvers import ddim_step, euler_edm, heun_edm
 from torch import Tensor

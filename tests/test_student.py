@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from fewstep.distill.condition import Condition
-from fewstep.distill.denoiser import UNet2DConditionDenoiser
 from fewstep.distill.ema import EMA
+from fewstep.distill.network_adapters import UNet2DConditionDenoiser
 from fewstep.distill.settings import LORA_TARGETS, StudentSettings, TeacherSettings
 from fewstep.distill.student import Student, full_copy
 from fewstep.distill.teacher import Teacher

@@ -6,16 +6,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from fewstep.distill.condition import Condition
-from fewstep.distill.denoiser import (
-    DenoiserView,
-    Prediction,
-    TwoTimeDiTDenoiser,
-    TwoTimeUNetDenoiser,
-    denoiser_of,
-    reach,
-    seen_in,
-)
+from fewstep.distill.denoiser import DenoiserView, Prediction, reach, seen_in
 from fewstep.distill.errors import UserError
+from fewstep.distill.network_adapters import TwoTimeDiTDenoiser, TwoTimeUNetDenoiser, denoiser_of
 from fewstep.distill.process import VP, NoiseProcess, RectifiedFlow
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.student import Student, new_denoiser

@@ -18,7 +18,6 @@ from .evaluate import choose_device, open_source
 from .inputs import Inputs
 from .judges import DataJudge, inputs_for
 from .protocol import hash_prompts
-from .source import Source
 
 SEED_BLOCK = 1000  # noise that no score of fewer seeds has seen
 NUM_IMAGES = 500
@@ -57,7 +56,11 @@ def sample(
         judge = DataJudge(data, split, None, "efflite0-128", where, batch_size, data_options)
         inputs = inputs_for(judge, source, count, control)
     else:
-        inputs = _prompted(prompts, source, control)
+        if source.conditioning != "caption":
+            raise UserError(f"prompts: {pipeline} takes none; leave the flag out")
+        if source.controlled or control is not None:
+            raise UserError("prompts: a control needs pictures beside them; give --data in its place")
+        inputs = Inputs.of_captions(read_prompts(prompts))
         count = len(inputs.captions) if num_images is None else num_images
     if count < 1 or batch_size < 1:
         raise UserError(f"num_images, batch_size: {count}, {batch_size}; give 1 or more")
@@ -84,14 +87,6 @@ def sample(
     lines = [json.dumps({"file_name": _name(i), "text": text}) for i, text in enumerate(told)]
     write_file(output / "metadata.jsonl", "\n".join(lines) + "\n")
     return output
-
-
-def _prompted(prompts: str, source: Source, control: Control | None) -> Inputs:
-    if source.conditioning != "caption":
-        raise UserError(f"prompts: {source.name} takes none; leave the flag out")
-    if source.controlled or control is not None:
-        raise UserError("prompts: a control needs pictures beside them; give --data in its place")
-    return Inputs.of_captions(read_prompts(prompts))
 
 
 def _claim(output: Path, record: dict[str, Any]) -> None:

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from fewstep.distill.condition import Condition
-from fewstep.distill.denoiser import TwoTimeDenoiser
 from fewstep.distill.draws import Draws
 from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.methods.meanflow import MeanFlow, MeanFlowSettings
+from fewstep.distill.network_adapters import TwoTimeDenoiser
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.space import PixelSpace
 from torch import Tensor, nn

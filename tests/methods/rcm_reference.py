@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from fewstep.distill import denoiser as denoisers
+from fewstep.distill import network_adapters
 from fewstep.distill.condition import Condition
 from fewstep.distill.denoiser import Denoiser
 from fewstep.distill.draws import Draws
@@ -76,7 +76,7 @@ class Direct(Denoiser):
         return (x_t, t.to(x_t.dtype)), {}
 
 
-denoisers.ADAPTERS |= dict.fromkeys((Affine, GaussianTeacher, GaussianConsistency), Direct)  # type: ignore[arg-type]
+network_adapters.ADAPTERS |= dict.fromkeys((Affine, GaussianTeacher, GaussianConsistency), Direct)  # type: ignore[arg-type]
 
 
 class Frozen(Teacher):

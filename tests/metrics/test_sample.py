@@ -46,7 +46,9 @@ def test_pictures_of_prompts_by_a_model_with_a_lora(
     """The LoRA's scale is in the weights, and prompts come again with other noise."""
     pipe = DiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
     torch.manual_seed(0)
-    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    pipe.unet.add_adapter(
+        LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    )
     pipe.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
     style = tmp_path / "pytorch_lora_weights.safetensors"
     prompts = tmp_path / "prompts.txt"

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from fewstep.distill.denoiser import denoiser_of
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.base import Parts
 from fewstep.distill.methods.meanflow import MeanFlow, MeanFlowSettings
+from fewstep.distill.network_adapters import denoiser_of
 from fewstep.distill.pretrain.edm import EDMSettings, EDMTraining
 from fewstep.distill.process import EDM
 from fewstep.distill.settings import Norm, StudentSettings
