@@ -76,6 +76,10 @@ def test_at_the_start_the_picture_changes_nothing(encoder: str, tiny_pipeline: P
     with torch.no_grad():
         x, seen = method.sampled(z, told, Draws(0, 0, range(4)))
         assert seen.shape == (4, 24 if encoder == "clip" else 1280) and seen.std(0).mean() > 1e-3
+        names = [k for k in method.adapter.network.attn_processors if k.endswith("attn2.processor")]
+        for layer, name in zip(processors(method.adapter.network), names, strict=True):
+            text = method.generator.network.get_submodule(name.removesuffix(".processor")).to_k
+            assert torch.equal(layer.to_k_ip[0].weight, text.weight)
         for other in (seen, seen.flip(0), 9 * torch.randn_like(seen), torch.zeros_like(seen)):
             assert torch.equal(method.adapter(z, told, other), x)
     out = step(method)
@@ -163,8 +167,11 @@ def test_the_embedding_has_no_gradient(tiny_pipeline: Path, clip: str) -> None:
     told, z = method.teacher.condition(CAPTIONS), torch.randn(4, 4, 8, 8)
     x, seen = method.sampled(z, told, Draws(0, 0, range(4)))
     assert not x.requires_grad and not seen.requires_grad
-    looked = method.view(torch.rand(2, 3, 16, 16, requires_grad=True), Draws(0, 0, range(2)))
+    pictures, draws = torch.rand(2, 3, 16, 16, requires_grad=True), Draws(0, 0, range(2))
+    looked = method.view(pictures, draws)
     assert not looked.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(method.view(pictures, draws), looked)
 
 
 def test_prompts_are_dropped_and_pictures_kept(tiny_pipeline: Path, clip: str) -> None:
