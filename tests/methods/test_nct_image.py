@@ -132,11 +132,13 @@ def test_gradients_are_those_of_unfused_attention(tiny_pipeline: Path, clip: str
     method = built(tiny_pipeline, clip, num_levels=3, boundary_weight=2.0)
     trained = method.players()["control"]
     ours = torch.autograd.grad(step(method)["loss"], trained)
-    method.adapter.network.enable_gradient_checkpointing()
-    method.adapter.network.train()  # some blocks ask for it
+    (network,) = method.passed_through()
+    network.enable_gradient_checkpointing()
+    calls: list[int] = []
+    network.up_blocks[0].resnets[0].register_forward_pre_hook(lambda module, args: calls.append(1))
     again = torch.autograd.grad(step(method)["loss"], trained)
-    method.adapter.network.disable_gradient_checkpointing()
-    network = method.adapter.network
+    assert len(calls) == 5  # three samples, two of them twice
+    network.disable_gradient_checkpointing()
     plain = {}
     for name, old in network.attn_processors.items():
         plain[name] = old
