@@ -63,7 +63,7 @@ class DepthEstimator(Frozen):
             depth = self.network(seen["pixel_values"].to(images.device)).predicted_depth[:, None]
         depth = F.interpolate(depth, images.shape[-2:], mode="bilinear", align_corners=False)
         low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
-        return ((depth - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1)
+        return ((depth - low) / (high - low).clamp(min=torch.finfo(depth.dtype).tiny)).expand(-1, 3, -1, -1)
 
 
 class EdgeDetector(Frozen):

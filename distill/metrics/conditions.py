@@ -121,5 +121,5 @@ def control_in(folder: Path) -> Control | None:
         return None
     control = control_of(json.loads(notes.read_text())["control"])
     if isinstance(control, ImagePrompt) and (folder / control.encoder).is_dir():
-        return ImagePrompt(encoder=str(folder / control.encoder))
+        return control_of({"name": "image", "encoder": str(folder / control.encoder)})
     return control

@@ -127,6 +127,21 @@ def test_the_noisier_level_follows_the_other(tiny_pipeline: Path) -> None:
     torch.testing.assert_close(ours, by_hand, rtol=1e-3, atol=1e-3 * by_hand.abs().max().item())
 
 
+def test_checkpointing_changes_no_gradient(tiny_pipeline: Path) -> None:
+    """The frozen network's activations are most of a step's: they are made again on the way back."""
+    method = built(tiny_pipeline)
+    trained = method.players()["control"]
+    plain = torch.autograd.grad(step(method)["loss"], trained)
+    (network,) = method.passed_through()
+    network.enable_gradient_checkpointing()
+    calls: list[int] = []
+    network.up_blocks[0].resnets[0].register_forward_pre_hook(lambda module, args: calls.append(1))
+    again = torch.autograd.grad(step(method)["loss"], trained)
+    assert len(calls) == 6  # x, the target, and two samples twice
+    for found, expected in zip(again, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
 def test_the_condition_reaches_the_sample(tiny_pipeline: Path) -> None:
     method = built(tiny_pipeline)
     told, z = method.teacher.condition(CAPTIONS), torch.randn(4, 4, 8, 8)

@@ -76,6 +76,10 @@ def test_at_the_start_the_picture_changes_nothing(encoder: str, tiny_pipeline: P
     with torch.no_grad():
         x, seen = method.sampled(z, told, Draws(0, 0, range(4)))
         assert seen.shape == (4, 24 if encoder == "clip" else 1280) and seen.std(0).mean() > 1e-3
+        names = [k for k in method.adapter.network.attn_processors if k.endswith("attn2.processor")]
+        for layer, name in zip(processors(method.adapter.network), names, strict=True):
+            text = method.generator.network.get_submodule(name.removesuffix(".processor")).to_k
+            assert torch.equal(layer.to_k_ip[0].weight, text.weight)
         for other in (seen, seen.flip(0), 9 * torch.randn_like(seen), torch.zeros_like(seen)):
             assert torch.equal(method.adapter(z, told, other), x)
     out = step(method)
@@ -128,11 +132,13 @@ def test_gradients_are_those_of_unfused_attention(tiny_pipeline: Path, clip: str
     method = built(tiny_pipeline, clip, num_levels=3, boundary_weight=2.0)
     trained = method.players()["control"]
     ours = torch.autograd.grad(step(method)["loss"], trained)
-    method.adapter.network.enable_gradient_checkpointing()
-    method.adapter.network.train()  # some blocks ask for it
+    (network,) = method.passed_through()
+    network.enable_gradient_checkpointing()
+    calls: list[int] = []
+    network.up_blocks[0].resnets[0].register_forward_pre_hook(lambda module, args: calls.append(1))
     again = torch.autograd.grad(step(method)["loss"], trained)
-    method.adapter.network.disable_gradient_checkpointing()
-    network = method.adapter.network
+    assert len(calls) == 5  # three samples, two of them twice
+    network.disable_gradient_checkpointing()
     plain = {}
     for name, old in network.attn_processors.items():
         plain[name] = old
@@ -163,8 +169,11 @@ def test_the_embedding_has_no_gradient(tiny_pipeline: Path, clip: str) -> None:
     told, z = method.teacher.condition(CAPTIONS), torch.randn(4, 4, 8, 8)
     x, seen = method.sampled(z, told, Draws(0, 0, range(4)))
     assert not x.requires_grad and not seen.requires_grad
-    looked = method.view(torch.rand(2, 3, 16, 16, requires_grad=True), Draws(0, 0, range(2)))
+    pictures, draws = torch.rand(2, 3, 16, 16, requires_grad=True), Draws(0, 0, range(2))
+    looked = method.view(pictures, draws)
     assert not looked.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(method.view(pictures, draws), looked)
 
 
 def test_prompts_are_dropped_and_pictures_kept(tiny_pipeline: Path, clip: str) -> None:
