@@ -10,7 +10,7 @@ from diffusers.models.embeddings import ImageProjection
 from torch import Tensor, nn
 
 from ..pipelines.export import in_float32
-from ..pipelines.ip_adapter import ImagePrompt
+from ..pipelines.ip_adapter import IPAdapterFiles
 from .condition import Condition
 from .control_networks import ImageEmbedder
 from .controls import View
@@ -110,7 +110,9 @@ class IPAdapter(ControlAdapter):
             for k, v in layer.state_dict().items():  # to_k_ip.0.weight: of the first adapter
                 weights[f"ip_adapter.{2 * i + 1}.{k.replace('.0.', '.')}"] = v
         encoder = self.embedder
-        return [ImagePrompt({k: v.clone() for k, v in weights.items()}, encoder.network, encoder.image_input)]
+        return [
+            IPAdapterFiles({k: v.clone() for k, v in weights.items()}, encoder.network, encoder.image_input)
+        ]
 
 
 def adapter_of(generator: OneStep, view: View) -> ControlAdapter:

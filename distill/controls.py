@@ -28,8 +28,8 @@ HIDDEN = -1.0  # of masked pixels, as diffusers' inpainting ControlNets have the
 View = Callable[[Tensor, Draws], Tensor]  # pictures to conditions
 
 
-class PictureControl:
-    """Settings of a control whose conditions are pictures.
+class ControlSettings:
+    """Of every control; what a class does not say otherwise holds for conditions that are pictures.
 
     definition  of the error between the conditions of two pictures
     """
@@ -56,7 +56,7 @@ class PictureControl:
 
 
 @settings
-class Canny(PictureControl):
+class Canny(ControlSettings):
     """Edges of OpenCV's Canny in 0 and 1; thresholds of the gradient on a scale of 0 to 255, as ControlNet's."""
 
     name: Literal["canny"] = "canny"
@@ -72,7 +72,7 @@ class Canny(PictureControl):
 
 
 @settings
-class SoftEdges(PictureControl):
+class SoftEdges(ControlSettings):
     """Norm of the Sobel gradient of the blurred luminance, at most 1; blur: standard deviation in pixels."""
 
     name: Literal["soft_edges"] = "soft_edges"
@@ -89,7 +89,7 @@ class SoftEdges(PictureControl):
 
 
 @settings
-class Luminance(PictureControl):
+class Luminance(ControlSettings):
     """The picture without its colours."""
 
     name: Literal["luminance"] = "luminance"
@@ -99,7 +99,7 @@ class Luminance(PictureControl):
 
 
 @settings
-class SuperResolution(PictureControl):
+class SuperResolution(ControlSettings):
     """The picture averaged over squares of `factor` pixels, each square in its one colour."""
 
     name: Literal["superres"] = "superres"
@@ -115,7 +115,7 @@ class SuperResolution(PictureControl):
 
 
 @settings
-class Inpainting(PictureControl):
+class Inpainting(ControlSettings):
     """The picture with one rectangle of `HIDDEN`, whose sides are uniform on this share of the picture's."""
 
     name: Literal["inpaint"] = "inpaint"
@@ -135,7 +135,7 @@ class Inpainting(PictureControl):
 
 
 @settings
-class Depth(PictureControl):
+class Depth(ControlSettings):
     """Relative inverse depth by a model of transformers, near bright; model: its folder or hub id."""
 
     name: Literal["depth"] = "depth"
@@ -146,7 +146,7 @@ class Depth(PictureControl):
 
 
 @settings
-class HED(PictureControl):
+class HED(ControlSettings):
     """Soft edges of ControlNet's HED (arXiv 1504.06375), by the package controlnet-aux; model: a folder or hub id with
     ControlNetHED.pth. `soft_edges` needs no weights."""
 
@@ -158,7 +158,7 @@ class HED(PictureControl):
 
 
 @settings
-class ImagePrompt(PictureControl):
+class ImagePrompt(ControlSettings):
     """The picture's embedding; encoder: efflite0, efflite2, or a folder or hub id (it may go on below the repository)
     of a CLIPVisionModelWithProjection."""
 

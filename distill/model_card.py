@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from ..pipelines.export import KOHYA, Export, is_own, own_parts
-from ..pipelines.ip_adapter import ImagePrompt
+from ..pipelines.ip_adapter import IPAdapterFiles
 from ..pipelines.pipeline_restoration import RestorationPipeline
 from .checkpoint import write_file
 from .config import DataSettings, RunConfig
@@ -55,8 +55,8 @@ def picture_line(export: Export) -> str:
     return ""
 
 
-def image_prompt(export: Export) -> ImagePrompt | None:
-    return next((part for part in export.beside if isinstance(part, ImagePrompt)), None)
+def image_prompt(export: Export) -> IPAdapterFiles | None:
+    return next((part for part in export.beside if isinstance(part, IPAdapterFiles)), None)
 
 
 def restores(export: Export) -> bool:

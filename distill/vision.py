@@ -231,10 +231,8 @@ def clip_embedder(network: Any) -> ImageEmbedder:
 
 def hub_place(name: str) -> tuple[str, str]:
     """A folder, or owner/name of the hub, and what of the name goes on below it."""
-    if Path(name).expanduser().is_dir() or name.count("/") < 2:
-        return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name, ""
-    owner, repository, inside = name.split("/", 2)
-    return f"{owner}/{repository}", inside
+    folder, parts = Path(name).expanduser(), name.split("/")
+    return (str(folder), "") if folder.is_dir() else ("/".join(parts[:2]), "/".join(parts[2:]))
 
 
 def clip_encoder(network: Any) -> ImageEncoder:

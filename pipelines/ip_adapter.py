@@ -15,7 +15,7 @@ ENCODER_FOLDER = f"{FOLDER}/{ENCODER}"
 
 
 @dataclass(frozen=True)
-class ImagePrompt:
+class IPAdapterFiles:
     """weights: `image_proj.` and `ip_adapter.` keys of IP-Adapter's authors; encoder: the network of transformers that
     embeds pictures; image_input: size in pixels, mean and std of [0, 1] of what it sees."""
 
@@ -51,7 +51,7 @@ class ImagePrompt:
             mean, std = ([float(v) for v in self.image_input[k]] for k in ("mean", "std"))
             lines += [
                 "",
-                f"from transformers import {kind}",
+                f"from transformers import {kind}  # and pip install timm",
                 f'encoder = {kind}.from_pretrained("{folder}/{ENCODER_FOLDER}", dtype=torch.float32)',
                 "pixels = pipe.image_processor.preprocess(picture) / 2 + 0.5",
                 f'pixels = torch.nn.functional.interpolate(pixels, ({side}, {side}), mode="bicubic", antialias=True)',
