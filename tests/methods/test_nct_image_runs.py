@@ -12,9 +12,9 @@ import pytest
 import torch
 from fewstep.distill.config import load_config, read_yaml
 from fewstep.distill.draws import Draws
-from fewstep.distill.dry_run import describe
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.nct import NCT
+from fewstep.distill.planning.dry_run import describe
 from fewstep.distill.runner import Runner
 from PIL import Image
 from safetensors.torch import load_file
