@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionControlNetPipeline
+from fewstep.distill.config import load_config
 from fewstep.distill.controls import SuperResolution
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
@@ -106,6 +107,12 @@ def test_pictures_follow_the_control(tiny_pipeline: Path) -> None:
     assert (
         rows["20 steps"] - built(tiny_pipeline, moved=False).pictures(["cat", "dog"], 4)["20 steps"]
     ).abs().max() > 0.01
+
+
+def test_an_image_prompt_is_no_picture_for_a_controlnet() -> None:
+    method = {"name": "controlnet", "control": {"name": "image"}}
+    with pytest.raises(UserError, match=r"method.control: .*image.* does not fit"):
+        load_config({"output_dir": "runs/none", "data": {"name": "emoji"}, "method": method})
 
 
 def test_a_student_is_refused(tiny_pipeline: Path) -> None:
