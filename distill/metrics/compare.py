@@ -22,7 +22,7 @@ from .pipeline_source import quiet
 from .remote_code import own_code
 from .report import check_writable, read_report, write_report
 from .strips import check_data, draw_conditions, draw_strips, strip_inputs
-from .table import by_column, columns_of, markdown, protocol_notes
+from .table import by_column, by_steps, columns_of, markdown, protocol_notes
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ def compare(
         "published": published(rows),
     }
     write_file(output / "compare.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
-    write_file(output / "compare.md", f"# {record['title']}\n\n{markdown(rows)}\n{protocol_notes(rows)}")
+    tables = f"{by_steps(rows)}\n{markdown(rows)}\n{protocol_notes(rows)}"
+    write_file(output / "compare.md", f"# {record['title']}\n\n{tables}")
     write_file(output / "compare.html", page(record, output))
     return record
 

@@ -132,6 +132,8 @@ def plot_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         models.setdefault(row["model"], []).append(point)
     titles = {c.key: c.title for c in columns_of(rows)}
     return {
-        "metrics": [{"key": k, "title": titles.get(k, k), "best": BEST[k]} for k in keys],
+        "metrics": [
+            {"key": k, "title": titles.get(k, k), "best": BEST[k], "digits": SCORES[k]} for k in keys
+        ],
         "models": [{"name": name, "points": points} for name, points in models.items()],
     }

@@ -120,6 +120,19 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return _table(columns_of(rows), rows)
 
 
+def by_steps(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A model a line, a number of steps a column: the first score that rows have, KID where it is among them."""
+    first = score_columns(rows)[0]
+    cells: dict[str, dict[int | None, str]] = {}
+    for row in rows:
+        cells.setdefault(row["model"], {})[row["steps"]] = shown(first, row)
+    steps = sorted({row["steps"] for row in rows}, key=lambda n: n or 0)
+    titles = ["pictures" if n is None else f"{n} step{'s' * (n > 1)}" for n in steps]
+    lines = [[first.title, *titles], ["---", *["---:"] * len(steps)]]
+    lines += [[name, *[found.get(n, "") for n in steps]] for name, found in cells.items()]
+    return _lines(lines)
+
+
 def protocol_notes(rows: Sequence[Mapping[str, Any]]) -> str:
     """The line below a table: how many pictures, seeds, made from what, which reference, each column's protocol."""
     columns = score_columns(rows)
@@ -163,8 +176,12 @@ def shown(column: Column, row: Mapping[str, Any]) -> str:
 def _table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
     texts = {"model", "method", "export", "law", "device"}
     lines = [[c.title for c in columns], ["---" if c.key in texts else "---:" for c in columns]]
-    lines += [[shown(c, row).replace("|", r"\|") for c in columns] for row in rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    lines += [[shown(c, row) for c in columns] for row in rows]
+    return _lines(lines)
+
+
+def _lines(cells: Sequence[Sequence[str]]) -> str:
+    return "".join("| " + " | ".join(c.replace("|", r"\|") for c in line) + " |\n" for line in cells)
 
 
 def _score_of(key: str) -> Callable[[Mapping[str, Any]], Score | None]:

@@ -107,12 +107,24 @@ def test_pictures_share_captions_and_noise(made: tuple[Path, dict]) -> None:
     assert one.read_bytes() == same.read_bytes() != other.read_bytes()
 
 
+def pivot(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """KIDs with a model a line and a number of steps a column."""
+    kids = {(r["model"], r["steps"]): f"{by_column(r)['KID'].value:.4f}" for r in rows}
+    models, steps = dict.fromkeys(m for m, _ in kids), (1, 2, 3, 4)
+    head = ["KID-efflite0-128", "1 step", "2 steps", "3 steps", "4 steps"]
+    return [head, *[[m, *[kids.get((m, n), "") for n in steps]] for m in models]]
+
+
 def test_markdown_and_page_hold_the_numbers(made: tuple[Path, dict]) -> None:
     output, record = made
     text, html = (output / "compare.md").read_text(), (output / "compare.html").read_text()
     kid = by_column(record["rows"][1])["KID"]
     number = f"{kid.value:.4f} ± {kid.sd:.4f}"
     assert number in text and number in html
+    first = [[c.strip() for c in line.strip("|").split("|")] for line in text.split("\n\n")[1].splitlines()]
+    assert [[c.partition(" ±")[0] for c in line] for line in first if "---" not in line] == pivot(
+        record["rows"]
+    )
     assert text.startswith("# A <tiny> comparison\n") and "A &lt;tiny&gt; comparison" in html
     assert html.count("data:image/png;base64,") == 8
     assert "{{" not in html and not re.search(r"(src|href)=[\"']?http", html)
@@ -127,7 +139,7 @@ def test_markdown_and_page_hold_the_numbers(made: tuple[Path, dict]) -> None:
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_draws_and_sorts_in_a_browser(made: tuple[Path, dict], width: int, tmp_path: Path) -> None:
     """The script clicks on the KID column and on a name of the legend, and reports what it sees in the title."""
-    output, _ = made
+    output, record = made
     probe = """<script>addEventListener("load", () => {
       const heads = [...document.querySelectorAll("#scores th button")];
       const named = document.querySelectorAll("#legend button")[1];
@@ -139,6 +151,7 @@ def test_the_page_draws_and_sorts_in_a_browser(made: tuple[Path, dict], width: i
         dots: dots(),
         cost: document.querySelectorAll("#by-training .dot").length,
         wide: document.documentElement.scrollWidth,
+        table: [...document.querySelectorAll("#by-steps tr")].map(r => [...r.cells].map(c => c.textContent)),
         fewer: (named.click(), dots()),
         again: (named.click(), dots()),
       });
@@ -149,6 +162,7 @@ def test_the_page_draws_and_sorts_in_a_browser(made: tuple[Path, dict], width: i
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
     dom = subprocess.run([BROWSER, *flags, path.as_uri()], capture_output=True, text=True, timeout=120).stdout
     seen = json.loads(re.search(r"<title>(.*?)</title>", dom).group(1))
+    assert seen.pop("table") == pivot(record["rows"])
     assert seen.pop("wide") <= max(width, 500)  # headless Chromium has a least width
     assert seen == {"sorted": True, "rows": 8, "dots": 8, "cost": 4, "fewer": 6, "again": 8}
 
