@@ -1,7 +1,6 @@
 """One trajectory: killed, interrupted, split into processes or accumulated, a run ends where the plain one ends."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,10 +12,11 @@ import pytest
 import torch
 import yaml
 from fewstep.distill.cli import main
-from fewstep.distill.config import load_config
 from fewstep.distill.runner import Runner
 from safetensors.torch import load_file
 from torch import Tensor
+
+from .runs import train, train_in_two_processes
 
 STEPS = 8
 KILLED_WHILE_SAVING_6 = """
@@ -67,12 +67,6 @@ def settings(teacher: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "checkpointing_steps": 2,
         **changes,
     }
-
-
-def train(tree: dict[str, Any]) -> Runner:
-    runner = Runner(load_config(tree))
-    runner.train()
-    return runner
 
 
 def command(tree: dict[str, Any], folder: Path) -> list[str]:
@@ -289,24 +283,7 @@ def test_accumulated_half_batches_follow_the_full_batch(
 
 def test_two_processes_follow_one(reference: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = command(settings(tiny_pipeline, run, train_batch_size=2), tmp_path)
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "fewstep.distill.cli",
-    ]
-    child = subprocess.run(
-        [sys.executable, *launch, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
+    train_in_two_processes(settings(tiny_pipeline, run, train_batch_size=2), tmp_path)
     assert_near_run(run, reference, 1e-6)
 
 

@@ -1,19 +1,17 @@
 """Methods with several players in the runner: resumed and split into processes, a run ends where the plain one ends."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from fewstep.distill.config import load_config
 from fewstep.distill.runner import Runner
 from safetensors.torch import load_file
+
+from .runs import train_in_two_processes
 
 STEPS = 5
 SCOTT = {"name": "scott", "discriminator_rank": 4, "discriminator_lr": 1e-4}
@@ -125,18 +123,7 @@ def test_every_player_moves_at_its_own_rate_and_the_checkpoint_has_them_all(
 def test_two_processes_follow_one(reference: tuple[str, Path], tiny_pipeline: Path, tmp_path: Path) -> None:
     """The proxy's contrastive loss compares the rows of one process, so that its weights alone may differ."""
     name, plain = reference
-    path = tmp_path / "run.yaml"
-    changes: dict[str, Any] = {"train_batch_size": 2}
-    path.write_text(yaml.safe_dump(tree(tiny_pipeline, tmp_path / "run", name, **changes)))
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fewstep.distill.cli"]
-    child = subprocess.run(
-        [sys.executable, "-m", *launch, "distill", str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
+    train_in_two_processes(tree(tiny_pipeline, tmp_path / "run", name, train_batch_size=2), tmp_path)
     ours, theirs = log(tmp_path / "run"), log(plain)
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     keys = ["student/distance", *(["student/adversarial", "discriminator/loss"] if name == "scott" else [])]

@@ -107,6 +107,11 @@ class Parts:
             )
         return teacher
 
+    def need_no_student(self, instead: str) -> None:
+        """Refuses keys of a student where none is trained; `instead`: what is."""
+        if self.student != StudentSettings():
+            raise UserError(f"student: {instead}; leave the key out")
+
 
 class Method(nn.Module, ABC):
     """A loss and the state it owns. Knows tensors, a student and perhaps a teacher; never devices or files.

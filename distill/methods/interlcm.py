@@ -22,7 +22,7 @@ from ..notes import Notes
 from ..one_step import controlnet_of
 from ..patch_discriminator import PatchDiscriminator, PatchSettings
 from ..restoration import Restorer
-from ..settings import StudentSettings, settings
+from ..settings import settings
 from ..vision import DistanceName, ImageEncoder
 from .base import Batch, Method, Parts, Progress, Published
 
@@ -98,10 +98,7 @@ class InterLCM(Method):
     def __init__(self, settings: InterLCMSettings, parts: Parts):
         super().__init__(settings, parts)
         s = settings
-        if parts.student != StudentSettings():
-            raise UserError(
-                "student: the few-step student is frozen here and named by teacher.path; leave the key out"
-            )
+        parts.need_no_student("the few-step student is frozen here and named by teacher.path")
         if s.visual is None and not s.spatial:
             raise UserError(
                 "method.spatial: false leaves nothing to train beside method.visual null; set one"

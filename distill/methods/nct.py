@@ -12,7 +12,6 @@ from ..condition import Condition
 from ..control_adapters import adapter_of
 from ..controls import Control
 from ..draws import Draws
-from ..errors import UserError
 from ..frozen import weights_hash
 from ..generator import fresh_from, seeded
 from ..noise_consistency import (
@@ -25,7 +24,7 @@ from ..noise_consistency import (
 )
 from ..notes import Notes
 from ..one_step import OneStep
-from ..settings import StudentSettings, settings
+from ..settings import settings
 from .base import Batch, Method, Parts, Progress, Published
 
 TABLE = "NCT paper, results (Diff-Instruct generator of SD 1.5); read in its stored text"
@@ -85,8 +84,7 @@ class NCT(Method):
     def __init__(self, settings: NCTSettings, parts: Parts):
         super().__init__(settings, parts)
         s = settings
-        if parts.student != StudentSettings():
-            raise UserError("student: the generator is frozen and its control an adapter; leave the key out")
+        parts.need_no_student("the generator is frozen and its control an adapter")
         self.teacher = parts.need_latent_teacher()
         self.generator = OneStep(self.teacher, s.timestep, s.guidance_scale)
         self.view = s.control.load(parts.vision)

@@ -16,7 +16,7 @@ from ..generator import ddim_sample, seeded
 from ..methods.base import Batch, Method, Parts, Progress
 from ..notes import Notes
 from ..one_step import ControlledDenoiser, controlnet_of
-from ..settings import StudentSettings, settings
+from ..settings import settings
 
 
 @settings
@@ -43,8 +43,7 @@ class ControlNetTraining(Method):
 
     def __init__(self, settings: ControlNetSettings, parts: Parts):
         super().__init__(settings, parts)
-        if parts.student != StudentSettings():
-            raise UserError("student: the network is frozen and its control a ControlNet; leave the key out")
+        parts.need_no_student("the network is frozen and its control a ControlNet")
         self.teacher = parts.need_latent_teacher()
         if self.teacher.family.control_class is None:
             kind = type(self.teacher.pipeline).__name__

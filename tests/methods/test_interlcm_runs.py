@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from diffusers import ControlNetModel
 from fewstep.distill.config import load_config, read_yaml
 from fewstep.distill.errors import UserError
@@ -19,6 +18,8 @@ from fewstep.distill.methods.interlcm import InterLCM
 from fewstep.distill.planning.dry_run import describe
 from fewstep.distill.runner import Runner
 from safetensors.torch import load_file
+
+from ..runs import train, train_in_two_processes
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STEPS = 4
@@ -87,12 +88,6 @@ def tree(student: Path, run: Path, method: dict[str, Any] | None = None, **chang
     }
 
 
-def train(settings: dict[str, Any]) -> Runner:
-    runner = Runner(load_config(settings))
-    runner.train()
-    return runner
-
-
 @pytest.fixture(scope="module")
 def run(lcm_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     return train(tree(lcm_pipeline, tmp_path_factory.mktemp("interlcm") / "run"))
@@ -127,17 +122,7 @@ def test_accumulated_batches_follow_whole_ones(run: Runner, lcm_pipeline: Path, 
 @pytest.mark.slow
 def test_two_processes_follow_one(run: Runner, lcm_pipeline: Path, tmp_path: Path) -> None:
     """Likewise; then they go on with the discriminator."""
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree(lcm_pipeline, tmp_path / "run", train_batch_size=2)))
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fewstep.distill.cli"]
-    child = subprocess.run(
-        [sys.executable, "-m", *launch, "distill", str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
+    train_in_two_processes(tree(lcm_pipeline, tmp_path / "run", train_batch_size=2), tmp_path)
     assert distance(tmp_path / "run", run.run, 2) < 1e-5
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert last["step"] == STEPS and "discriminator/loss" in last

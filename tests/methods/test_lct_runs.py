@@ -1,15 +1,11 @@
 """Runs of latent consistency training: statistics, resuming, parts of a batch, recipes."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from fewstep.distill.cli import main
 from fewstep.distill.config import load_config, read_yaml, with_overrides
 from fewstep.distill.errors import UserError
@@ -19,6 +15,7 @@ from fewstep.distill.planning.dry_run import describe
 from fewstep.distill.runner import Runner
 from safetensors.torch import load_file
 
+from ..runs import train, train_in_two_processes
 from .lct_parts import PLAIN
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -53,12 +50,6 @@ def tree(tiny_pipeline: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     return build
 
 
-def trained(tree: dict[str, Any]) -> Runner:
-    runner = Runner(load_config(tree))
-    runner.train()
-    return runner
-
-
 def state(runner: Runner, step: int) -> dict[str, torch.Tensor]:
     return load_file(runner.run / f"checkpoint-{step}" / "state.safetensors")
 
@@ -77,7 +68,7 @@ def test_statistics_are_those_of_all_latents_and_a_resumed_run_does_not_measure(
         measure(self, latents, *args)
 
     monkeypatch.setattr(Statistics, "measure", counted)
-    plain = trained(tree("plain"))
+    plain = train(tree("plain"))
     assert measured == [len(plain.batches.data)] and len(plain.batches.data) > 50
     every = plain.batches.latents[range(len(plain.batches.latents))].double()
     mean, logvar = every.chunk(2, dim=1)
@@ -101,8 +92,8 @@ def test_statistics_are_those_of_all_latents_and_a_resumed_run_does_not_measure(
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "_save", crash)
         with pytest.raises(Crash):
-            trained(tree("resumed"))
-    resumed = trained(tree("resumed"))
+            train(tree("resumed"))
+    resumed = train(tree("resumed"))
     assert len(measured) == 2
     ours, theirs = state(resumed, 4), state(plain, 4)
     assert {"method.statistics.mean", "method.statistics.std"} <= ours.keys() == theirs.keys()
@@ -114,7 +105,7 @@ def test_accumulated_parts_are_the_whole_batch_without_coupling(tree: Tree) -> N
     weight = {"name": "lct", "diffusion_weight": 0}  # its mean is over the early rows of a part
     for coupling in ("none", "condition"):
         runs = [
-            trained(tree(f"{coupling} {i}", method={**weight, "coupling": coupling}, **change))
+            train(tree(f"{coupling} {i}", method={**weight, "coupling": coupling}, **change))
             for i, change in enumerate(({}, parts))
         ]
         whole, split = (state(run, 4) for run in runs)
@@ -125,17 +116,8 @@ def test_accumulated_parts_are_the_whole_batch_without_coupling(tree: Tree) -> N
 @pytest.mark.slow
 def test_two_processes_are_one_without_coupling(tree: Tree, tmp_path: Path) -> None:
     weight = {"name": "lct", "coupling": "none", "diffusion_weight": 0}
-    alone = trained(tree("alone", method=weight))
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree("both", method=weight, train_batch_size=2)))
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fewstep.distill.cli"]
-    child = subprocess.run(
-        [sys.executable, "-m", *launch, "distill", str(tmp_path / "run.yaml")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
+    alone = train(tree("alone", method=weight))
+    train_in_two_processes(tree("both", method=weight, train_batch_size=2), tmp_path)
     ours, theirs = state(alone, 4), load_file(tmp_path / "both" / "checkpoint-4" / "state.safetensors")
     for name, value in ours.items():
         torch.testing.assert_close(theirs[name], value, rtol=1e-4, atol=1e-6, msg=name)
@@ -149,7 +131,7 @@ def test_pictures_without_captions(tree: Tree, tmp_path: Path) -> None:
         (tmp_path / "faces").mkdir(exist_ok=True)
         Image.new("RGB", (20, 18), (80 * i, 200 - 50 * i, 90)).save(tmp_path / "faces" / f"{i}.png")
     data = {"name": str(tmp_path / "faces"), "caption_column": None}
-    runner = trained(tree("folder", data=data, max_train_steps=2, train_batch_size=2, validation_steps=2))
+    runner = train(tree("folder", data=data, max_train_steps=2, train_batch_size=2, validation_steps=2))
     assert (runner.run / "pipeline" / "statistics" / "latent_statistics.py").is_file()
     assert list((runner.run / "samples").glob("*.png"))
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from diffusers import AutoencoderKL
-from fewstep.distill.config import load_config
 from fewstep.distill.errors import UserError
 from fewstep.distill.runner import Runner
 from safetensors.torch import load_file
 from torch import Tensor
+
+from ..runs import train, train_in_two_processes
 
 WEIGHTS = "pipeline/unet/diffusion_pytorch_model.safetensors"
 DIT = {"_class_name": "TwoTimeDiT", "sample_size": 8, "patch_size": 2, "num_class_embeds": 8}
@@ -66,12 +66,6 @@ def settings(teacher: Path, output: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def train(tree: dict[str, Any]) -> Runner:
-    runner = Runner(load_config(tree))
-    runner.train()
-    return runner
-
-
 @pytest.fixture(scope="module")
 def reference(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     return train(settings(tiny_pipeline, tmp_path_factory.mktemp("reference") / "run"))
@@ -94,17 +88,7 @@ def test_accumulated_batches_follow_whole_ones(
 @pytest.mark.slow
 def test_two_processes_follow_one(reference: Runner, tiny_pipeline: Path, tmp_path: Path) -> None:
     """The derivative's pass leaves the exchange of gradients alone."""
-    tree = settings(tiny_pipeline, tmp_path / "run", train_batch_size=2)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    child = subprocess.run(
-        [sys.executable, *launch, "-m", "fewstep.distill.cli", "distill", str(tmp_path / "run.yaml")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
+    train_in_two_processes(settings(tiny_pipeline, tmp_path / "run", train_batch_size=2), tmp_path)
     assert_near(tmp_path / "run", reference.run)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from diffusers import StableDiffusionPipeline
 from fewstep.distill.config import load_config, read_yaml
 from fewstep.distill.methods.base import Parts
@@ -21,6 +20,8 @@ from fewstep.distill.settings import StudentSettings
 from fewstep.pipelines.unet_norms import NormedUNet2DModel
 from safetensors.torch import load_file
 from torch import Tensor
+
+from ..runs import train, train_in_two_processes
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STEPS = 6
@@ -86,12 +87,6 @@ def tree(teacher: Path, run: Path, name: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def train(settings: dict[str, Any]) -> Runner:
-    runner = Runner(load_config(settings))
-    runner.train()
-    return runner
-
-
 @pytest.fixture(scope="module", params=list(METHODS))
 def reference(
     request: pytest.FixtureRequest, tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory
@@ -134,17 +129,7 @@ def test_gradient_checkpointing_changes_nothing(
 @pytest.mark.slow
 def test_two_processes_follow_one(reference: tuple[str, Runner], tiny_pipeline: Path, tmp_path: Path) -> None:
     name, one = reference
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree(tiny_pipeline, tmp_path / "run", name, train_batch_size=2)))
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fewstep.distill.cli"]
-    child = subprocess.run(
-        [sys.executable, "-m", *launch, "distill", str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
+    train_in_two_processes(tree(tiny_pipeline, tmp_path / "run", name, train_batch_size=2), tmp_path)
     assert_near(tmp_path / "run", one.run)
 
 

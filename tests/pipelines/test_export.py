@@ -20,6 +20,8 @@ from fewstep.pipelines.export import forget_paths, sampling_of
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
+from ..runs import train
+
 PROMPTS = ["red cat", "dog", "go"]
 STEPS = (1, 2, 4)
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -90,25 +92,19 @@ def settings(teacher: Path, output: Path, **student: Any) -> dict[str, Any]:
     }
 
 
-def trained(tree: dict[str, Any]) -> Runner:
-    runner = Runner(load_config(tree))
-    runner.train()
-    return runner
-
-
 @pytest.fixture(scope="module")
 def full(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     """Its sampling times are not those of the stock scheduler."""
     tree = settings(tiny_pipeline, tmp_path_factory.mktemp("full") / "run")
     tree["method"]["sampling_power"] = 2
-    return trained(tree)
+    return train(tree)
 
 
 @pytest.fixture(scope="module")
 def lora(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     """Its alpha is not its rank: a file that forgets alpha draws other images."""
     run = tmp_path_factory.mktemp("lora") / "run"
-    return trained(settings(tiny_pipeline, run, kind="lora", rank=4, lora_alpha=12))
+    return train(settings(tiny_pipeline, run, kind="lora", rank=4, lora_alpha=12))
 
 
 @pytest.fixture(scope="module")
@@ -235,13 +231,13 @@ def test_fusing_can_be_switched_off_and_on_again_without_training(
     run = tmp_path / "run"
     student = {"kind": "lora", "rank": 4, "lora_alpha": 12}
     tree = settings(tiny_pipeline, run, **student, export_fused=False)
-    trained(tree)
+    train(tree)
     assert (run / "lora" / "pytorch_lora_weights.safetensors").is_file() and not (run / "pipeline").exists()
     assert Runner(load_config(tree)).finished()
     tree = settings(tiny_pipeline, run, **student)
     assert not Runner(load_config(tree)).finished()
     log = (run / "log.jsonl").read_text()
-    assert trained(tree).finished() and (run / "log.jsonl").read_text() == log
+    assert train(tree).finished() and (run / "log.jsonl").read_text() == log
     ours, reference = load_file(run / "pipeline" / WEIGHTS), load_file(lora.run / "pipeline" / WEIGHTS)
     assert all(torch.equal(ours[k], reference[k]) for k in reference)
 
@@ -252,7 +248,7 @@ def test_a_half_precision_run_exports_what_plain_diffusers_draws(
 ) -> None:
     """Its images are those of its own networks, apart from their rounding to bfloat16 on the way."""
     run = tmp_path / "run"
-    runner = trained({**settings(tiny_pipeline, run, **student), "mixed_precision": "bf16"})
+    runner = train({**settings(tiny_pipeline, run, **student), "mixed_precision": "bf16"})
     method: Any = runner.method
     assert method.teacher.pipeline.text_encoder.dtype == torch.bfloat16
     pipe = DiffusionPipeline.from_pretrained(run / "pipeline")
