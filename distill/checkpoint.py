@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .errors import UserError
 
 STATE, OPTIMISERS, PROGRESS = "state.safetensors", "optimizers.pt", "progress.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @contextmanager
@@ -98,6 +99,12 @@ def restore_state(method: nn.Module, state: dict[str, Tensor], source: Path) -> 
         ) from error
 
 
+def step_of(checkpoint: Path) -> int:
+    match = CHECKPOINT.fullmatch(checkpoint.name)
+    assert match is not None, checkpoint
+    return int(match[1])
+
+
 class Checkpoints:
     """checkpoint-<step> folders of one run, at most `limit` of them."""
 
@@ -105,7 +112,7 @@ class Checkpoints:
         self.run, self.limit = run, limit
 
     def steps(self) -> list[int]:
-        found = (re.fullmatch(r"checkpoint-(\d+)", p.name) for p in self.run.glob("checkpoint-*"))
+        found = (CHECKPOINT.fullmatch(p.name) for p in self.run.glob("checkpoint-*"))
         return sorted(int(m[1]) for m in found if m)
 
     def folder(self, step: int) -> Path:
@@ -122,41 +129,50 @@ class Checkpoints:
             for old in self.steps()[: -self.limit]:
                 shutil.rmtree(self.folder(old), ignore_errors=True)
 
-    def load(self, step: int) -> tuple[dict[str, Tensor], Any, dict[str, Any]]:
-        folder = self.folder(step)
+    def load(self, folder: Path) -> tuple[dict[str, Tensor], Any, dict[str, Any]]:
+        """Weights, optimisers and progress of a checkpoint, of this run or of another."""
         try:
             state = load_file(folder / STATE)
             optimisers = torch.load(folder / OPTIMISERS, map_location="cpu", weights_only=True)
             return state, optimisers, json.loads((folder / PROGRESS).read_text())
         except Exception as error:
-            earlier = [s for s in self.steps() if s < step]
-            remedy = (
-                f"the run then goes on from checkpoint-{earlier[-1]}"
-                if earlier
-                else "the run then starts anew"
-            )
+            if folder.parent != self.run:
+                remedy = "choose another checkpoint"
+            elif earlier := [s for s in self.steps() if s < step_of(folder)]:
+                remedy = (
+                    f"delete it and repeat the command, the run then goes on from checkpoint-{earlier[-1]}"
+                )
+            else:
+                remedy = "delete it and repeat the command, the run then starts anew"
             raise UserError(
-                f"resume_from_checkpoint: {folder} is cut short or unreadable; "
-                f"delete it and repeat the command, {remedy}"
+                f"resume_from_checkpoint: {folder} is cut short or unreadable; {remedy}"
             ) from error
 
-    def choose(self, wanted: str | None) -> int | None:
-        """The step that `resume_from_checkpoint` means: "latest", "checkpoint-<step>", or None for a new start."""
+    def choose(self, wanted: str | None) -> Path | None:
+        """The checkpoint that `resume_from_checkpoint` means, or None for a new start.
+
+        "latest"; "checkpoint-<step>" of this run; a path: of another run, for a start whose own checkpoints then go
+        first; None: only a new start will do.
+        """
         steps = self.steps()
+        newest = self.folder(steps[-1]) if steps else None
         if wanted is None:
-            if steps:
+            if newest:
                 raise UserError(
-                    f"resume_from_checkpoint: null, but {self.run} holds checkpoint-{steps[-1]}; "
+                    f"resume_from_checkpoint: null, but {self.run} holds {newest.name}; "
                     "choose another --output_dir or remove it"
                 )
             return None
         if wanted == "latest":
-            return steps[-1] if steps else None
-        match = re.fullmatch(r"checkpoint-(\d+)", wanted)
-        if not match or int(match[1]) not in steps:
-            there = ", ".join(f"checkpoint-{s}" for s in steps) or "none"
-            raise UserError(f"resume_from_checkpoint: no {wanted} in {self.run}; there are: {there}")
-        return int(match[1])
+            return newest
+        elsewhere = os.sep in wanted
+        chosen = Path(wanted) if elsewhere else self.run / wanted
+        if not CHECKPOINT.fullmatch(chosen.name) or not chosen.is_dir():
+            run = chosen if chosen.is_dir() else chosen.parent  # a run folder needs its checkpoint named
+            name = "checkpoint-<step> named" if chosen.is_dir() else chosen.name
+            there = ", ".join(f"checkpoint-{s}" for s in Checkpoints(run, None).steps()) or "none"
+            raise UserError(f"resume_from_checkpoint: no {name} in {run}; there are: {there}")
+        return newest or chosen if elsewhere else chosen
 
 
 class RawWeights:

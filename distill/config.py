@@ -58,8 +58,10 @@ class RunConfig:
     """Keys are the flag names of diffusers' training scripts; train_batch_size is per device.
 
     vae: the autoencoder of a method that works in latents without a teacher. ema_std: of EDM2's power function average,
-    in place of ema_decay. compile: the networks, by torch.compile. cpu_offload: text encoders and autoencoder wait in
-    the CPU's memory. optimizer adamw_8bit: torchao's, or bitsandbytes' without torchao.
+    in place of ema_decay. resume_from_checkpoint: latest, checkpoint-<step>, or the path of another run's checkpoint,
+    where a new run folder begins (with its step as max_train_steps it is only exported). compile: the networks, by
+    torch.compile. cpu_offload: text encoders and autoencoder wait in the CPU's memory. optimizer adamw_8bit: torchao's,
+    or bitsandbytes' without torchao.
     """
 
     output_dir: str

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..pipelines.export import KOHYA, write_adapter, write_export, write_kohya
 from .batches import Batches
 from .catalog import method_named
-from .checkpoint import Checkpoints, RawWeights, kept_state, restore_state, write_folder, writing
+from .checkpoint import Checkpoints, RawWeights, kept_state, restore_state, step_of, write_folder, writing
 from .codec import Autoencoder
 from .config import RunConfig, as_tree
 from .denoiser import Denoiser
@@ -59,9 +59,14 @@ class Runner:
     def train(self) -> Path:
         """Train to max_train_steps and export; returns the run folder. Ctrl-C saves, exports and stops."""
         self.folder.compare_config()
-        start = self.checkpoints.choose(self.config.resume_from_checkpoint)
-        self._build(start)
-        interrupted = self._loop(start or 0)
+        source = self.checkpoints.choose(self.config.resume_from_checkpoint)
+        start = step_of(source) if source else 0
+        if start > self.config.max_train_steps:
+            raise UserError(
+                f"max_train_steps: {self.config.max_train_steps} is less than the steps of {source}; raise it"
+            )
+        self._build(source)
+        interrupted = self._loop(start)
         if interrupted:
             self._say(f"interrupted at step {self.step}: saved and exported; repeat the command to go on")
         self._export()
@@ -75,7 +80,7 @@ class Runner:
         self._build(None)
         return [seconds(lambda i=i: self._iteration(i)) for i in range(iterations)]  # type: ignore[misc]
 
-    def _build(self, start: int | None) -> None:
+    def _build(self, source: Path | None) -> None:
         c = self.config
         replication = DistributedDataParallelKwargs()
         log_with = None if c.report_to == "none" else c.report_to
@@ -138,15 +143,15 @@ class Runner:
         kept = {id(p) for p in averaged.values()}
         self.averaging = {k for k, group in self.players.items() if any(id(p) in kept for p in group)}
         if self.accelerator.is_main_process:
-            self.folder.cut_log(start or 0)
-        if start is not None:
-            self._restore(start)
+            self.folder.cut_log(step_of(source) if source else 0)
+        if source is not None:
+            self._restore(source)
         method.to(device).train()
         if self.ema is not None:
             self.ema.to(device)
         self.model = self.accelerator.prepare(method)
         self.optimisers = {k: self.accelerator.prepare(o) for k, o in self.optimisers.items()}
-        if start is None and "latents" in method.needs:
+        if source is None and "latents" in method.needs:
             method.prepare(self.batches.latents)
         if log_with:
             self.accelerator.init_trackers("fewstep", config=flat(as_tree(c)))
@@ -318,9 +323,8 @@ class Runner:
             state |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         return state
 
-    def _restore(self, step: int) -> None:
-        source = self.checkpoints.folder(step)
-        state, optimisers, progress = self.checkpoints.load(step)
+    def _restore(self, source: Path) -> None:
+        state, optimisers, progress = self.checkpoints.load(source)
         split = {
             p: {k[len(p) :]: v for k, v in state.items() if k.startswith(p)} for p in ("method.", "ema.")
         }

@@ -59,7 +59,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, None)
     checkpoints.save(3, STATE, MOMENTS, {"updates": {"student": 3}})
-    state, optimisers, progress = checkpoints.load(3)
+    state, optimisers, progress = checkpoints.load(tmp_path / "checkpoint-3")
     assert state.keys() == STATE.keys() and all(torch.equal(state[k], STATE[k]) for k in STATE)
     assert torch.equal(optimisers["players"]["student"]["state"][0]["exp_avg"], torch.ones(3))
     assert progress == {"updates": {"student": 3}}
@@ -80,10 +80,10 @@ def test_what_a_killed_write_leaves_is_ignored_and_replaced(tmp_path: Path) -> N
     partial.mkdir()
     (partial / "state.safetensors").write_bytes(b"cut")
     (tmp_path / "checkpoint-old").mkdir()
-    assert checkpoints.steps() == [2] and checkpoints.choose("latest") == 2
+    assert checkpoints.steps() == [2] and checkpoints.choose("latest") == tmp_path / "checkpoint-2"
     checkpoints.save(4, STATE, MOMENTS, {})
     assert not partial.exists()
-    assert torch.equal(checkpoints.load(4)[0]["a"], STATE["a"])
+    assert torch.equal(checkpoints.load(tmp_path / "checkpoint-4")[0]["a"], STATE["a"])
 
 
 def test_which_checkpoint_is_meant(tmp_path: Path) -> None:
@@ -91,12 +91,30 @@ def test_which_checkpoint_is_meant(tmp_path: Path) -> None:
     assert checkpoints.choose("latest") is None and checkpoints.choose(None) is None
     for step in (9, 10):
         checkpoints.save(step, STATE, MOMENTS, {})
-    assert checkpoints.choose("latest") == 10
-    assert checkpoints.choose("checkpoint-9") == 9
+    assert checkpoints.choose("latest") == tmp_path / "checkpoint-10"
+    assert checkpoints.choose("checkpoint-9") == tmp_path / "checkpoint-9"
     with pytest.raises(UserError, match=r"no checkpoint-7 in .*there are: checkpoint-9, checkpoint-10"):
         checkpoints.choose("checkpoint-7")
     with pytest.raises(UserError, match=r"null, but .* holds checkpoint-10; choose another --output_dir"):
         checkpoints.choose(None)
+
+
+def test_a_checkpoint_of_another_run_is_meant_by_its_path(tmp_path: Path) -> None:
+    there, here = (Checkpoints(tmp_path / name, None) for name in ("there", "here"))
+    for step in (2, 4):
+        there.save(step, STATE, MOMENTS, {})
+    path = tmp_path / "there" / "checkpoint-2"
+    assert here.choose(str(path)) == path
+    here.save(3, STATE, MOMENTS, {})
+    assert here.choose(str(path)) == tmp_path / "here" / "checkpoint-3"
+    held = "there are: checkpoint-2, checkpoint-4"
+    with pytest.raises(UserError, match=f"no checkpoint-3 in .*there; {held}"):
+        here.choose(f"{tmp_path}/there/checkpoint-3")
+    with pytest.raises(UserError, match=f"no checkpoint-<step> named in {tmp_path}/there; {held}"):
+        here.choose(f"{tmp_path}/there")
+    (path / "optimizers.pt").unlink()
+    with pytest.raises(UserError, match=r"checkpoint-2 is cut short .*; choose another"):
+        here.load(path)
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "optimizers.pt", "progress.json"])
@@ -113,8 +131,8 @@ def test_a_checkpoint_cut_short_names_itself_and_the_remedy(
     else:
         path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UserError, match=r"checkpoint-4 is cut short .*delete it.* goes on from checkpoint-2"):
-        checkpoints.load(4)
-    assert torch.equal(checkpoints.load(2)[0]["a"], STATE["a"])
+        checkpoints.load(tmp_path / "checkpoint-4")
+    assert torch.equal(checkpoints.load(tmp_path / "checkpoint-2")[0]["a"], STATE["a"])
 
 
 def test_the_only_checkpoint_cut_short_means_a_new_start(tmp_path: Path) -> None:
@@ -122,7 +140,7 @@ def test_the_only_checkpoint_cut_short_means_a_new_start(tmp_path: Path) -> None
     checkpoints.save(2, STATE, MOMENTS, {})
     (tmp_path / "checkpoint-2" / "optimizers.pt").write_bytes(b"PK")
     with pytest.raises(UserError, match="the run then starts anew"):
-        checkpoints.load(2)
+        checkpoints.load(tmp_path / "checkpoint-2")
 
 
 @pytest.mark.parametrize(("state", "optimisers"), [(BIG, MOMENTS), (STATE, BIG)])

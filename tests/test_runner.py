@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from fewstep.distill.cli import main
+from fewstep.distill.errors import UserError
 from fewstep.distill.runner import Runner
 from safetensors.torch import load_file
 from torch import Tensor
@@ -271,6 +272,25 @@ def test_an_older_checkpoint_can_be_chosen(reference: Path, tiny_pipeline: Path,
     train({**tree, "resume_from_checkpoint": "checkpoint-4"})
     assert_same_run(run, reference)
     assert 1000 < json.loads((run / "exported.json").read_text())["training"]["seconds"] < 1500
+
+
+def test_a_checkpoint_of_another_run_is_exported_or_gone_on_from(
+    reference: Path, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    run, early, on, back = (tmp_path / name for name in ("run", "early", "on", "back"))
+    train(settings(tiny_pipeline, run, checkpoints_total_limit=None))
+    start = {"resume_from_checkpoint": str(run / "checkpoint-4")}
+    train(settings(tiny_pipeline, early, max_train_steps=4, **start))
+    average = state(run, 4)["ema.student/denoiser/network/conv_in/weight"]
+    assert torch.equal(exported(early)["conv_in.weight"], average)
+    assert not list(early.glob("checkpoint-*"))
+    train(settings(tiny_pipeline, on, **start))
+    last = exported(reference)
+    assert not torch.equal(last["conv_in.weight"], average)
+    assert all(torch.equal(v, last[k]) for k, v in exported(on).items())
+    with pytest.raises(UserError, match=r"max_train_steps: 3 is less than .*checkpoint-4; raise it"):
+        train(settings(tiny_pipeline, back, max_train_steps=3, **start))
+    assert not back.exists()
 
 
 def test_accumulated_half_batches_follow_the_full_batch(
