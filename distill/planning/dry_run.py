@@ -31,7 +31,9 @@ def _heading(plan: Plan) -> str:
     kind = "all weights" if s.kind == "full" else f"LoRA of rank {s.rank}, alpha {s.lora_alpha:g}"
     if s.network is not None:
         kind += f", new {s.network.get('_class_name', 'UNet2DModel')}"
-    rows = [("method", c.method["name"]), ("student", kind)]
+    players = plan.method.players()
+    trained = ("student", kind) if "student" in players else ("trained", ", ".join(players))
+    rows = [("method", c.method["name"]), trained]
     if c.teacher and plan.blueprint:
         origin = plan.blueprint.origin
         rows.append(("teacher", f"{teacher_line(c.teacher)} (architecture from {origin})"))

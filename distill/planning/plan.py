@@ -152,7 +152,7 @@ def parameters(method: Method, teacher: Frozen) -> dict[str, int]:
     """Numbers of parameters by title. A LoRA's student includes the network that it shares with the teacher."""
     own, players = list(method.parameters()), method.players()
     several = {f"trained as {name}": count(p) for name, p in players.items()} if len(players) > 1 else {}
-    title = "all players" if several else "student"
+    title = "all players" if several else next(iter(players))
     out = {title: count(own), "trained": count([p for p in own if p.requires_grad]), **several}
     if teacher is None:
         return out

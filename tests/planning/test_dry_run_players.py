@@ -57,3 +57,10 @@ def test_emoji_recipes_pass(name: str, capsys: pytest.CaptureFixture[str]) -> No
     assert load_config(read_yaml(CONFIGS / "emoji" / f"{name}.yaml")).method["name"] == name[: len("rg_lcd")]
     needed = rows(text, "must be downloaded")
     assert set(needed) == ({"nothing"} if name == "scott" else {"reward lite2-minilm"})
+
+
+def test_a_control_is_what_trains_and_no_student(capsys: pytest.CaptureFixture[str]) -> None:
+    text = described("emoji/nct_canny", capsys, "--teacher.path", "emoji-sd")
+    assert "\ntrained     control\n" in text and "student" not in text
+    counts = rows(text, "parameters")
+    assert counts["control"] == counts["trained"] == "2,821,776"
