@@ -178,11 +178,11 @@ class QSched(Search):
 def won_back(full: Score, identity: Score, tuned: Score) -> str:
     """Whether the tuned schedule wins back half of what quantisation cost at identity coefficients."""
     lost, regained = identity.value - full.value, identity.value - tuned.value
-    spread = deviation((1, 1), (identity, full))
+    spread = deviation((1, -1), (identity, full))
     if verdict(lost, spread) != "holds":
         return f"{full.name} lost by quantisation: {lost:.4f}, within 2 sd: half of it won back: not resolved"
     margin = (identity.value + full.value) / 2 - tuned.value  # of the tuned schedule below half the loss
-    result = verdict(margin, deviation((0.5, 0.5, 1), (identity, full, tuned)))
+    result = verdict(margin, deviation((0.5, 0.5, -1), (identity, full, tuned)))
     return (
         f"{full.name} lost by quantisation: {lost:.4f}, won back by the tuned schedule: {regained:.4f} "
         f"({regained / lost:.0%}): half of it won back: {result}"

@@ -14,7 +14,6 @@ from .conditions import Conditions
 from .features import Extractor, make_extractor
 from .frechet import INFINITY_RATIO, Moments, frechet_distance, frechet_infinity
 from .inputs import Inputs
-from .kid import mean_sd
 from .pipeline_source import QUANTISATION, quantise
 from .prepare import open_standard
 from .protocol import Score
@@ -202,9 +201,9 @@ class StandardJudge(Judge):
         if setting.n_gen < INFINITY_RATIO * self.network.num_features:
             del distances["FD-infinity"]
         return [
-            Score(
+            Score.over_seeds(
                 setting.label(metric),
-                *mean_sd([distance(x) for x in runs]),
+                [distance(x) for x in runs],
                 setting.protocol_of(metric, self.standard.name, reference.sha256, reference.moments.n),
             )
             for metric, distance in distances.items()

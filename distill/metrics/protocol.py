@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .kid import mean_sd
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,29 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Score:
-    """A number, its standard deviation over seeds (None for one seed) or 95 % interval, and its protocol."""
+    """A number, its standard deviation over seeds (None for one seed) or 95 % interval, and its protocol.
+
+    values  of the seeds in their order: two models' scores under one protocol have the same prompts and noise in each
+            place, so that their difference can be taken seed by seed; empty where they were not kept
+    """
 
     name: str
     value: float
     sd: float | None
     protocol: Protocol
     interval: tuple[float, float] | None = None
+    values: tuple[float, ...] = ()
+
+    @classmethod
+    def over_seeds(
+        cls,
+        name: str,
+        values: Sequence[float],
+        protocol: Protocol,
+        interval: tuple[float, float] | None = None,
+    ) -> "Score":
+        """Mean and standard deviation (ddof 1) of the values of each seed."""
+        return cls(name, *mean_sd(values), protocol, interval, tuple(values))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a report; `protocol_id` is there for readers and checked by from_json."""
@@ -70,7 +87,8 @@ class Score:
             protocol = Protocol(**record["protocol"])
             low_high = record["interval"]
             interval = None if low_high is None else (float(low_high[0]), float(low_high[1]))
-            score = cls(record["name"], float(record["value"]), record["sd"], protocol, interval)
+            values = tuple(record.get("values", ()))
+            score = cls(record["name"], float(record["value"]), record["sd"], protocol, interval, values)
             stored = record["protocol_id"]
         except (KeyError, TypeError) as error:
             raise UserError(f"report: not a score ({error}); evaluate the pipeline again") from None

@@ -12,7 +12,7 @@ from .image_text import Measure, Scorer, image_text_protocol
 from .inception import frechet_label
 from .inputs import Inputs
 from .kid import DEFINITION as KID_DEFINITION
-from .kid import mean_sd, within
+from .kid import within
 from .manifold import COVERAGE_NEIGHBOURS, PRECISION_NEIGHBOURS, manifold
 from .neighbours import Share, match_share, neighbour_ratio
 from .protocol import Protocol, Score
@@ -86,7 +86,7 @@ class Setting:
         n_gen: int | None = None,
     ) -> Score:
         """Mean and sd of the values of each seed."""
-        return Score(self.label(metric), *mean_sd(values), self.protocol(metric, real, n_gen), interval)
+        return Score.over_seeds(self.label(metric), values, self.protocol(metric, real, n_gen), interval)
 
 
 def score_all(
@@ -137,7 +137,7 @@ def image_text_score(runs: Sequence[Tensor], scorer: Scorer, measure: Measure, s
         image_size=setting.image_size,
     )
     protocol = replace(protocol, prompts_sha256=setting.inputs.sha256)
-    return Score(measure.label(scorer), *mean_sd([measure.of(x) for x in runs]), protocol)
+    return Score.over_seeds(measure.label(scorer), [measure.of(x) for x in runs], protocol)
 
 
 def condition_score(runs: Sequence[Tensor], conditions: Conditions, setting: Setting) -> Score:
@@ -161,7 +161,7 @@ def condition_score(runs: Sequence[Tensor], conditions: Conditions, setting: Set
         seed_rule=setting.seed_rule,
         image_size=setting.image_size,
     )
-    return Score("condition error", *mean_sd([float(x.mean()) for x in runs]), protocol)
+    return Score.over_seeds("condition error", [float(x.mean()) for x in runs], protocol)
 
 
 def manifold_scores(runs: Sequence[Tensor], train: Reference, setting: Setting) -> list[Score]:

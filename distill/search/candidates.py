@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import Any, ClassVar
 
 import numpy as np
@@ -105,16 +106,25 @@ def verdict(gain: float, sd: float | None) -> str:
 
 
 def deviation(weights: Sequence[float], scores: Sequence[Score]) -> float | None:
-    """Standard deviation of a weighted sum of scores, taken as independent; None where a score has none."""
+    """Standard deviation over seeds of a weighted sum of scores; None where a score has none.
+
+    Of the sum seed by seed where every score has its seeds' values: the models saw the same prompts and noise. As of
+    independent numbers otherwise.
+    """
     if any(s.sd is None for s in scores):
         return None
+    if all(s.values for s in scores):
+        return stdev(
+            sum(w * v for w, v in zip(weights, seed, strict=True))
+            for seed in zip(*(s.values for s in scores), strict=True)
+        )
     return math.sqrt(sum((w * float(s.sd or 0.0)) ** 2 for w, s in zip(weights, scores, strict=True)))
 
 
 def compared(first: str, second: str, cells: Mapping[str, Score]) -> str:
     """Whether `first` has a lower KID than `second`."""
     a, b = cells[first], cells[second]
-    sd = deviation((1, 1), (a, b))
+    sd = deviation((1, -1), (b, a))
     spread = "one seed" if sd is None else f"sd {sd:.4f}"
     gain = b.value - a.value
     return f"{first} against {second}: {b.name} lower by {gain:.4f} ({spread}): {verdict(gain, sd)}"

@@ -93,7 +93,8 @@ def apart(config: SearchConfig) -> str:
     return (
         f"\nSearched on prompts and pictures of {d.name}/{d.split} and noise of its own (seed {config.seed}, "
         f"{config.num_images} pictures, finalists {config.final_images}); reported on {r.name or d.name}/{r.split}, "
-        f"{r.num_images} pictures, {r.seeds} other seeds."
+        f"{r.num_images} pictures, {r.seeds} other seeds. The deviation of a difference is that of its values seed by "
+        "seed: all rows have the same prompts and noise."
     )
 
 

@@ -10,7 +10,7 @@ from fewstep.distill.config import validate
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.q_sched import QSched, QSchedSettings, coefficients, dimensions, won_back
 from fewstep.distill.metrics.protocol import Protocol, Score
-from fewstep.distill.search.candidates import Candidate, SearchParts, Trial, ranked
+from fewstep.distill.search.candidates import Candidate, SearchParts, Trial, compared, deviation, ranked
 
 FULL: dict[str, Any] = {"quantisation": None}
 
@@ -186,3 +186,21 @@ def test_the_gain_of_the_unquantised_student_stands_apart() -> None:
         "KID-x lost by quantisation: 0.1000, won back by the tuned schedule: 0.0500 (50%): half of it won back: "
         "not resolved",
     ]
+
+
+def test_the_deviation_of_a_difference_is_taken_seed_by_seed() -> None:
+    """Values that rise together: the difference of 0.02, 0.02, 0.05 has sd sqrt(3) / 100, not their own 0.1."""
+    first, second = (0.1, 0.2, 0.3), (0.12, 0.22, 0.35)
+    a, b = (Score.over_seeds("KID", values, score(0, 0).protocol) for values in (first, second))
+    assert a.sd == pytest.approx(0.1) and a.values == first
+    assert deviation((1, -1), (b, a)) == pytest.approx(3**0.5 / 100)
+    alone = replace(a, values=())
+    assert deviation((1, -1), (b, alone)) == pytest.approx((a.sd**2 + b.sd**2) ** 0.5)
+    assert (
+        compared("x", "y", {"x": a, "y": b}) == "x against y: KID lower by 0.0300 (sd 0.0173): not resolved"
+    )
+    steady = Score.over_seeds("KID", (0.12, 0.22, 0.33), a.protocol)
+    assert compared("x", "y", {"x": a, "y": steady}).endswith("lower by 0.0233 (sd 0.0058): holds")
+    assert Score.from_json(a.to_json()) == a
+    old = {k: v for k, v in a.to_json().items() if k != "values"}
+    assert Score.from_json(old).values == ()
