@@ -77,7 +77,8 @@ def adapter_loading_lines(config: RunConfig, export: Export, folder: str = "lora
         )
     return (
         f"import torch\nfrom diffusers import DiffusionPipeline, {scheduler}\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{teacher}")  # the folder or hub id of the teacher\n'
+        "# the teacher's folder or hub id; without a dtype, parts stored in half precision stay so beside others\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{teacher}", dtype=torch.float32)\n'
         f"{styled}"
         f'pipe.scheduler = {scheduler}.from_pretrained("{folder}")\n'
         f'pipe.load_lora_weights("{folder}")\n'

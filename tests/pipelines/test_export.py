@@ -64,6 +64,12 @@ for name, run, folder in (("full", full, "pipeline"), ("fused", lora, "pipeline"
     exec(lines, found)
     images[f"card {name}"] = np.asarray(found["image"])
 
+half = output + "-half"
+StableDiffusionPipeline.from_pretrained(teacher, dtype=torch.float16).save_pretrained(half)
+assert teacher in lines
+exec(lines.replace(teacher, half), found)
+images["card of a half teacher"] = np.asarray(found["image"])
+
 assert not [name for name in sys.modules if name.split(".")[0] == "fewstep"]
 np.savez(output, **images)
 """
@@ -172,6 +178,13 @@ def test_the_lines_of_the_card_run_and_draw_two_steps(
 ) -> None:
     (image,) = ours(full if name == "full" else lora, 2, prompts=["red apple"])
     assert np.abs(plain[f"card {name}"].astype(float) - 255 * image).max() <= 1
+
+
+def test_the_card_of_a_lora_draws_with_a_teacher_stored_in_half_precision(
+    plain: dict[str, np.ndarray],
+) -> None:
+    whole, half = (plain[f"card {name}"].astype(int) for name in ("lora", "of a half teacher"))
+    assert abs(whole - half).max() <= 8
 
 
 def test_folders_hold_safetensors_and_no_paths(full: Runner, lora: Runner) -> None:
