@@ -100,8 +100,6 @@ class Runner:
             raise UserError(
                 f"accelerate's {kind} is not supported; launch with --multi_gpu (replicated weights)"
             )
-        if self.accelerator.is_main_process:
-            self.folder.write_config()
         if c.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         torch.manual_seed(c.seed)
@@ -120,6 +118,8 @@ class Runner:
         parts = Parts(teacher, c.student, data.captions, data.classes, resolution, vae=vae)
         method: Method = kind(settings, parts)
         parts.check(method.needs)
+        if self.accelerator.is_main_process:  # what is refused leaves no folder that would refuse the remedy
+            self.folder.write_config()
         for frozen in (teacher, vae):
             if frozen is not None:
                 frozen.to(device, DTYPES[c.mixed_precision])

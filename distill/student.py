@@ -54,15 +54,21 @@ class Student(nn.Module):
         if settings.norm is not None and network.config.get("norm_type") != settings.norm:
             raise UserError("student.norm: the teacher's weights have its norms; set student.init to scratch")
         if self.lora:
-            network.add_adapter(
-                LoraConfig(
-                    r=settings.rank,
-                    lora_alpha=settings.lora_alpha,
-                    lora_dropout=settings.lora_dropout,
-                    target_modules=list(lora_targets(network, settings)),
-                ),
-                adapter_name=ADAPTER,
+            targets = list(lora_targets(network, settings))
+            lora = LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.lora_alpha,
+                lora_dropout=settings.lora_dropout,
+                target_modules=targets,
             )
+            try:
+                network.add_adapter(lora, adapter_name=ADAPTER)
+            except ValueError as error:  # peft's words for it need the names of its classes
+                kind, named = type(network).__name__, ", ".join(targets)
+                raise UserError(
+                    f"student.target_modules: {named}: no LoRA fits these in {kind}; name linear or convolutional layers "
+                    "of it, such as to_q, or leave the key out"
+                ) from error
         elif is_quantised(network):
             raise UserError(
                 "teacher.quantisation: integer weights are not trained; set student.kind to lora, or leave it out"

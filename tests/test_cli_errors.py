@@ -264,6 +264,11 @@ def test_an_unreadable_record_of_the_configuration(refused: Refused, finished: P
     assert refused().startswith(f"{tmp_path}/run/config.yaml holds no")
 
 
+def test_what_a_method_refuses_leaves_no_folder(refused: Refused, tmp_path: Path) -> None:
+    line = refused("--student.kind", "lora", "--student.target_modules", "[nowhere]")
+    assert line.startswith("student.target_modules: ") and not (tmp_path / "run").exists()
+
+
 def test_which_checkpoint_to_resume_from(refused: Refused, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
