@@ -66,8 +66,8 @@ class Student(nn.Module):
             except ValueError as error:  # peft's words for it need the names of its classes
                 kind, named = type(network).__name__, ", ".join(targets)
                 raise UserError(
-                    f"student.target_modules: {named}: no LoRA fits these in {kind}; name linear or convolutional layers "
-                    "of it, such as to_q, or leave the key out"
+                    f"student.target_modules: {named}: no LoRA fits these in {kind}; name linear or convolutional "
+                    "layers of it, such as to_q, or leave the key out"
                 ) from error
         elif is_quantised(network):
             raise UserError(
