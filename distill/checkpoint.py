@@ -165,14 +165,14 @@ class Checkpoints:
             return None
         if wanted == "latest":
             return newest
-        elsewhere = os.sep in wanted
-        chosen = Path(wanted) if elsewhere else self.run / wanted
+        chosen = Path(wanted) if os.sep in wanted else self.run / wanted
         if not CHECKPOINT.fullmatch(chosen.name) or not chosen.is_dir():
             run = chosen if chosen.is_dir() else chosen.parent  # a run folder needs its checkpoint named
             name = "checkpoint-<step> named" if chosen.is_dir() else chosen.name
             there = ", ".join(f"checkpoint-{s}" for s in Checkpoints(run, None).steps()) or "none"
             raise UserError(f"resume_from_checkpoint: no {name} in {run}; there are: {there}")
-        return newest or chosen if elsewhere else chosen
+        elsewhere = chosen.parent.resolve() != self.run.resolve()
+        return newest if elsewhere and newest else chosen
 
 
 class RawWeights:

@@ -107,6 +107,7 @@ def test_a_checkpoint_of_another_run_is_meant_by_its_path(tmp_path: Path) -> Non
     assert here.choose(str(path)) == path
     here.save(3, STATE, MOMENTS, {})
     assert here.choose(str(path)) == tmp_path / "here" / "checkpoint-3"
+    assert there.choose(str(path)) == path  # a path into the run itself means what it says
     held = "there are: checkpoint-2, checkpoint-4"
     with pytest.raises(UserError, match=f"no checkpoint-3 in .*there; {held}"):
         here.choose(f"{tmp_path}/there/checkpoint-3")
