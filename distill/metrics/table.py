@@ -82,7 +82,7 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
         Column("seconds", "s/image", lambda r: r["seconds_per_image"], lambda v: f"{v:.3g}"),
         Column("memory", "peak memory", memory, _size),
         Column("training_steps", "training steps", training("steps"), lambda v: f"{v:,}"),
-        Column("training_seconds", "training time", training("seconds"), _duration),
+        Column("training_seconds", "training or search", training("seconds"), _duration),
         Column("trained", "trained parameters", training("trained_parameters"), _count),
         Column("bytes", "download", lambda r: r["bytes"], _size),
     ]
