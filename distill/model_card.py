@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import torch
 import yaml
+from transformers import TimmWrapperModel
 
 from ..pipelines.export import KOHYA, Export, is_own, own_parts
 from ..pipelines.ip_adapter import IPAdapterFiles
@@ -147,9 +148,21 @@ def run_card(config: RunConfig, export: Export, step: int) -> str:
         else f"# {kind} trained by fewstep\n",
     ]
     if export.sampling:
-        out += ["```python\n" + loading_lines(export) + "```\n", "## Steps\n", steps_table(export.sampling)]
+        out += ["```python\n" + loading_lines(export) + "```\n", *package_lines(export.model)]
+        out += ["## Steps\n", steps_table(export.sampling)]
     out += ["## Training\n", training_table(config, step)]
     return "\n".join(out)
+
+
+def package_lines(model: Any) -> list[str]:
+    """A sentence for each package beside transformers' own that opens the parts of a pipeline."""
+    parts = [part for part in getattr(model, "components", {}).values() if part is not None]
+    quantised = any(getattr(part, "hf_quantizer", None) is not None for part in parts)
+    wrapped = any(isinstance(part, TimmWrapperModel) for part in parts)
+    return [
+        *(["Its integer weights need torchao: `pip install torchao`.\n"] if quantised else []),
+        *(["Its image encoder needs timm: `pip install timm`.\n"] if wrapped else []),
+    ]
 
 
 def search_card(
@@ -180,7 +193,7 @@ def search_card(
         "---\nlibrary_name: diffusers\ntags: [fewstep, few-step]\n---\n",
         f"# {type(pipeline).__name__} found by fewstep ({name})\n",
         "```python\n" + loading_lines(export, own=own, options=options) + "```\n",
-        *(["Its integer weights need torchao: `pip install torchao`.\n"] if quantised else []),
+        *package_lines(pipeline),
         "## Steps\n",
         steps_table(sampling),
         "## Search\n",

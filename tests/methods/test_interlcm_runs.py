@@ -176,12 +176,16 @@ def test_the_encoders_alone_and_the_notes(run: Runner) -> None:
     assert {p.name for p in folder.rglob("*.py")} == {"pipeline_restoration.py", "visual_encoder.py"}
     for path in folder.rglob("*.json"):
         assert str(run.run.parent) not in path.read_text()
+    encoder = json.loads((folder / "model_index.json").read_text())["image_encoder"]
+    assert encoder == ["transformers", "TimmWrapperModel"]
+    assert "Its image encoder needs timm: `pip install timm`." in (folder / "README.md").read_text()
 
 
-def test_the_recipe_of_the_embedded_data() -> None:
+def test_the_recipe_of_the_embedded_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = read_yaml(CONFIGS / "emoji" / "interlcm.yaml")
     text = describe(load_config(recipe | {"teacher": {"path": "emoji-sd"}}))
     assert "trained as restorer" in text and "nothing" in text.split("must be downloaded")[1]
+    monkeypatch.chdir(tmp_path)  # where no run of lcd.yaml is
     with pytest.raises(UserError, match=r"teacher.path: no folder runs/emoji/lcd"):
         describe(load_config(recipe))
 
