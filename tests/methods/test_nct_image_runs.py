@@ -126,10 +126,11 @@ def test_a_resumed_run_ends_where_a_whole_one_does(run: Runner, tiny_pipeline: P
     assert all(torch.equal(states[0][k], v) for k, v in states[1].items())
 
 
-def test_the_emoji_recipe() -> None:
+def test_the_emoji_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = read_yaml(CONFIGS / "emoji" / "nct_image.yaml")
     text = describe(load_config(recipe | {"teacher": {"path": "emoji-sd"}}))
     assert "803,584" in text
+    monkeypatch.chdir(tmp_path)  # where no run of dmd2.yaml is
     with pytest.raises(UserError, match=r"teacher.path: no folder runs/emoji/dmd2_one_step"):
         describe(load_config(recipe))
 

@@ -171,10 +171,11 @@ def test_the_adapter_alone_and_its_notes(run: Runner) -> None:
 
 
 @pytest.mark.parametrize("name", ["emoji/nct_canny", "emoji/nct_superres"])
-def test_recipes_of_the_embedded_data(name: str) -> None:
+def test_recipes_of_the_embedded_data(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = read_yaml(CONFIGS / f"{name}.yaml")
     text = describe(load_config(recipe | {"teacher": {"path": "emoji-sd"}}))
     assert "trained" in text
+    monkeypatch.chdir(tmp_path)  # where no run of dmd2.yaml is
     with pytest.raises(UserError, match=r"teacher.path: no folder runs/emoji/dmd2_one_step"):
         describe(load_config(recipe))
 
