@@ -154,13 +154,16 @@ def run_card(config: RunConfig, export: Export, step: int) -> str:
     return "\n".join(out)
 
 
-def package_lines(model: Any) -> list[str]:
-    """A sentence for each package beside transformers' own that opens the parts of a pipeline."""
-    parts = [part for part in getattr(model, "components", {}).values() if part is not None]
-    quantised = any(getattr(part, "hf_quantizer", None) is not None for part in parts)
-    wrapped = any(isinstance(part, TimmWrapperModel) for part in parts)
+def is_quantised(pipeline: Any) -> bool:
+    parts = pipeline.components.values()
+    return any(getattr(part, "hf_quantizer", None) is not None for part in parts)
+
+
+def package_lines(pipeline: Any) -> list[str]:
+    """A sentence for each package beside transformers' own that opens the parts of a diffusers pipeline."""
+    wrapped = any(isinstance(part, TimmWrapperModel) for part in pipeline.components.values())
     return [
-        *(["Its integer weights need torchao: `pip install torchao`.\n"] if quantised else []),
+        *(["Its integer weights need torchao: `pip install torchao`.\n"] if is_quantised(pipeline) else []),
         *(["Its image encoder needs timm: `pip install timm`.\n"] if wrapped else []),
     ]
 
@@ -174,11 +177,8 @@ def search_card(
 ) -> str:
     """The card of a pipeline that a search found; own: whether its folder holds code."""
     name = config.method["name"]
-    parts = pipeline.components.values()
-    quantised = any(getattr(part, "hf_quantizer", None) is not None for part in parts)
-    options = (
-        ", dtype=torch.float32" if quantised else ""
-    )  # or the integer weights' network opens in bfloat16
+    # without it the integer weights' network opens in bfloat16
+    options = ", dtype=torch.float32" if is_quantised(pipeline) else ""
     export = Export(pipeline, sampling=sampling)
     rows = [
         ("method", name),
