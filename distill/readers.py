@@ -1,0 +1,129 @@
+"""Every text, JSON and YAML file that is read: what is wrong with one becomes a line that names it.
+
+Files of a run folder, of a user and of other programs are damaged in the same few ways: cut short, not UTF-8, with the
+byte-order mark of Windows editors, nested without an end, of another shape than expected. A reader of one kind of file
+states the shape (any type that pydantic knows; a TypedDict of typing_extensions where keys matter) and what to do about
+a damaged one; the rest is here.
+"""
+
+import json
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from .errors import UserError
+
+MAX_DEPTH = 64
+MAX_VALUES = 1_000_000  # of a YAML file, whose aliases can stand for more than memory holds
+
+
+class Unreadable(UserError):
+    """A file that is there and cannot be used."""
+
+
+def read_text(path: Path | str, *, remedy: str = "save it again as UTF-8 text") -> str:
+    """The text of a UTF-8 file, without its byte-order mark. Raises FileNotFoundError, else Unreadable."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"{path}: is not UTF-8 text (byte {error.start}): {remedy}") from error
+    except (OSError, ValueError) as error:  # a folder, no right to read, a NUL in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise Unreadable(f"{path}: cannot be read ({reason}): {remedy}") from error
+
+
+def parse_json(text: str | bytes, name: Path | str, kind: Any = Any, *, remedy: str = "mend it") -> Any:
+    """A JSON value of the type `kind` (pydantic checks it, extra keys are allowed). Raises Unreadable."""
+    try:
+        return fitting(json.loads(text), name, kind, remedy=remedy)
+    except RecursionError as error:
+        raise Unreadable(f"{name}: is nested too deeply: {remedy}") from error
+    except ValueError as error:
+        where = f"line {error.lineno}, {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise Unreadable(f"{name}: is not JSON ({where}): {remedy}") from error
+
+
+def read_json(path: Path | str, kind: Any = Any, *, remedy: str = "mend it") -> Any:
+    """The value of a JSON file, as `parse_json`. Raises FileNotFoundError, else Unreadable."""
+    return parse_json(read_text(path, remedy=remedy), path, kind, remedy=remedy)
+
+
+def read_json_lines(path: Path | str, kind: Any = dict[str, Any], *, remedy: str = "mend it") -> list[Any]:
+    """One value of type `kind` for each line that is not blank; only a newline ends a line.
+
+    Raises FileNotFoundError, else Unreadable with the number of the line.
+    """
+    lines = read_text(path, remedy=remedy).split("\n")
+    return [
+        parse_json(line, f"{path}: line {number}", kind, remedy=remedy)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+
+
+def parse_yaml(text: str, name: Path | str, *, remedy: str = "mend it") -> Any:
+    """A YAML value. Raises Unreadable for what is no YAML, a key given twice, and what has no end."""
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+        _check_size(tree)
+        return tree
+    except RecursionError as error:
+        raise Unreadable(f"{name}: is nested too deeply: {remedy}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise Unreadable(
+            f"{name}: is not readable YAML ({' '.join(str(error).split())[:160]}): {remedy}"
+        ) from error
+
+
+def read_yaml_file(path: Path | str, *, remedy: str = "mend it") -> Any:
+    """The value of a YAML file, as `parse_yaml`. Raises FileNotFoundError, else Unreadable."""
+    return parse_yaml(read_text(path, remedy=remedy), path, remedy=remedy)
+
+
+def fitting(value: Any, name: Path | str, kind: Any, *, remedy: str = "mend it") -> Any:
+    """`value` as the type `kind`, or Unreadable that names the first place that does not fit."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "its value"
+        raise Unreadable(f"{name}: {place}: {first['msg'].lower()}: {remedy}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where a key stands once in its mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            if isinstance(key, Hashable):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _check_size(tree: Any) -> None:
+    """ValueError for a tree that is deeper than MAX_DEPTH, itself included, or has more than MAX_VALUES values."""
+    open_nodes, count = [(tree, 0)], 0
+    while open_nodes:
+        node, depth = open_nodes.pop()
+        count += 1
+        if depth > MAX_DEPTH:
+            raise ValueError("it is nested too deeply, or in itself")
+        if count > MAX_VALUES:
+            raise ValueError(f"it stands for more than {MAX_VALUES} values")
+        if isinstance(node, dict):
+            open_nodes += [(value, depth + 1) for value in node.values()]
+        elif isinstance(node, list | tuple | set):
+            open_nodes += [(value, depth + 1) for value in node]
