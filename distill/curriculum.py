@@ -69,11 +69,22 @@ def draw_pairs(process: EDM, num_points: int, bins: Tensor | None, draws: Draws)
 
 
 def continuous_pairs(
-    draws: Draws, stage: int, p_mean: float, p_std: float, q: float, k: float, b: float
+    draws: Draws,
+    stage: int,
+    p_mean: float,
+    p_std: float,
+    q: float,
+    k: float,
+    b: float,
+    *,
+    within: tuple[float, float] = (0.0, math.inf),
 ) -> tuple[Tensor, Tensor]:
     """r < t, (B,) each: ln t ~ N(p_mean, p_std^2), r = max(0, t (1 - (1 + k sigmoid(-b t)) / q^(stage + 1))).
 
-    ECT, arXiv 2406.14548; in its early stages many r are 0, the clean data.
+    ECT, arXiv 2406.14548; in its early stages many r are 0, the clean data. t is cut to `within`, the levels that the
+    network has seen; an r below them is 0.
     """
-    t = (p_mean + p_std * draws.normal(()).double()).exp()
-    return (t * (1 - (1 + k * torch.sigmoid(-b * t)) / q ** (stage + 1))).clamp(min=0), t
+    low, high = within
+    t = (p_mean + p_std * draws.normal(()).double()).exp().clamp(low, high)
+    r = t * (1 - (1 + k * torch.sigmoid(-b * t)) / q ** (stage + 1))
+    return torch.where(r < low, 0.0, r).clamp(min=0), t

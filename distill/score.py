@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .condition import Condition
-from .denoiser import Denoiser, Prediction, seen_in
+from .denoiser import Denoiser, DenoiserView, Prediction, seen_in
 from .discriminator import no_recomputation
 from .draws import Draws
 from .process import NoiseProcess, TrigFlow, per_sample
@@ -71,6 +71,21 @@ def velocity_loss(seen: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
     assert isinstance(process, TrigFlow)
     target = per_sample(process.alpha_dot(t), x0) * x0 + per_sample(process.sigma_dot(t), eps) * eps
     return ((seen.velocity - target) / process.sigma_data).square().flatten(1).sum(1)
+
+
+def output_weight(denoiser: Denoiser, t: Tensor) -> Tensor:
+    """1 / |dF/d output|, (B,) in float64, of the network behind a denoiser of TrigFlow, where dx_t/dt = sigma_data F.
+
+    cos t for one that predicts noise: F = eps / cos t - x_t tan t / sigma_data, so that a change of its output counts
+    14.7 times at the last time of Stable Diffusion. sigma_data sin t for one that predicts x0. 1 for v, straight paths,
+    EDM and TrigFlow, whose outputs are F up to a factor near 1.
+    """
+    process = denoiser.process
+    assert isinstance(process, TrigFlow)
+    kind = denoiser.inner.kind if isinstance(denoiser, DenoiserView) else denoiser.kind
+    if kind == "epsilon":
+        return process.alpha(t)
+    return process.sigma(t) if kind == "sample" else torch.ones_like(t, dtype=torch.float64)
 
 
 def lognormal_times(draws: Draws, process: TrigFlow, mean: float, std: float) -> Tensor:

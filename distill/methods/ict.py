@@ -1,6 +1,7 @@
 """Consistency training and distillation in EDM's noise levels: iCT (arXiv 2310.14189), with CT and CD (arXiv
 2303.01469) and ECT (arXiv 2406.14548) as settings of one loss."""
 
+import math
 from functools import partial
 from typing import Literal
 
@@ -12,7 +13,7 @@ from ...pipelines.transformer_two_time import TwoTimeDiT
 from ..condition import Condition
 from ..consistency_training import ConsistencySettings, ConsistencyTraining
 from ..curriculum import Curriculum, continuous_pairs
-from ..denoiser import Denoiser, seen_in
+from ..denoiser import Denoiser, DenoiserView, reach, seen_in
 from ..errors import UserError
 from ..guidance import guided_x0_eps
 from ..losses import mean_distance, pseudo_huber
@@ -84,12 +85,15 @@ class ICT(ConsistencyTraining):
         return seen_in(self.parts.need_teacher().denoiser, self.process)
 
     def pairs(self, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor]:
-        """sigma_lo, sigma_hi (B,) of this iteration; sigma_lo may be 0 in a continuous curriculum."""
+        """sigma_lo, sigma_hi (B,) of this iteration; sigma_lo may be 0 in a continuous curriculum, which is cut to the
+        levels that a network of another process has seen."""
         s = self.settings
         if s.curriculum != "continuous":
             return super().pairs(batch, progress)
         stage = progress.iteration * s.num_stages // progress.total
-        return continuous_pairs(batch.draws, stage, s.p_mean, s.p_std, s.q, s.k, s.b)
+        seen = self.function.denoiser
+        within = reach(seen) if isinstance(seen, DenoiserView) else (0.0, math.inf)
+        return continuous_pairs(batch.draws, stage, s.p_mean, s.p_std, s.q, s.k, s.b, within=within)
 
     def step(
         self, x0: Tensor, eps: Tensor, x_hi: Tensor, high: Tensor, low: Tensor, condition: Condition

@@ -13,7 +13,7 @@ from ..draws import Draws, random_state, same_random
 from ..errors import UserError
 from ..losses import unit_step
 from ..process import per_sample
-from ..score import lognormal_times, matching_loss, shifted_times, velocity_loss
+from ..score import lognormal_times, matching_loss, output_weight, shifted_times, velocity_loss
 from ..settings import settings
 from .base import Batch, Parts, Progress, Published
 from .score_distillation import ScoreDistillation
@@ -51,6 +51,9 @@ class RCMSettings:
                        tangent_form says where r stands, tangent_c is c of the normalisation g / (|g| + c)
     per_element        |g| is divided by the square root of the number of elements (FastGen, not the papers)
     adaptive           the consistency term is e^w / D times itself minus w, w(t) learned (sCM, algorithm 1; not rCM)
+    output_weight      rows are weighted so that a unit of the network's output counts alike at every time: the
+                       consistency term by `score.output_weight`, the fake score's loss by its square; both are 1 unless
+                       the network predicts noise or x0. false: the papers' losses, whose networks predict velocities
     derivative         back end of the derivative; derivative_step: of finite_difference
     max_rollout        N_max: rollouts have 1, 2, .. N_max, 1, .. steps in turn
     rollout_times      fixed times of their later steps in place of random ones (better for the score alone)
@@ -73,6 +76,7 @@ class RCMSettings:
     tangent_c: float = Field(0.1, gt=0)
     per_element: bool = False
     adaptive: bool = False
+    output_weight: bool = True
     derivative: Derivative = "kernel"
     derivative_step: float = Field(1e-3, gt=0)
     max_rollout: int = Field(4, ge=1)
@@ -128,7 +132,8 @@ class RCM(ScoreDistillation):
                 sample = self.rollout(batch.draws, told, num_steps)
             t = self.score_times(batch.draws)
             x, eps = self.noised(sample, t, batch.draws)
-            return {"loss": velocity_loss(self.fake_score(self.process, x, t, told), sample, eps).mean()}
+            error = velocity_loss(self.fake_score(self.process, x, t, told), sample, eps)
+            return {"loss": (self.row_weight(t).square() * error).mean()}
         out: dict[str, Tensor] = {}
         if s.scm_weight:
             out = self.consistency(batch, progress)
@@ -164,6 +169,7 @@ class RCM(ScoreDistillation):
         if self.log_weight is not None:
             w = self.log_weight(self.process.sigma(t) / self.process.alpha(t))
             loss = w.exp() * square / x0[0].numel() - w
+        loss = self.row_weight(t) * loss
         rate = tangent("scm", 1.0, x, t, seen.velocity.detach(), velocity, derivative)
         rate = torch.where(finite, torch.linalg.vector_norm(rate.flatten(1), dim=1) / t.cos(), 1.0)
         out = {
@@ -174,6 +180,11 @@ class RCM(ScoreDistillation):
         if s.source == "teacher":
             out["teacher_gap"] = (seen.x0.detach() - views[0]).square().mean()
         return out
+
+    def row_weight(self, t: Tensor) -> Tensor:
+        """(B,), as `output_weight` says."""
+        ones = torch.ones_like(t, dtype=torch.float64)
+        return output_weight(self.denoiser, t) if self.settings.output_weight else ones
 
     def squares(self, seen: Prediction, g: Tensor) -> tuple[Tensor, Tensor]:
         """|F - sg(F + g / (|g| + c))|^2, (B,), 0 for samples with a number that is not finite, and which have none."""
