@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -118,8 +119,13 @@ def ddim_sample(
     num_steps: int,
     guidance_scale: float,
     generators: list[torch.Generator],
+    *,
+    to_data: bool = True,
 ) -> Tensor:
-    """Guided DDIM from unit noise on trailing times T-1, T-1 - T/n, ...; x0 of the last step. (B, *shape)."""
+    """Guided DDIM from unit noise on trailing times T-1, T-1 - T/n, ...; (B, *shape).
+
+    to_data: the last step ends at x0, else at the process's first time (DDIMScheduler's set_alpha_to_one).
+    """
     process = denoiser.process
     assert isinstance(process, VP)
     device = next(denoiser.parameters()).device
@@ -131,6 +137,14 @@ def ddim_sample(
     for i, time in enumerate(times):
         t = torch.full((len(x_t),), float(time), dtype=torch.float64, device=device)
         x0, eps = guided_x0_eps(denoiser, x_t, t, condition, scale)
-        if i + 1 < num_steps:
-            x_t = ddim_step(x0, eps, process, torch.full_like(t, float(times[i + 1])))
-    return x0
+        if i + 1 < num_steps or not to_data:
+            following = times[i + 1] if i + 1 < num_steps else 0
+            x_t = ddim_step(x0, eps, process, torch.full_like(t, float(following)))
+    return x0 if to_data else x_t
+
+
+def ends_at_data(scheduler: Any) -> bool:
+    """Whether a scheduler's last step gives x0; with set_alpha_to_one or final_sigmas_type off it ends at the first
+    training step."""
+    config = scheduler.config
+    return bool(config.get("set_alpha_to_one", True)) and config.get("final_sigmas_type", "zero") == "zero"

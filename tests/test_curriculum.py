@@ -172,6 +172,17 @@ def test_r_of_t_has_the_values_of_the_formula_by_hand(
     assert r.tolist() == pytest.approx(expected, rel=5e-7, abs=0)
 
 
+def test_pairs_are_cut_to_the_levels_that_a_network_has_seen() -> None:
+    """t to the ends, r of the cut t; what is below the first level is the clean data."""
+    draws = Logarithms([math.log(t) for t in (0.001, 0.04, 0.1, 1.0, 400.0)])
+    r, t = continuous_pairs(draws, 3, 0.0, 1.0, 2.0, 8.0, 1.0, within=(0.03, 15.0))
+    assert t.tolist() == pytest.approx([0.03, 0.04, 0.1, 1.0, 15.0], rel=1e-6)
+    by_hand = [0.0, 0.04 * (1 - (1 + 8 / (1 + math.exp(0.04))) / 16), 0.06999896, 0.80302929]
+    last = 15 * (1 - (1 + 8 / (1 + math.exp(15.0))) / 16)
+    assert by_hand[1] < 0.03
+    assert r.tolist() == pytest.approx([0.0, 0.0, *by_hand[2:], last], rel=1e-6)
+
+
 def test_times_are_lognormal_and_the_gap_closes_from_stage_to_stage() -> None:
     draws = [Draws(1, 0, range(2000)) for _ in range(8)]
     pairs = [continuous_pairs(d, stage, -1.1, 2.0, 2.0, 8.0, 1.0) for stage, d in enumerate(draws)]

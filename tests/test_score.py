@@ -6,21 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from fewstep.distill.denoiser import Prediction
+from fewstep.distill.condition import Condition
+from fewstep.distill.denoiser import Denoiser, Prediction, seen_in
 from fewstep.distill.draws import Draws
-from fewstep.distill.process import EDM, VP, RectifiedFlow, TrigFlow
+from fewstep.distill.process import EDM, VP, NoiseProcess, RectifiedFlow, TrigFlow
 from fewstep.distill.score import (
     FakeScore,
     lognormal_times,
     matching_loss,
     native_times,
+    output_weight,
     shifted_times,
     velocity_loss,
 )
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.student import Student
 from fewstep.distill.teacher import LatentTeacher
-from torch import Tensor
+from torch import Tensor, nn
 
 G, FAKE, TEACHER = (
     torch.tensor([v], dtype=torch.float64)
@@ -86,6 +88,39 @@ def test_laws_of_time() -> None:
         share = (own - low) / (high - low)
         assert 0.0199 < share.min() < 0.03 and 0.97 < share.max() < 0.9801
         assert share.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+class Given(Denoiser):
+    """A denoiser whose network gives `output` whatever it is asked."""
+
+    def __init__(self, output: Tensor, process: NoiseProcess, kind: str):
+        super().__init__(nn.Identity(), process, kind)
+        self.output = output
+
+    def call(self, x_t: Tensor, t: Tensor, r: Tensor | None, condition: Condition) -> tuple[tuple, dict]:
+        return ((self.output,),), {}
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "velocity", "trigflow"])
+@pytest.mark.parametrize("sigma_data", [1.0, 0.5])
+def test_output_weight_is_one_over_what_the_output_moves(kind: str, sigma_data: float) -> None:
+    """|dF/d output| of the view by autograd; of v and straight paths it is near 1 and left alone."""
+    process = TrigFlow(sigma_data)
+    own = {"velocity": RectifiedFlow(), "trigflow": process}.get(
+        kind, VP(torch.linspace(0.9999, 0.004, 1000))
+    )
+
+    output = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    denoiser = seen_in(Given(output, own, kind), process)
+    t = torch.tensor([0.2, 0.9, 1.4], dtype=torch.float64)
+    f = denoiser(torch.randn(3, 2).double(), t, Condition({}, {})).velocity / sigma_data
+    (slope,) = torch.autograd.grad(f.sum(), output)
+    moved = (output_weight(denoiser, t) * slope[:, 0].abs()).tolist()
+    if kind in ("epsilon", "sample", "trigflow"):
+        assert moved == pytest.approx([1.0] * 3, rel=1e-6)
+    else:
+        assert output_weight(denoiser, t).tolist() == [1.0] * 3
+        assert all(0.5 < m <= 1 / sigma_data + 1e-6 for m in moved)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from fewstep.distill.condition import Condition
-from fewstep.distill.generator import ddim_sample, seeded
+from fewstep.distill.generator import ddim_sample, ends_at_data, seeded
 from fewstep.distill.network_adapters import UNet2DConditionDenoiser
 from fewstep.distill.process import EDM, VP
 from fewstep.distill.solvers import ddim_step, euler_edm, heun_edm
@@ -76,20 +76,21 @@ def test_a_step_to_the_same_time_changes_nothing_and_rows_have_their_own_times(v
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 8, 50])
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("kind", "to_one"), [("epsilon", True), ("epsilon", False), ("v_prediction", True)])
 def test_trailing_sampling_is_that_of_ddim_scheduler(
-    num_steps: int, kind: str, tiny_pipeline: Path, vp: VP
+    num_steps: int, kind: str, to_one: bool, tiny_pipeline: Path, vp: VP
 ) -> None:
-    """diffusers' scheduler stepped by hand on the same noise, its last step going to alpha = 1."""
+    """diffusers' scheduler stepped by hand on the same noise, its last step going to alpha = 1 or to the first one."""
     unet = UNet2DConditionModel.from_pretrained(tiny_pipeline / "unet").requires_grad_(False)
     prompt, empty = torch.randn(2, 12, 16), torch.randn(1, 12, 16)
     condition = Condition({"encoder_hidden_states": prompt}, {"encoder_hidden_states": empty})
     denoiser = UNet2DConditionDenoiser(unet, vp, kind)
-    ours = ddim_sample(denoiser, (4, 8, 8), condition, num_steps, 3.0, seeded(2, 5))
-
     scheduler = DDIMScheduler(
-        **SD, prediction_type=kind, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
+        **SD, prediction_type=kind, clip_sample=False, set_alpha_to_one=to_one, timestep_spacing="trailing"
     )
+    assert ends_at_data(scheduler) == to_one
+    ours = ddim_sample(denoiser, (4, 8, 8), condition, num_steps, 3.0, seeded(2, 5), to_data=to_one)
+
     scheduler.set_timesteps(num_steps)
     z = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5 + i)) for i in range(2)])
     for t in scheduler.timesteps:

@@ -12,7 +12,7 @@ from ..controls import SpatialControl
 from ..draws import Draws
 from ..errors import UserError
 from ..frozen import weights_hash
-from ..generator import ddim_sample, seeded
+from ..generator import ddim_sample, ends_at_data, seeded
 from ..methods.base import Batch, Method, Parts, Progress
 from ..notes import Notes
 from ..one_step import ControlledDenoiser, controlnet_of
@@ -78,8 +78,11 @@ class ControlNetTraining(Method):
 
         def sampled(denoiser: Any, first: int) -> Tensor:
             generators = seeded(len(captions), first)
-            scale = self.settings.guidance_scale
-            return self.teacher.decode(ddim_sample(denoiser, self.teacher.shape, told, 20, scale, generators))
+            latents = ddim_sample(
+                denoiser, self.teacher.shape, told, 20, self.settings.guidance_scale, generators,
+                to_data=ends_at_data(self.teacher.pipeline.scheduler),
+            )  # fmt: skip
+            return self.teacher.decode(latents)
 
         plain = sampled(self.teacher.denoiser, seed)
         draws = Draws(seed, 0, range(len(captions)), device)

@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from ...pipelines.export import Export, in_float32
-from ..generator import ddim_sample, seeded
+from ..generator import ddim_sample, ends_at_data, seeded
 from ..methods.base import Batch, Method, Parts, Progress
 from ..process import per_sample
 from ..settings import settings
@@ -66,6 +66,7 @@ class Diffusion(Method):
             20,
             self.settings.guidance_scale,
             generators,
+            to_data=ends_at_data(self.teacher.pipeline.scheduler),
         )
         return {"20 steps": self.teacher.decode(z)}
 

@@ -1,6 +1,7 @@
 """Consistency training in a latent diffusion teacher's latents: its view in EDM's process, losses, reach, export."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -173,15 +174,27 @@ def test_ect_from_the_teachers_weights_has_no_shift_of_the_boundary(tiny_pipelin
     loss = step(method, latent_batch(method), at(100))["loss"]
     own = copied(method.student.network)
     x0, states, draws = latents(method)
-    t = (-1.1 + 2 * draws.normal(()).double()).exp().view(-1, 1, 1, 1)
+    t = (-1.1 + 2 * draws.normal(()).double()).exp().clamp(LOW, HIGH).view(-1, 1, 1, 1)
     r = t * (1 - (1 + 8 / (1 + t.exp())) / 8)
+    clean = r < LOW
+    r = torch.where(clean, 0.0, r)
     z = draws.normal((4, 8, 8))
     denoise = vp_denoiser(own, "epsilon", states)
     y = denoise(x0 + t.float() * z, t)
     with torch.no_grad():
-        aim = denoise(x0 + r.float() * z, r)
+        seen = denoise(x0 + r.float() * z, torch.where(clean, t, r))
+        aim = torch.where(clean, x0, seen)
     d = (y - aim).square().sum((1, 2, 3)).sqrt()
     assert_same(method, (d / (t - r).float().flatten()).mean(), own, loss)
+
+
+def test_continuous_pairs_stay_within_the_teachers_levels(tiny_pipeline: Path) -> None:
+    """11 % of the lognormal draws are below Stable Diffusion's first level: their weight 1 / (t - r) would rule."""
+    method = latent_ict(tiny_pipeline, curriculum="continuous", huber_c=0)
+    r, t = method.pairs(SimpleNamespace(draws=Draws(0, 0, range(400))), at(100))
+    assert [t.min().item(), t.max().item()] == pytest.approx([LOW, HIGH], rel=1e-9)
+    assert 20 < (t == t.min()).sum() < 70 and (t == t.max()).sum() > 3
+    assert ((r == 0) | (r >= LOW)).all() and (r[t == t.min()] == 0).all()
 
 
 def test_a_student_from_scratch_has_the_teachers_architecture_and_new_weights(tiny_pipeline: Path) -> None:

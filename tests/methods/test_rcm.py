@@ -13,9 +13,10 @@ from fewstep.distill.ema import EMA, power_decay
 from fewstep.distill.errors import UserError
 from fewstep.distill.generator import Generator
 from fewstep.distill.methods.rcm import RCM, LogWeight, RCMSettings, tangent
-from fewstep.distill.process import per_sample
+from fewstep.distill.process import VP, per_sample
 from rcm_reference import (
     Affine,
+    Direct,
     Script,
     batch_of,
     built,
@@ -288,6 +289,36 @@ def test_the_fake_score_learns_the_students_samples() -> None:
     draws = Script(normal_of(0.9, mean=0.0), torch.randn(1, 1, 2, 2).double())
     out = method("fake_score", batch_of(draws, g), progress(fake_score=1), {})
     assert out["loss"].item() == pytest.approx(0.5052142615, abs=1e-9)
+
+
+def noisy(**settings: Any) -> tuple[RCM, list[Tensor]]:
+    """A method whose networks predict noise, and the times that it draws."""
+    vp = VP(torch.linspace(0.9999, 0.004, 1000))
+    method, times = built(RCM, Direct(Affine(*TEACHER), vp, "epsilon"), **settings), []
+    noised = method.noised
+
+    def kept(x0: Tensor, t: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        times.append(t)
+        return noised(x0, t, draws)
+
+    method.noised = kept
+    return method, times
+
+
+@pytest.mark.parametrize(("player", "power", "seed"), [("student", 1, 2), ("fake_score", 2, 0)])
+def test_rows_of_a_noise_prediction_are_weighted_by_what_its_output_moves(
+    player: str, power: int, seed: int
+) -> None:
+    """One row: the weighted loss is cos t, or its square, times the plain one, at the t that was drawn."""
+    key = "loss" if player == "fake_score" else "consistency"
+    x0, values = torch.randn(1, 1, 2, 2).double(), []
+    for weighted in (True, False):
+        method, times = noisy(output_weight=weighted)
+        out = method(player, batch_of(Draws(seed, 0, range(1)), x0), progress(), {})
+        values.append(out[key].item())
+    t = times[0].item()
+    assert 0.05 < math.cos(t) < 0.98
+    assert values[0] / values[1] == pytest.approx(math.cos(t) ** power, rel=1e-9)
 
 
 def test_a_sample_that_is_not_finite_is_left_out() -> None:
