@@ -152,7 +152,7 @@ def test_the_report_holds_the_condition_error(
 
 
 def test_both_stand_on_one_page(
-    controlled: Path, tiny_pipeline: Path, data_folder: Path, tmp_path: Path
+    controlled: Path, tiny_pipeline: Path, data_folder: Path, tmp_path: Path, scored_here: None
 ) -> None:
     record = compare(
         [f"nct={controlled}", f"generator={tiny_pipeline}"], tmp_path, steps=[1], teacher="none",
