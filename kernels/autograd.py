@@ -41,57 +41,66 @@ def differentiable(problem: Problem) -> tuple[Tensor, Tensor]:
 def launch(problem: Problem, tangents: Tangents) -> tuple[Tensor, Tensor | None, Tensor]:
     """O, tO (None without tangents) and LSE, differentiable in reverse through O."""
     q, k, v, bias, is_causal, scale = problem
-    # Dynamo refuses a Function that defines jvp, and traces a backward with all gradients given.
-    function = Attention if torch.compiler.is_compiling() else RefusingAttention
-    out, tangent, lse = function.apply(
-        q, k, v, *tangents[:3], bias, tangents[3], is_causal, scale, requested()
-    )
+    inputs = (q, k, v, *tangents[:3], bias, tangents[3])
+    if torch.compiler.is_compiling():
+        # A compiled graph holds the operator: what Dynamo makes of an autograd.Function differs between versions.
+        if forward_ad._current_level >= 0 and any(has_tangent(x) for x in inputs):
+            raise NotImplementedError(FORWARD_ONCE)
+        out, tangent, lse = attention_forward(*inputs, is_causal, scale, requested())
+    else:
+        out, tangent, lse = Attention.apply(*inputs, is_causal, scale, requested())
     return out, None if all(t is None for t in tangents) else tangent, lse
 
 
+def has_tangent(x: Tensor | None) -> bool:
+    return x is not None and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None
+
+
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, _, _, _, bias, _, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, bias, output[0], output[2])
+
+
+def gradients(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+    """Of the eleven inputs of `attention_forward`, from the gradient of O."""
+    q, k, v, bias, out, lse = ctx.saved_tensors
+    is_causal, scale, backend = ctx.settings
+    bias_grad = bool(ctx.needs_input_grad[6])
+    dq, dk, dv, dbias = Gradient.apply(
+        grad_out, q, k, v, bias, out, lse, is_causal, scale, bias_grad, backend
+    )
+    return dq, dk, dv, None, None, None, dbias if bias_grad else None, None, None, None, None
+
+
+def batched(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """The rule of vmap: the mapped dimension joins the batch; tangents that live below the map are found there."""
+    is_causal, scale, _ = inputs[8:]
+    q, k, v, tq, tk, tv, bias, tbias = join_batch(inputs[:8], in_dims, info.batch_size)
+    problem = Problem(q, k, v, batched_like(bias, q), is_causal, scale)
+    tbias = batched_like(tbias, q)
+    if tq is None and tk is None and tv is None and tbias is None:
+        out, lse = differentiable(problem)
+        tangent = None
+    else:
+        out, tangent, lse = launch(problem, (tq, tk, tv, tbias))
+    split = (info.batch_size, -1)
+    out, lse = out.unflatten(0, split), lse.unflatten(0, split)
+    if tangent is None:
+        return (out, out.new_empty(0), lse), (0, None, 0)
+    return (out, tangent.unflatten(0, split), lse), (0, 0, 0)
+
+
 class Attention(torch.autograd.Function):
-    """(q, k, v, tq, tk, tv, bias, tbias, is_causal, scale, backend) -> (O, tO, LSE)."""
+    """`attention_forward`, naming the derivatives that have no formula.
+
+    Without it a loss or a tangent would be left without its gradient.
+    """
+
+    vmap = staticmethod(batched)
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         return attention_forward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        save(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Any, ...]:
-        q, k, v, bias, out, lse = ctx.saved_tensors
-        is_causal, scale, backend = ctx.settings
-        bias_grad = bool(ctx.needs_input_grad[6])
-        dq, dk, dv, dbias = Gradient.apply(
-            grad_out, q, k, v, bias, out, lse, is_causal, scale, bias_grad, backend
-        )
-        return dq, dk, dv, None, None, None, dbias if bias_grad else None, None, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        """The mapped dimension joins the batch; tangents that live below the map are found again there."""
-        is_causal, scale, _ = inputs[8:]
-        q, k, v, tq, tk, tv, bias, tbias = join_batch(inputs[:8], in_dims, info.batch_size)
-        problem = Problem(q, k, v, batched_like(bias, q), is_causal, scale)
-        tbias = batched_like(tbias, q)
-        if tq is None and tk is None and tv is None and tbias is None:
-            out, lse = differentiable(problem)
-            tangent = None
-        else:
-            out, tangent, lse = launch(problem, (tq, tk, tv, tbias))
-        split = (info.batch_size, -1)
-        out, lse = out.unflatten(0, split), lse.unflatten(0, split)
-        if tangent is None:
-            return (out, out.new_empty(0), lse), (0, None, 0)
-        return (out, tangent.unflatten(0, split), lse), (0, 0, 0)
-
-
-class RefusingAttention(Attention):
-    """Names the derivatives that have no formula, instead of leaving a loss or a tangent without its gradient."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -105,16 +114,11 @@ class RefusingAttention(Attention):
             raise NotImplementedError(
                 "attention has no gradient through its tangent: detach the tangent, or take the JVP under no_grad."
             )
-        return (None,) * 11 if grad_out is None else Attention.backward(ctx, grad_out)
+        return (None,) * 11 if grad_out is None else gradients(ctx, grad_out)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(FORWARD_ONCE)
-
-
-def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, _, _, _, bias, _, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, bias, output[0], output[2])
 
 
 def join_batch(tensors: tuple[Any, ...], dims: tuple[Any, ...], size: int) -> list[Any]:
@@ -170,5 +174,14 @@ def innermost_is_vmap() -> bool:
     return top is not None and top.key() == torch._C._functorch.TransformType.Vmap
 
 
-# Under torch.compile a func.jvp leaves the bare operator in the graph.
-attention_forward.register_autograd(Attention.backward, setup_context=Attention.setup_context)
+def setup_compiled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    save(ctx, inputs, output)
+
+
+def compiled_gradients(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Any, ...]:
+    return gradients(ctx, grad_out)
+
+
+attention_forward.register_autograd(compiled_gradients, setup_context=setup_compiled)
+attention_forward.register_vmap(batched)

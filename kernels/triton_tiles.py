@@ -98,7 +98,8 @@ def shared_memory(q: Tensor) -> int:
     """Bytes that one program may use on q's device; a Hopper's in the interpreter."""
     if q.device.type != "cuda":
         return 227 * 2**10
-    return torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(q.device)  # some stubs lack the attribute
+    return properties.shared_memory_per_block_optin
 
 
 def padded(size: int) -> int:

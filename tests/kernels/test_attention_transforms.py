@@ -186,7 +186,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
-COMPILED = [query_jvp, value_jvp, shared_input, batch_of_jvps]
+COMPILED = [query_jvp, value_jvp, shared_input, batch_of_jvps, batch_over_another_dimension, jacobian]
 
 
 @pytest.mark.parametrize("transform", COMPILED, ids=lambda t: t.__name__)
@@ -217,7 +217,7 @@ def test_compiled_gradients(name: str) -> None:
         assert_close(function.__name__, q.grad, expected, 1e-12)
 
 
-@pytest.mark.parametrize("case", ["jvp of jvp", "jvp of grad"])
+@pytest.mark.parametrize("case", ["jvp of jvp", "jvp of grad", "attention_jvp of tangents"])
 def test_compiled_second_derivatives_are_refused(case: str) -> None:
     with pytest.raises(
         Exception, match=r"differentiated forward once|must implement the jvp|Observed exception"

@@ -1,13 +1,41 @@
+import contextlib
+import io
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from fewstep.distill.cli import main
+from fewstep.distill.metrics import compare as comparing
 from fewstep.distill.metrics.features import EfficientNetLite0
 from fewstep.distill.metrics.lite_minilm import LiteMiniLM
 from PIL import Image
 
 CAPTIONS = ["cat", "dog", "red", "red cat", "red dog", "cat dog"]
+
+
+class InThisProcess:
+    """What compare.py uses of `subprocess`: the same command lines, without the imports of a new process."""
+
+    DEVNULL = subprocess.DEVNULL
+
+    @staticmethod
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:3] == [sys.executable, "-m", "fewstep.distill.cli"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            return subprocess.CompletedProcess(command, main(command[3:]))
+
+
+@pytest.fixture(scope="module")
+def scored_here() -> Iterator[None]:
+    """`compare` scores its models in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparing, "subprocess", InThisProcess)
+        yield
 
 
 @pytest.fixture(scope="session")

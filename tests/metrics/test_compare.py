@@ -11,6 +11,7 @@ import pytest
 import yaml
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
+from fewstep.distill.metrics import compare as comparing
 from fewstep.distill.metrics.compare import compare, kind_of, read_entry
 from fewstep.distill.metrics.page import page
 from fewstep.distill.metrics.table import by_column
@@ -56,7 +57,7 @@ def runs(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(runs: Path, data_folder: Path) -> tuple[Path, dict]:
+def made(runs: Path, data_folder: Path, scored_here: None) -> tuple[Path, dict]:
     output = runs / "out"
     record = compare(
         [str(runs / "full"), str(runs / "adapter"), f"other={runs / 'foreign'}"],
@@ -183,7 +184,10 @@ def test_a_report_of_another_protocol_is_refused(
     assert not (tmp_path / "b" / "compare.html").exists()
 
 
-def test_what_cannot_be_compared(runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_compared(
+    runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing, "subprocess", subprocess)  # whose words come through
     full = str(runs / "full")
     for entries, flags, message in (
         ([full, full], [], "full: two entries have this name; give one as NAME=PATH"),
@@ -245,7 +249,9 @@ def test_a_report_may_stand_for_the_teacher(
     assert record["strips"] == []
 
 
-def test_pictures_are_those_of_the_scored_calls(runs: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_pictures_are_those_of_the_scored_calls(
+    runs: Path, data_folder: Path, tmp_path: Path, scored_here: None
+) -> None:
     arguments: dict[str, Any] = {"data": str(data_folder), "num_images": 4, "seeds": 1, "teacher": "none"}
     arguments |= {"steps": [1], "device": "cpu"}
     for scale in ("1.0", "8.0"):

@@ -141,15 +141,18 @@ def test_the_report_holds_the_condition_error(
     for folder, found in ((controlled, row), (tiny_pipeline, plain)):
         source = open_source(str(folder), CPU)
         inputs = inputs_for(judge, source, 8, SUPERRES)
-        images, _ = source.pictures(range(8), inputs, 0, source.calls([1], 1, None, 8)[1])
         assert inputs.conditions is not None
-        error = inputs.conditions.errors(images, range(8)).mean().item()
-        assert found["condition error"].value == pytest.approx(error, abs=1e-9) and error > 0.01
+        call, errors = source.calls([1], 1, None, 8)[1], []
+        # In the report's batches: others may round a pixel to the next of 255 levels. Equal but for a mean in float64.
+        for rows in (range(4), range(4, 8)):
+            errors.append(inputs.conditions.errors(source.pictures(rows, inputs, 0, call)[0], rows))
+        error = torch.cat(errors).mean().item()
+        assert found["condition error"].value == pytest.approx(error, rel=1e-12) and error > 0.01
     assert "condition error" not in by_column(scored(tiny_pipeline, data_folder)["rows"][0])
 
 
 def test_both_stand_on_one_page(
-    controlled: Path, tiny_pipeline: Path, data_folder: Path, tmp_path: Path
+    controlled: Path, tiny_pipeline: Path, data_folder: Path, tmp_path: Path, scored_here: None
 ) -> None:
     record = compare(
         [f"nct={controlled}", f"generator={tiny_pipeline}"], tmp_path, steps=[1], teacher="none",
