@@ -14,11 +14,10 @@ from ..errors import UserError
 from ..readers import parse_json, read_text
 from .images import PICTURE_SUFFIXES, UNREAD_SUFFIXES
 from .shards import open_shards
-from .tables import Table, open_parquet, rows_of
+from .tables import SPLIT_FOLDERS, Table, open_parquet, rows_of
 
 log = logging.getLogger(__name__)
 
-SPLIT_FOLDERS = ("train", "validation", "test", "reward", "score", "holdout")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 OTHER_SUFFIXES = (
     ".tar",

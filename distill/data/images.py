@@ -93,8 +93,8 @@ class ImageData(ABC):
         labels = [places.get(row.get("category", "")) for row in self.rows]
         if None in labels:
             raise UserError(
-                f"{self.name}: {self.row_name(labels.index(None))} has no class label, nor have "
-                f"{labels.count(None) - 1} other rows: give it one or remove it"
+                f"{self.called(labels.index(None))} has no class label, nor have {labels.count(None) - 1} other rows: "
+                "give it one or remove it"
             )
         return [label for label in labels if label is not None]
 
@@ -113,9 +113,9 @@ class ImageData(ABC):
                 f"to {named}null to train on empty prompts"
             )
 
-    def row_name(self, index: int) -> str:
+    def called(self, index: int) -> str:
         """How messages call a row."""
-        return f"row {index}"
+        return f"row {index} of {self.name}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -181,11 +181,15 @@ class TableImages(ImageData):
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             return _stack(list(pool.map(self._decode, chosen)), self.resolution)
 
-    def row_name(self, index: int) -> str:
-        return _name_and_source(self.table[index], index)[0]
+    def called(self, index: int) -> str:
+        return self.encoded(index)[0]
+
+    def encoded(self, index: int) -> tuple[str, str | io.BytesIO]:
+        """How messages call the image of a row, and its path or its bytes."""
+        return _name_and_source(self.table[index], index)
 
     def _decode(self, index: int) -> Image.Image:
-        name, source = _name_and_source(self.table[int(index)], int(index))
+        name, source = self.encoded(int(index))
         return to_square(read_picture(source, name), self.resolution, self.center_crop)
 
     def hash_content(self, digest: Any) -> None:
@@ -212,7 +216,7 @@ def read_picture(source: str | Path | IO[bytes], name: str) -> Image.Image:
         with Image.open(source) as image:
             image.load()
             rgb = over_white(ImageOps.exif_transpose(eight_bits(image)))
-        if max(high for _, high in rgb.getextrema()) == 1:
+        if np.asarray(rgb).max() == 1:
             raise ValueError("it holds only 0 and 1 of 0 to 255, like a mask; multiply by 255")
         return rgb
     except Exception as error:  # a decoder of damaged files raises nearly anything

@@ -91,7 +91,7 @@ def load_data(
     if caption_column is not None and 0 < len(data.uncaptioned) < len(data):
         say(
             f"{name}: {len(data.uncaptioned)} of {len(data)} pictures have no caption and get the empty one, the first "
-            f"{data.row_name(data.uncaptioned[0])}"
+            f"{data.called(data.uncaptioned[0])}"
         )
     return data
 

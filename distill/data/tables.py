@@ -12,6 +12,7 @@ from .embedded import STYLES
 from .images import Cells
 from .named import NAMED
 
+SPLIT_FOLDERS = ("train", "validation", "test", "reward", "score", "holdout")
 HUB_TIMEOUT = 5.0  # seconds until the Hub counts as unreachable
 ROW_KEYS = ("category", "subcategory", "style")
 

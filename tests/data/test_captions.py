@@ -122,7 +122,7 @@ def test_null_captions_of_parquet_are_counted(tmp_path):
     table = pyarrow.table({"file_name": ["b.png", "a.png"], "text": [None, "null"]})
     pyarrow.parquet.write_table(table, folder / "metadata.parquet")
     data = load(folder)
-    assert (data.captions, data.row_name(0)) == (["", "null"], str(folder / "b.png"))
+    assert (data.captions, data.called(0)) == (["", "null"], str(folder / "b.png"))
 
 
 def test_two_kinds_of_metadata_are_refused(tmp_path):

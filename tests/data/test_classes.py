@@ -50,7 +50,7 @@ def test_data_without_classes_says_so(tmp_path):
         _ = data.labels
     emoji = load_data("emoji-noto", split="score", resolution=32)
     del emoji.rows[7]["category"]
-    with pytest.raises(UserError, match=r"emoji-noto: row 7 has no class label"):
+    with pytest.raises(UserError, match=r"row 7 of emoji-noto has no class label"):
         _ = emoji.labels
 
 

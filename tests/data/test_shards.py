@@ -97,7 +97,7 @@ def test_a_sample_without_text_counts_wherever_it_stands(tmp_path, missing):
     write(tmp_path / "a.tar", [m for m in samples() if m[0] != f"{missing:03}.txt"])
     data = load(tmp_path / "a.tar")
     assert data.captions == ["" if i == missing else str(i) for i in range(4)]
-    assert data.uncaptioned == [missing] and data.row_name(missing).endswith(f"a.tar: {missing:03}.png")
+    assert data.uncaptioned == [missing] and data.called(missing).endswith(f"a.tar: {missing:03}.png")
 
 
 def test_members_of_a_sample_may_stand_apart_and_differ_in_format(tmp_path):
