@@ -118,6 +118,8 @@ class Runner:
         parts = Parts(teacher, c.student, data.captions, data.classes, resolution, vae=vae)
         method: Method = kind(settings, parts)
         parts.check(method.needs)
+        if "prompts" in method.needs and c.data.caption_column is not None:
+            data.need_captions()
         if self.accelerator.is_main_process:  # what is refused leaves no folder that would refuse the remedy
             self.folder.write_config()
         for frozen in (teacher, vae):

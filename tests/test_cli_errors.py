@@ -172,6 +172,30 @@ def test_an_unreadable_image(refused: Refused, tmp_path: Path) -> None:
     assert line.startswith(f"{data}/1.png: cannot be read as an image") and line.endswith("mend or remove it")
 
 
+def test_pictures_without_captions(refused: Refused, config: Path, tmp_path: Path) -> None:
+    data, run = images(tmp_path / "data"), tmp_path / "run"
+    (data / "metadata.jsonl").unlink()
+    line = refused("--data.name", str(data))
+    assert line.startswith(f"data.name: {data} has no captions") and "data.caption_column" in line
+    assert not run.exists()
+    arguments = ["--data.name", str(data), "--output_dir", str(run), "--max_train_steps", "1"]
+    assert main(["distill", str(config), *arguments, "--data.caption_column", "null"]) == 0
+
+
+def test_masks_in_place_of_pictures(
+    refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = images(tmp_path / "data")
+    for i in range(3):
+        Image.frombytes("L", (16, 16), bytes([0, 1] * 128)).save(data / f"{i}.png")
+    line = f"{data}/0.png: cannot be read as an image (it holds only 0 and 1 of 0 to 255"
+    assert refused("--data.name", str(data)).startswith(line)
+    capsys.readouterr()
+    assert main(["evaluate", str(data), "--data", "emoji", "--num_images", "3"]) == 2
+    (told,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("fewstep: error: ")]
+    assert f"{data}/" in told and "holds only 0 and 1" in told
+
+
 @pytest.mark.parametrize("name", ["state.safetensors", "optimizers.pt"])
 def test_a_checkpoint_cut_short(
     name: str, refused: Refused, config: Path, finished: Path, tmp_path: Path

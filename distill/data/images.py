@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -16,9 +17,31 @@ from torch import Tensor
 
 from ..errors import UserError
 
+# Endings of files in lower case: those that are read as pictures, and pictures to the user that are not read.
+PICTURE_SUFFIXES = frozenset((
+    ".apng", ".avif", ".avifs", ".bmp", ".bw", ".cur", ".dcx", ".dds", ".dib", ".gif", ".icb", ".icns", ".ico", ".im",
+    ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".msp", ".pbm", ".pcd",
+    ".pcx", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".pxr", ".qoi", ".ras", ".rgb", ".rgba", ".sgi", ".tga",
+    ".tif", ".tiff", ".vda", ".vst", ".webp", ".xbm", ".xpm",
+))  # fmt: skip
+UNREAD_SUFFIXES = frozenset((
+    ".ai", ".arw", ".cr2", ".cr3", ".dng", ".emf", ".eps", ".exr", ".hdr", ".heic", ".heics", ".heif", ".heifs", ".hif",
+    ".jls", ".jxl", ".jxr", ".kra", ".nef", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw", ".svg", ".svgz", ".wdp",
+    ".wmf", ".xcf",
+))  # fmt: skip
+
+SIXTEEN_BITS = ("PNG", "PPM")  # formats whose grey of mode "I" spans 0 to 65535
 PIECE = (
     1 << 14
 )  # bytes read at the head, in the middle and at the end of an encoded image for its fingerprint
+
+
+class Cells(Protocol):
+    """Encoded pictures: each {"image": {"path", "bytes"}}, one of them None, and perhaps "__url__", its shard."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 class ImageData(ABC):
@@ -70,9 +93,29 @@ class ImageData(ABC):
         labels = [places.get(row.get("category", "")) for row in self.rows]
         if None in labels:
             raise UserError(
-                f"{self.name}: row {labels.index(None)} has no class label: give it one or remove it"
+                f"{self.called(labels.index(None))} has no class label, nor have {labels.count(None) - 1} other rows: "
+                "give it one or remove it"
             )
         return [label for label in labels if label is not None]
+
+    @cached_property
+    def uncaptioned(self) -> list[int]:
+        """The rows whose caption is blank."""
+        return [i for i, caption in enumerate(self.captions) if not caption.strip()]
+
+    def need_captions(self) -> None:
+        """UserError where no row has a caption: for methods that are told prompts."""
+        if len(self.uncaptioned) == len(self):
+            named = "label for the names of the classes, or to " if self.classes else ""
+            raise UserError(
+                f"data.name: {self.name} has no captions, and this method trains on prompts: give a metadata.jsonl "
+                '(lines with "file_name" and "text") or a NAME.txt beside each NAME.png, or set data.caption_column '
+                f"to {named}null to train on empty prompts"
+            )
+
+    def called(self, index: int) -> str:
+        """How messages call a row."""
+        return f"row {index} of {self.name}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -114,15 +157,14 @@ class MemoryImages(ImageData):
 
 
 class TableImages(ImageData):
-    """Encoded images in one column of a map-style `datasets.Dataset`, decoded when they are asked for.
+    """Encoded images, decoded when they are asked for.
 
-    `table` has the columns "image" ({"path", "bytes"}, not decoded) and perhaps "__url__" (the shard).
     The fingerprint reads images up to 48 KiB whole, longer ones at three places besides their length.
     """
 
     def __init__(
         self,
-        table: Any,
+        table: Cells,
         captions: list[str],
         rows: list[dict[str, str]],
         *,
@@ -139,16 +181,16 @@ class TableImages(ImageData):
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             return _stack(list(pool.map(self._decode, chosen)), self.resolution)
 
+    def called(self, index: int) -> str:
+        return self.encoded(index)[0]
+
+    def encoded(self, index: int) -> tuple[str, str | io.BytesIO]:
+        """How messages call the image of a row, and its path or its bytes."""
+        return _name_and_source(self.table[index], index)
+
     def _decode(self, index: int) -> Image.Image:
-        cell = self.table[int(index)]
-        name, source = _name_and_source(cell, int(index))
-        try:
-            with Image.open(source) as image:
-                image.load()
-                return to_square(ImageOps.exif_transpose(image), self.resolution, self.center_crop)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = "no image in this format" if "cannot identify" in str(error) else error
-            raise UserError(f"{name}: cannot be read as an image ({reason}): mend or remove it") from error
+        name, source = self.encoded(int(index))
+        return to_square(read_picture(source, name), self.resolution, self.center_crop)
 
     def hash_content(self, digest: Any) -> None:
         for index in range(len(self)):
@@ -165,6 +207,23 @@ class TableImages(ImageData):
                 raise UserError(f"{name}: cannot be read ({error.strerror}): mend or remove it") from error
 
 
+def read_picture(source: str | Path | IO[bytes], name: str) -> Image.Image:
+    """A picture file as 8-bit RGB, turned as its camera says, what is transparent over white.
+
+    Raises UserError that calls it `name` where it cannot be read or its values do not span 0 to 255 by their type.
+    """
+    try:
+        with Image.open(source) as image:
+            image.load()
+            rgb = over_white(ImageOps.exif_transpose(eight_bits(image)))
+        if np.asarray(rgb).max() == 1:
+            raise ValueError("it holds only 0 and 1 of 0 to 255, like a mask; multiply by 255")
+        return rgb
+    except Exception as error:  # a decoder of damaged files raises nearly anything
+        reason = "no image in this format" if "cannot identify" in str(error) else _first_line(error)
+        raise UserError(f"{name}: cannot be read as an image ({reason}): mend or remove it") from error
+
+
 def to_square(image: Image.Image, resolution: int, center_crop: bool) -> Image.Image:
     """RGB over white, `resolution` pixels a side, by antialiased bicubic resizing.
 
@@ -179,14 +238,38 @@ def to_square(image: Image.Image, resolution: int, center_crop: bool) -> Image.I
 
 
 def over_white(image: Image.Image) -> Image.Image:
-    """8-bit RGB; what is transparent becomes white, and 16-bit grey keeps its high byte."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    """8-bit RGB; what is transparent becomes white. Raises ValueError as `eight_bits`."""
+    image = eight_bits(image)
     if image.has_transparency_data:
         colours = image.convert("RGBA")
         image = Image.new("RGBA", image.size, "white")
         image.alpha_composite(colours)
     return image.convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits as the nearest of 8, 257 to one; other pictures as they are.
+
+    Raises ValueError for grey of 32 bits, whose white nobody knows, and for 8 bits kept in 16.
+    """
+    if image.mode in ("I", "F") and image.format not in SIXTEEN_BITS:
+        kind = "floating point" if image.mode == "F" else "32-bit integer"
+        raise ValueError(f"{kind} pixels, whose white is not known; save it with 8 or 16 bits")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if 0 < values.max() <= 255:
+        raise ValueError(f"16-bit pixels that end at {values.max()} of 65535; save it with 8 bits")
+    out = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    out.info = {k: v for k, v in image.info.items() if k != "transparency"}
+    clear = image.info.get("transparency")
+    if clear is not None:
+        out.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return out
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _stack(pictures: Sequence[Image.Image], resolution: int) -> Tensor:

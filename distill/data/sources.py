@@ -6,9 +6,11 @@ from typing import Any
 
 from ..errors import UserError
 from .embedded import STYLES, load_emoji
+from .folders import open_folder, say
 from .images import ImageData, TableImages
 from .named import NAMED, load_class_folder, load_named
-from .tables import no_captions, open_folder, open_hub, open_shards
+from .shards import match_shards, open_shards
+from .tables import Table, no_captions, open_hub
 
 
 def other_split(name: str, split: str) -> str:
@@ -30,21 +32,23 @@ def load_data(
     """Captioned images, resized and cut to `resolution` x `resolution`, RGB over white.
 
     name            "emoji", "emoji-noto", "emoji-twemoji"; "fashion-mnist", "cifar10" (named.py says where they
-                    are looked for); else a folder of IDX files, of CIFAR-10's batches, of images (with
-                    metadata.jsonl for captions; images that it does not list are left out), of webdataset
-                    shards or of parquet files; else a shard or a pattern such as "shards/{000..099}.tar";
-                    else an id on the Hub
+                    are looked for); else a folder of IDX files, of CIFAR-10's batches, of images, of
+                    webdataset shards or of parquet files; else a shard or a pattern such as
+                    "shards/{000..099}.tar"; else an id on the Hub. Captions of a folder of images stand in
+                    metadata.jsonl, .csv or .parquet (images that it does not list are left out), else in a NAME.txt
+                    beside each NAME.png; subfolders of a folder without metadata are its classes
     split           a folder's splits are its subfolders (train, holdout, ...); without any it is all "train"
     caption_column  where the captions are; a column of class labels gives the class names. None: no captions.
                     Shards have them in their .txt files, or under this key in their .json files
     image_column    where the images are in a table; in shards the one image file of a sample is found anyway
     center_crop     False squeezes the whole picture into the square instead
 
-    Raises UserError for whatever cannot be found or read.
+    A row without a caption has ""; where others have one, a line says how many. Raises UserError for whatever cannot
+    be found or read.
     """
     if resolution < 1:
         raise UserError(f"resolution: {resolution} is no size in pixels: give a positive number")
-    path, captions_expected = Path(name).expanduser(), True
+    path = Path(name).expanduser()
     how: Any = dict(
         split=split, resolution=resolution, caption_column=caption_column, center_crop=center_crop
     )
@@ -60,105 +64,54 @@ def load_data(
             raise UserError(f"{name}: has no image column {image_column!r}: set image_column to image")
         return known
     if path.is_dir():
-        table, captions_expected = open_folder(path, split, caption_column)
+        table = open_folder(path, split, image_column)
     elif path.is_file() or re.search(r"[*?\[{]", name):
-        table = open_shards(name, split)
+        if split != "train":
+            raise UserError(
+                f"{name}: a pattern is all of split 'train': name the shards of {split!r} by one of their own"
+            )
+        table = open_shards(match_shards(name), name, image_column)
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):
-        table = open_hub(name, split)
+        table = open_hub(name, split, image_column)
     else:
         raise UserError(
             f"{name}: no such folder: give a folder of images, tar shards or a data set id of the Hub"
         )
-    if not len(table):
+    if not len(table.cells):
         raise UserError(f"{name}: split {split!r} has no rows: put images in it")
-    table = _with_image_column(name, table, image_column)
-    if caption_column is None or (caption_column == "text" and not captions_expected):
-        captions = [""] * len(table)
-    else:
-        captions = _captions(name, table, caption_column)
-    kept = [c for c in ("image", "__url__") if c in table.column_names]
-    return TableImages(
-        table.select_columns(kept),
-        captions,
-        _rows(table),
+    data = TableImages(
+        table.cells,
+        _captions(table, caption_column),
+        table.rows,
         resolution=resolution,
         center_crop=center_crop,
-        classes=_classes(table),
+        classes=table.classes,
         name=name,
     )
-
-
-def _with_image_column(name: str, table: Any, image_column: str) -> Any:
-    """The table with its images, not decoded, under "image"."""
-    import datasets
-
-    found = [c for c, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    if image_column not in found:
-        if "__key__" not in table.features or len(found) != 1 or image_column != "image":
-            raise UserError(
-                f"{name}: has no image column {image_column!r}: set image_column to one of "
-                f"{', '.join(found or table.column_names)}"
-            )
-        image_column = found[0]
-    if image_column != "image":
-        table = table.remove_columns([c for c in ("image",) if c in table.column_names])
-        table = table.rename_column(image_column, "image")
-    return table.cast_column("image", datasets.Image(decode=False))
-
-
-def _captions(name: str, table: Any, caption_column: str) -> list[str]:
-    import datasets
-
-    features, key = table.features, None
-    column = caption_column
-    if column not in features and "__key__" in features:
-        if column == "text" and "txt" in features:
-            column = "txt"
-        elif isinstance(features.get("json"), dict) and column in features["json"]:
-            column, key = "json", column
-    if column not in features:
-        inside = features["json"] if isinstance(features.get("json"), dict) else ()
-        raise UserError(
-            no_captions(name, column, [c for c in features if c[:2] != "__" and c != "image"] + [*inside])
+    if caption_column is not None and 0 < len(data.uncaptioned) < len(data):
+        say(
+            f"{name}: {len(data.uncaptioned)} of {len(data)} pictures have no caption and get the empty one, the first "
+            f"{data.called(data.uncaptioned[0])}"
         )
-    values = table.select_columns(column)[:][column]
-    if key is not None:
-        values = [None if value is None else value[key] for value in values]
-    if isinstance(features[column], datasets.ClassLabel):
-        values = [_class_name(features[column], value) for value in values]
+    return data
+
+
+def _captions(table: Table, caption_column: str | None) -> list[str]:
+    """N captions, "" for a row without one."""
+    if caption_column is None or (caption_column == "text" and not table.expected):
+        return [""] * len(table.cells)
+    if caption_column not in table.columns:
+        there = [c for c in table.columns if not c.startswith("__")]
+        raise UserError(no_captions(table.where, caption_column, there))
+    values = table.columns[caption_column]
     for i, value in enumerate(values):
         if value is not None and not isinstance(value, str):
             raise UserError(
-                f"{name}: caption of row {i} is {str(value)[:40]} ({type(value).__name__}), not text: "
+                f"{table.where}: caption of row {i} is {str(value)[:40]} ({type(value).__name__}), not text: "
                 f"set caption_column to another than {caption_column!r}"
             )
+        if value is not None and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(
+                f"{table.where}: caption of row {i} holds half a character (a surrogate): mend it"
+            )
     return [value or "" for value in values]
-
-
-def _rows(table: Any) -> list[dict[str, str]]:
-    """category, subcategory and style where the table has them; the class in "label" is the category."""
-    import datasets
-
-    out: list[dict[str, str]] = [{} for _ in range(len(table))]
-    for column, feature in sorted(table.features.items(), key=lambda item: item[0] == "label"):
-        label = column == "label" and isinstance(feature, datasets.ClassLabel)
-        text = column in ("category", "subcategory", "style") and feature == datasets.Value("string")
-        if label or text:
-            for row, value in zip(out, table.select_columns(column)[:][column], strict=True):
-                known = _class_name(feature, value) if label else value
-                if known is not None:
-                    row["category" if label else column] = known
-    return out
-
-
-def _classes(table: Any) -> tuple[str, ...]:
-    """The names in a column "label" of class labels, empty without one."""
-    import datasets
-
-    feature = table.features.get("label")
-    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
-
-
-def _class_name(feature: Any, value: int | None) -> str | None:
-    """`datasets` writes -1 for a row without a class."""
-    return None if value is None or value < 0 else feature.int2str(value)

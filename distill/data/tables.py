@@ -1,135 +1,121 @@
-"""Tables of images from a folder, tar shards or the Hugging Face Hub, opened by `datasets`."""
+"""Tables of pictures: what every source of captioned pictures comes down to, and those that `datasets` opens."""
 
-import json
-import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
-from glob import escape, glob
-from itertools import product
-from pathlib import Path
+from glob import escape
 from typing import Any
 
 from ..errors import UserError
 from .embedded import STYLES
+from .images import Cells
 from .named import NAMED
 
 SPLIT_FOLDERS = ("train", "validation", "test", "reward", "score", "holdout")
-METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 HUB_TIMEOUT = 5.0  # seconds until the Hub counts as unreachable
+ROW_KEYS = ("category", "subcategory", "style")
 
 
-def open_folder(folder: Path, split: str, caption_column: str | None) -> tuple[Any, bool]:
-    """The table of a folder's split, and whether captions belong to it: not in a folder of images alone."""
-    root = _split_folder(folder, split)
-    if root != folder and any((folder / m).exists() for m in METADATA_FILES):
+@dataclass(frozen=True)
+class Table:
+    """N pictures, not decoded, and what stands beside them.
+
+    cells     the pictures
+    columns   N values for each name, None where a row has none; read when they are asked for
+    rows      N dicts, as ImageData's
+    classes   names of the classes in label order; empty where there are none
+    expected  whether captions belong to the pictures
+    where     the file or data set whose columns these are
+    """
+
+    cells: Cells
+    columns: Mapping[str, Sequence[Any]]
+    rows: list[dict[str, str]]
+    where: str
+    classes: tuple[str, ...] = ()
+    expected: bool = True
+
+
+class Columns(Mapping[str, list[Any]]):
+    """The columns of a `datasets.Dataset` beside its pictures, class labels by their names."""
+
+    def __init__(self, table: Any):
+        import datasets
+
+        self.table = table
+        self.names = [k for k, v in table.features.items() if not isinstance(v, datasets.Image)]
+
+    def __getitem__(self, name: str) -> list[Any]:
+        import datasets
+
+        if name not in self.names:
+            raise KeyError(name)
+        feature, values = self.table.features[name], self.table.select_columns(name)[:][name]
+        if isinstance(feature, datasets.ClassLabel):  # -1: without a class
+            return [None if v is None or v < 0 else feature.int2str(v) for v in values]
+        return list(values)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def of_dataset(name: str, table: Any, image_column: str) -> Table:
+    """A map-style `datasets.Dataset` with its images under `image_column`; class labels under "label"."""
+    import datasets
+
+    features = table.features
+    found = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
+    if image_column == "image" and len(found) == 1 and "__key__" in features:  # shards on the Hub
+        (image_column,) = found
+    if image_column not in found:
         raise UserError(
-            f"{folder}: its metadata lies beside the split folders: put one metadata.jsonl into {root}, "
-            "with file names relative to it"
+            f"{name}: has no image column {image_column!r}: set image_column to one of "
+            f"{', '.join(found or table.column_names)}"
         )
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-
-    by_suffix: dict[str, list[str]] = {}
-    captions_expected = False
-    for parent, _, names in os.walk(root):
-        for name in sorted(n for n in names if not n.startswith(".")):
-            path = os.path.join(parent, name)
-            by_suffix.setdefault(os.path.splitext(name)[1].lower(), []).append(path)
-            captions_expected |= name in METADATA_FILES
-            if name == "metadata.jsonl":
-                _check_metadata(Path(path), caption_column)
-    if by_suffix.keys() & set(ImageFolder.EXTENSIONS):
-        table = _load("imagefolder", str(root), data_dir=escape(str(root)), data_files={"train": "**"})
-        return table, captions_expected
-    for suffix, builder in ((".tar", "webdataset"), (".parquet", "parquet")):
-        if suffix in by_suffix:
-            files = [escape(f) for f in sorted(by_suffix[suffix])]
-            return _load(builder, str(root), data_files={"train": files}), True
-    raise UserError(
-        f"{root}: holds no images, .tar shards or .parquet files: put some in or give another folder"
+    columns = Columns(table)
+    label = features.get("label")
+    classes = tuple(label.names) if isinstance(label, datasets.ClassLabel) else ()
+    texts = [c for c in ROW_KEYS if features.get(c) == datasets.Value("string")]
+    kept = table.select_columns([image_column, *(c for c in ("__url__",) if c in features)])
+    if image_column != "image":
+        kept = kept.rename_column(image_column, "image")
+    return Table(
+        kept.cast_column("image", datasets.Image(decode=False)),
+        columns,
+        rows_of({c: columns[c] for c in (*texts, *(("label",) if classes else ()))}, len(table)),
+        name,
+        classes,
     )
 
 
-def _split_folder(folder: Path, split: str) -> Path:
-    if (folder / split).is_dir():
-        return folder / split
-    there = [s for s in SPLIT_FOLDERS if (folder / s).is_dir()]
-    if there:
-        raise UserError(
-            f"{folder}: has no split {split!r}, only {', '.join(there)}: put its files into {folder / split}"
-        )
-    if split != "train":
-        raise UserError(
-            f"{folder}: has no split {split!r}: move those files into {folder / split}, the others into "
-            f"{folder / 'train'}, each with its own metadata.jsonl"
-        )
-    return folder
+def rows_of(columns: Mapping[str, Sequence[Any]], count: int) -> list[dict[str, str]]:
+    """category, subcategory and style where they are text; the class in "label" is the category."""
+    rows: list[dict[str, str]] = [{} for _ in range(count)]
+    for name in (*ROW_KEYS, "label"):
+        values = columns.get(name, ())
+        if all(value is None or isinstance(value, str) for value in values):
+            for row, value in zip(rows, values, strict=False):
+                if value is not None:
+                    row["category" if name == "label" else name] = value
+    return rows
 
 
-def _check_metadata(path: Path, caption_column: str | None) -> None:
-    """Every line of a metadata.jsonl is a JSON object that names a file which is there, with its caption."""
-    columns: dict[str, None] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            file_name = row["file_name"]
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number} is not JSON ({error.msg}): mend it") from error
-        except (KeyError, TypeError) as error:
-            raise UserError(f'{path}: line {number} has no "file_name": give it one') from error
-        if not (path.parent / file_name).is_file():
-            raise UserError(
-                f"{path}: line {number} names {file_name}, which is not there: mend or remove the line"
-            )
-        columns |= dict.fromkeys(row)
-    if caption_column is not None and caption_column not in columns:
-        raise UserError(no_captions(str(path), caption_column, [c for c in columns if c != "file_name"]))
+def open_parquet(root: str, files: Sequence[str], image_column: str) -> Table:
+    """The rows of parquet files whose images are a column."""
+    table = _load("parquet", root, data_files={"train": [escape(f) for f in files]})
+    return of_dataset(root, table, image_column)
 
 
-def open_shards(pattern: str, split: str) -> Any:
-    """Tar shards by a path, or a pattern with *, ?, [..], {a,b} or {000..099}."""
-    if split != "train":
-        raise UserError(
-            f"{pattern}: a pattern is all of split 'train': name the shards of {split!r} by one of their own"
-        )
-    shards = []
-    for plain in expand_braces(os.path.expanduser(pattern)):
-        found = [plain] if os.path.isfile(plain) else sorted(glob(plain, recursive=True))
-        if not found:
-            raise UserError(f"{pattern}: no file matches {plain}: give the shards that there are")
-        shards += found
-    wrong = [s for s in shards if not s.endswith(".tar")]
-    if wrong:
-        raise UserError(
-            f"{wrong[0]}: is no .tar shard: give a folder of images or a pattern that ends in .tar"
-        )
-    return _load("webdataset", pattern, data_files={"train": [escape(s) for s in shards]})
-
-
-def expand_braces(pattern: str) -> Iterator[str]:
-    """The strings that a shell makes of {a,b} and {000..099}; braces inside braces are not looked into."""
-    choices = []
-    for part in re.split(r"(\{[^{}]*(?:,|\.\.)[^{}]*\})", pattern):
-        numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
-        if numbers:
-            first, last = numbers.groups()
-            choices.append([str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)])
-        elif part.startswith("{") and part.endswith("}"):
-            choices.append(part[1:-1].split(","))
-        else:
-            choices.append([part])
-    return map("".join, product(*choices))
-
-
-def open_hub(name: str, split: str) -> Any:
+def open_hub(name: str, split: str, image_column: str) -> Table:
     """A split of a Hub data set; without a connection the copy that `datasets` cached, if there is one."""
+    return of_dataset(name, _open_hub(name, split), image_column)
+
+
+def _open_hub(name: str, split: str) -> Any:
     import huggingface_hub
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -189,6 +175,6 @@ def _load(builder: str, name: str, split: str = "train", **files: Any) -> Any:
         ) from error
 
 
-def no_captions(name: str, column: str, there: list[str]) -> str:
+def no_captions(name: str, column: str, there: Sequence[str]) -> str:
     choice = f"set caption_column to one of {', '.join(there)}" if there else "add it"
     return f"{name}: has no caption column {column!r}: {choice}, or to null for no captions"

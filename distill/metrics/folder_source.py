@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ..data.images import over_white
+from ..data.images import read_picture
 from ..errors import UserError
 from .inputs import Inputs
-from .source import Source, first_line, hash_files, short, side
+from .source import Source, hash_files, short, side
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -81,9 +80,4 @@ class FolderSource(Source):
 
 def read_image(path: Path) -> Tensor:
     """An image file as uint8 (3, H, W), transparency on white. Raises UserError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            rgb = over_white(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: unreadable image ({first_line(error)}); mend or remove it") from None
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(read_picture(path, str(path)))).permute(2, 0, 1)

@@ -8,7 +8,7 @@ from ..codec import Autoencoder, is_here
 from ..config import RunConfig
 from ..data.embedded import STYLES
 from ..data.named import NAMED, find_named
-from ..data.tables import expand_braces
+from ..data.shards import expand_braces
 from ..errors import UserError
 from ..model_card import data_line, teacher_line
 from ..teacher_data import NAME as TAUGHT

@@ -50,5 +50,24 @@ def test_data_without_classes_says_so(tmp_path):
         _ = data.labels
     emoji = load_data("emoji-noto", split="score", resolution=32)
     del emoji.rows[7]["category"]
-    with pytest.raises(UserError, match=r"emoji-noto: row 7 has no class label"):
+    with pytest.raises(UserError, match=r"row 7 of emoji-noto has no class label"):
         _ = emoji.labels
+
+
+def test_a_stray_picture_is_named_and_hides_no_classes(tmp_path):
+    for place in ("a/0.png", "a/1.png", "b/0.png", "cover.png"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place)
+    data = load_data(str(tmp_path), resolution=8)
+    assert data.classes == ("a", "b")
+    with pytest.raises(UserError, match=r"cover\.png has no class label, nor have 0 other rows"):
+        _ = data.labels
+    (tmp_path / "cover.png").unlink()
+    assert load_data(str(tmp_path), resolution=8).labels == [0, 0, 1]
+
+
+def test_folders_of_pictures_at_many_depths_are_no_classes(tmp_path):
+    for place in ("0.png", "1.png", "a/0.png", "b/0.png"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place)
+    assert load_data(str(tmp_path), resolution=8).classes == ()

@@ -1,5 +1,6 @@
-"""Cutting, resizing and flattening of pictures, and the fingerprint."""
+"""Reading, cutting, resizing and flattening of pictures, and the fingerprint."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
 from fewstep.distill.data import load_data
-from fewstep.distill.data.images import MemoryImages, over_white, to_square
+from fewstep.distill.data.images import MemoryImages, over_white, read_picture, to_square
+from fewstep.distill.errors import UserError
 from PIL import Image
 
 
@@ -58,6 +60,81 @@ def test_transparency_becomes_white():
 )
 def test_grey_pictures(image, grey):
     assert np.array(over_white(image)).tolist() == [[[grey] * 3] * 2] * 2
+
+
+def read(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return np.array(read_picture(file, "a picture"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG2000"])
+def test_sixteen_bits_are_divided_by_257(kind):
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    options = {"irreversible": False} if kind == "JPEG2000" else {}
+    seen = read(Image.fromarray(values), kind, **options)
+    assert (seen == (values // 257)[:, :, None]).all() and seen.shape == (16, 16, 3)
+    between = read(Image.fromarray(values.clip(0, 65000) + 128), kind, **options)
+    assert (between == np.round((values.clip(0, 65000) + 128) / 257)[:, :, None]).all()
+
+
+def test_sixteen_bits_of_a_grey_map():
+    seen = read_picture(io.BytesIO(b"P5 2 1 65535\n\x4d\x4d\xff\xff"), "a picture")
+    assert np.array(seen)[0].tolist() == [[77] * 3, [255] * 3]
+
+
+def test_transparent_value_of_sixteen_bits_is_white():
+    values = np.array([[77 * 257, 1000]], np.uint16)
+    assert read(Image.fromarray(values), transparency=1000)[0].tolist() == [[77] * 3, [255] * 3]
+
+
+def test_rotation_flag_of_sixteen_bits_is_followed():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    values = np.array([[0, 0], [65535, 65535]], np.uint16)
+    assert read(Image.fromarray(values), exif=exif)[:, :, 0].tolist() == [[255, 0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("1", (2, 2), 1), 255),
+        (Image.new("L", (2, 2), 0), 0),
+        (Image.new("L", (2, 2), 2), 2),
+        (Image.new("LA", (2, 2), (0, 51)), 204),
+        (Image.new("CMYK", (2, 2), (0, 0, 0, 178)), 77),
+    ],
+)
+def test_pixel_types_that_span_their_range(image, expected):
+    kind = "TIFF" if image.mode == "CMYK" else "PNG"
+    assert read(image, kind).tolist() == [[[expected] * 3] * 2] * 2
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (Image.fromarray(np.eye(4, dtype=np.uint8)), "only 0 and 1"),
+        (Image.fromarray(np.ones((4, 4, 3), np.uint8)), "only 0 and 1"),
+        (Image.fromarray(np.eye(4, dtype=np.uint16)), "16-bit pixels that end at 1 "),
+        (Image.fromarray(np.full((4, 4), 200, np.uint16)), "16-bit pixels that end at 200 "),
+        (Image.fromarray(np.full((4, 4), 0.5, np.float32)), "floating point"),
+        (Image.fromarray(np.full((4, 4), 70000, np.int32)), "32-bit integer"),
+    ],
+)
+def test_pixels_whose_range_is_not_known_are_refused(image, words):
+    with pytest.raises(UserError, match=words) as caught:
+        read(image, "TIFF")
+    assert str(caught.value).startswith("a picture: cannot be read as an image (")
+
+
+def test_whatever_a_decoder_raises_is_one_line(monkeypatch):
+    def broken(*_):
+        raise IndexError("far\nout")
+
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", broken)
+    with pytest.raises(UserError, match=r"^a picture: cannot be read as an image \(far out\)"):
+        read(Image.new("RGB", (2, 2), "red"))
 
 
 def test_rotation_flag_of_cameras_is_followed(tmp_path):

@@ -55,6 +55,11 @@ def write_shard(path, rows, suffix="png"):
                 tar.addfile(member, io.BytesIO(content))
 
 
+def savable():
+    Image.init()
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+
+
 def colour_of(image):
     return tuple(image[:, 4, 4].tolist())
 
@@ -220,7 +225,7 @@ def test_image_that_vanished_is_named(tmp_path):
         ('{"file": "red.png", "text": "x"}', ["line 1", "file_name"]),
         ('["red.png"]', ["line 1", "file_name"]),
         ('{"file_name": "red.png", "text": 7}', ["7 (int)", "row 0"]),
-        ("", ["metadata.jsonl", "'text'"]),
+        ("", ["metadata.jsonl", "names no pictures"]),
     ],
 )
 def test_bad_metadata(tmp_path, lines, words):
@@ -236,6 +241,82 @@ def test_metadata_may_leave_out_captions_and_lines(tmp_path):
     )
     data = load_data(str(tmp_path), resolution=8)
     assert data.captions == ["b", ""] and colour_of(data.images([1])[0]) == COLOURS["red"]
+
+
+def test_files_beside_pictures_are_no_pictures(tmp_path):
+    folder = captioned(tmp_path / "captioned")
+    plain = write_images(tmp_path / "plain")
+    for place in (folder, plain):
+        for name in (
+            "red.png.bak",
+            "red.png.txt",
+            "Thumbs.db",
+            "red.json",
+            ".red.png",
+            "red.png~",
+            "notes.md",
+        ):
+            (place / name).write_bytes(b"no picture")
+        (place / ".thumbnails").mkdir()
+        (place / ".thumbnails" / "a.png").write_bytes(b"no picture")
+        assert len(load_data(str(place), resolution=8).images()) == 3
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.HEIF", "sub/a.jxl", "a.CR2", "a.svg"])
+def test_pictures_of_formats_that_are_not_read_are_refused(tmp_path, name):
+    folder = write_images(tmp_path)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"of a camera")
+    refused(folder, "1 of 4 pictures", os.path.splitext(name)[1].lower(), str(folder / name), ".png")
+    rows = [{"file_name": f"{n}.png", "text": n} for n in COLOURS]
+    write_metadata(folder, rows)
+    assert len(load_data(str(folder), resolution=8)) == 3  # metadata that does not list it leaves it out
+    write_metadata(folder, [*rows, {"file_name": name, "text": "x"}])
+    refused(folder, "metadata.jsonl: 1 of 4", str(folder / name))
+
+
+def test_every_ending_that_is_read_is_found(tmp_path):
+    kinds = {
+        "png": "PNG",
+        "jpg": "JPEG",
+        "JPEG": "JPEG",
+        "jfif": "JPEG",
+        "webp": "WEBP",
+        "bmp": "BMP",
+        "gif": "GIF",
+    }
+    kinds |= {"tif": "TIFF", "tga": "TGA", "ppm": "PPM"} | ({"avif": "AVIF"} if ".avif" in savable() else {})
+    for ending, kind in kinds.items():
+        Image.new("RGB", (8, 8), COLOURS["green"]).save(tmp_path / f"{ending}.{ending}", kind)
+    data = load_data(str(tmp_path), resolution=8)
+    assert len(data) == len(kinds)
+    assert all(abs(image[1].float().mean() - 180) < 8 for image in data.images())
+
+
+def test_what_a_folder_leaves_out_is_said(tmp_path, caplog):
+    folder = captioned(tmp_path, ["red"])
+    write_images(folder, ["green", "blue"])
+    assert len(load_data(str(folder), resolution=8)) == 1
+    (folder / "metadata.jsonl").unlink()
+    (folder / "old.zip").write_bytes(b"")
+    assert len(load_data(str(folder), resolution=8)) == 3
+    captioned(folder / "train", ["red"])
+    assert len(load_data(str(folder), resolution=8)) == 1
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.partition(f"{folder}: ")[2].partition(",")[0].partition(";")[0] for line in lines] == [
+        "2 of 3 pictures stand in no metadata",
+        "its pictures are read",
+        f"only {folder / 'train'} is the split 'train'",
+    ]
+    assert all(word in lines[1] for word in ("1 files (.zip)", "old.zip"))
+
+
+def test_linked_folders_are_read_and_circles_are_left(tmp_path):
+    write_images(tmp_path / "elsewhere", ["red"])
+    folder = write_images(tmp_path / "pictures", ["green"])
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "circle").symlink_to(folder)
+    assert len(load_data(str(folder), resolution=8)) == 2
 
 
 def test_hub_id_without_network_fails_at_once_in_one_line(tmp_path):

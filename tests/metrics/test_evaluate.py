@@ -231,7 +231,7 @@ def test_folder_of_real_pictures_scores_as_the_real_pictures(data_folder: Path, 
     with pytest.raises(UserError, match=r"90\.png: 16x17 pixels, the first has 16x16"):
         evaluate(str(tmp_path), steps=[], **(arguments | {"num_images": 13}))
     (tmp_path / "90.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"90\.png: unreadable image"):
+    with pytest.raises(UserError, match=r"90\.png: cannot be read as an image"):
         evaluate(str(tmp_path), steps=[], **(arguments | {"num_images": 13}))
 
 
