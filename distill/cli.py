@@ -317,9 +317,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"usage: fewstep {VERBS[verb].__doc__}")
             return 0
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            from .launch import processes_on_cpu
+            from .launch import join_on_cpus
 
-            processes_on_cpu()
+            join_on_cpus()
         with terminations_raised():
             return VERBS[verb](rest)
     except UserError as error:

@@ -1,5 +1,6 @@
 """What is not finite, when something is: nothing broken is saved, and the message says where it began."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -44,7 +45,6 @@ class Blame:
         player: str,
         loss: float,
         parts: list[Batch],
-        parameters: list[nn.Parameter],
         remedy: str,
     ) -> None:
         """Called where the gradient of `player` or its loss was not finite. Raises UserError that says what it was.
@@ -59,11 +59,14 @@ class Blame:
         if low and self.skipped < MAX_SKIPPED:
             return
         often = f" in {self.skipped} steps in a row, whatever its scale" if low else ""
-        cause = f"the loss of {player} is {loss}{often}"
-        if torch.isfinite(torch.tensor(loss)):
-            names = {id(p): name for name, p in self.method.named_parameters()}
-            at = first_broken((names.get(id(p), player), p.grad) for p in parameters)
-            cause = f"the gradient of {player} is not finite{often} (of {at} first)"
+        rows = [row for batch in parts for row in batch.rows]
+        named = f"rows {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''} of the data"
+        what = (
+            f"the gradient of {player} is not finite"
+            if math.isfinite(loss)
+            else f"the loss of {player} is {loss}"
+        )
+        cause = f"{what} on {named}{often}"
         if self.config.mixed_precision != "no":
             remedy = f"use --mixed_precision {'bf16 or no' if low else 'no'}, or {remedy}"
         raise UserError(f"step {step}: {cause}; {remedy}")

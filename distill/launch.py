@@ -4,8 +4,8 @@ import os
 from collections.abc import Mapping
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, parse_flag_from_env
 
 from .config import RunConfig
 from .errors import UserError
@@ -27,13 +27,20 @@ def num_processes() -> int:
     return _number(SIZES, 1)
 
 
-def processes_on_cpu() -> None:
-    """Several processes on a machine without a device are to work together; accelerate would run each for itself."""
+def together_on_cpus() -> bool:
+    """Whether this is one of several processes that have no device each, or want none."""
+    launched = num_processes() > 1 and any(name in os.environ for name in RANKS)
     alone = not torch.accelerator.is_available() or torch.accelerator.current_accelerator() == torch.device(
         "mps"
     )
-    if num_processes() > 1 and alone:
+    return launched and (alone or parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def join_on_cpus() -> None:
+    """Processes without a device work together; left to itself accelerate would run each for itself."""
+    if together_on_cpus():
         os.environ["ACCELERATE_USE_CPU"] = "true"
+        PartialState(cpu=True)
 
 
 def check_launcher(config: RunConfig, environment: Mapping[str, str] = os.environ) -> None:

@@ -43,7 +43,7 @@ from .finite import Blame, check_saved
 from .frozen import Offloaded
 from .grid import save_rows
 from .interrupts import Pending, held_back, raise_for
-from .launch import check_accelerator, check_launcher, processes_on_cpu, rank
+from .launch import check_accelerator, check_launcher, join_on_cpus
 from .measure import processor, seconds
 from .memory_savers import save_memory, waiting
 from .methods.base import Method, Parts, Progress
@@ -82,10 +82,8 @@ class Runner:
         where another command is at work in the folder.
         """
         check_launcher(self.config)
-        processes_on_cpu()
+        join_on_cpus()
         with locked(self.run):
-            if rank() == 0:
-                recover(self.run)
             self.folder.compare_config()
             source = self.checkpoints.choose(self.config.resume_from_checkpoint)
             start = step_of(source) if source else 0
@@ -183,9 +181,11 @@ class Runner:
         self.blame = Blame(c, self.batches, teacher, method)
 
     def _open(self, start: int) -> None:
-        """The run folder's texts, once nothing is refused any more."""
+        """What a killed call left is put right and the folder's texts are written, once nothing is refused any more
+        and all processes have seen the folder."""
         c = self.config
         if self.accelerator.is_main_process:
+            recover(self.run)
             self.folder.write_config()
             self.folder.cut_log(start)
         if c.report_to != "none":
@@ -249,9 +249,7 @@ class Runner:
             if torch.isfinite(norm + loss):
                 self.blame.skipped = 0
             else:
-                self.blame.check(
-                    iteration + 1, player, float(loss), batches, self.players[player], self._slower()
-                )
+                self.blame.check(iteration + 1, player, float(loss), batches, self._slower())
             self.optimisers[player].step()
             self.optimisers[player].zero_grad(set_to_none=True)
             self.schedules[player].step()

@@ -13,6 +13,7 @@ from fewstep.distill.checkpoint import (
     ProgressFile,
     RawWeights,
     kept_state,
+    recover,
     restore_state,
     write_file,
     write_folder,
@@ -228,3 +229,72 @@ def test_the_ring_keeps_the_newest_weights(tmp_path: Path) -> None:
     saved = sorted((tmp_path / "raw_weights").iterdir())
     assert [p.name for p in saved] == ["step-00000090.safetensors", "step-00000100.safetensors"]
     assert torch.equal(load_file(saved[-1])["w"], torch.full((3, 2), 100.0))
+
+
+def test_the_newest_whole_checkpoint_is_gone_on_from_and_damaged_ones_do_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(tmp_path, 2)
+    for step in (2, 4):
+        checkpoints.save(step, STATE, MOMENTS, PROGRESS)
+    (tmp_path / "checkpoint-4" / "progress.json").write_text('{"updates": []}')
+    assert checkpoints.choose("latest") == tmp_path / "checkpoint-2"
+    assert "checkpoint-4 is cut short or unreadable (" in capsys.readouterr().err
+    checkpoints.save(6, STATE, MOMENTS, PROGRESS)
+    assert checkpoints.steps() == [2, 6] and (tmp_path / "checkpoint-4.damaged").is_dir()
+    for step in (2, 6):
+        (tmp_path / f"checkpoint-{step}" / "state.safetensors").write_bytes(b"")
+    before = hashes(tmp_path)
+    with pytest.raises(UserError, match=r"checkpoint-6 is cut short .*no other that is whole; delete it"):
+        checkpoints.choose("latest")
+    assert hashes(tmp_path) == before and checkpoints.steps() == [2, 6]
+
+
+def test_the_other_processes_of_a_launch_choose_alike_and_touch_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(tmp_path, None)
+    for step in (2, 4):
+        checkpoints.save(step, STATE, MOMENTS, PROGRESS)
+    (tmp_path / "checkpoint-4" / "optimizers.pt").unlink()
+    monkeypatch.setenv("RANK", "1")
+    assert checkpoints.choose("latest") == tmp_path / "checkpoint-2"
+    assert (tmp_path / "checkpoint-4").is_dir() and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("there", "left"),
+    [
+        ({".pipeline.old": "old", ".pipeline.partial": "new"}, {"pipeline": "old"}),
+        ({"pipeline": "new", ".pipeline.old": "old"}, {"pipeline": "new"}),
+        ({"pipeline": "old", ".pipeline.partial": "new"}, {"pipeline": "old"}),
+        ({".other.old": "old", ".cells.partial": "new"}, {"other": "old"}),
+    ],
+)
+def test_what_a_kill_between_two_renames_left_is_put_right(
+    there: dict[str, str], left: dict[str, str], tmp_path: Path
+) -> None:
+    for name, text in there.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").write_text(text)
+    (tmp_path / ".config.yaml.partial").write_text("cut")
+    recover(tmp_path)
+    assert {p.name: (p / "model").read_text() for p in tmp_path.iterdir()} == left
+
+
+def test_an_interrupt_between_two_renames_keeps_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = tmp_path / "pipe[1]", Path.rename
+    write_folder(folder, lambda f: (f / "model").write_text("old") and None)
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", interrupted)
+        write_folder(folder, lambda f: (f / "model").write_text("new") and None)
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe[1]"]
+    assert (folder / "model").read_text() == "old"

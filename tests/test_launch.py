@@ -1,13 +1,12 @@
 """The launcher's wishes are the configuration's, or refused in one line."""
 
-import os
 from typing import Any
 
 import pytest
 import torch
 from fewstep.distill.config import RunConfig
 from fewstep.distill.errors import UserError
-from fewstep.distill.launch import check_launcher, num_processes, processes_on_cpu, rank
+from fewstep.distill.launch import check_launcher, num_processes, rank, together_on_cpus
 from fewstep.distill.settings import StudentSettings
 
 # What `accelerate launch` of one process sets, asked for nothing.
@@ -100,16 +99,25 @@ def test_the_numbers_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "device", "on_cpu"), [(1, False, ""), (2, False, "true"), (2, True, "")]
+    ("environment", "device", "together"),
+    [
+        ({}, None, False),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, None, True),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "mps", True),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "cuda", False),
+        ({"WORLD_SIZE": "2", "RANK": "1", "ACCELERATE_USE_CPU": "true"}, "cuda", True),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, None, False),
+        ({"WORLD_SIZE": "2"}, None, False),
+    ],
 )
 def test_processes_without_a_device_work_together(
-    processes: int, device: bool, on_cpu: str, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str], device: str | None, together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: device)
-    monkeypatch.setattr(
-        torch.accelerator, "current_accelerator", lambda: torch.device("cuda") if device else None
-    )
-    processes_on_cpu()
-    assert os.environ["ACCELERATE_USE_CPU"] == on_cpu
+    for name in ("WORLD_SIZE", "RANK", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = None if device is None else torch.device(device)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: found is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: found)
+    assert together_on_cpus() == together

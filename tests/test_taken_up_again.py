@@ -99,7 +99,6 @@ def log(run: Path) -> list[dict[str, Any]]:
         ["--data.random_flip"],
         ["--enable_xformers_memory_efficient_attention"],
         ["--cpu_offload", "--teacher", "null", "--resolution", "16"],
-        ["--report_to", "wandb"],
         ["--resume_from_checkpoint", "{other}"],
     ],
 )
@@ -178,6 +177,21 @@ def test_the_advice_for_a_run_that_diverges_is_followed(
     group = saved["players"]["student"]["param_groups"][0]
     assert group["lr"] == 3e-5 and saved["players"]["student"]["state"][0]["step"] == 4
     assert not same_weights(tmp_path / "run", finished)
+
+
+def test_half_precision_that_skips_every_step_ends_in_one_line(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The loss is 0, its gradient is not finite at any scale."""
+    distance = "fewstep.distill.methods.latent_consistency.distance"
+    monkeypatch.setattr(distance, lambda kind, x, y, c: ((x - y) * 0).sqrt().mean())
+    line = refused("--mixed_precision", "fp16", "--max_train_steps", "60", "--checkpointing_steps", "60")
+    assert line.startswith("step 40: the gradient of student is not finite on rows ")
+    assert line.endswith(
+        " of the data in 40 steps in a row, whatever its scale; use --mixed_precision bf16 or no, or lower "
+        "--learning_rate"
+    )
+    assert not (tmp_path / "run" / "pipeline").exists()
 
 
 def test_latents_that_are_not_finite_are_named(
