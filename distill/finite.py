@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batches
-from .config import RunConfig
 from .errors import UserError
 from .methods.base import Batch
 from .quantise import plain_parts
@@ -35,8 +34,12 @@ def check_saved(state: Mapping[str, Tensor], step: int, remedy: str) -> None:
 class Blame:
     """Names the cause of a loss or a gradient that is not finite: the data, the teacher, the weights, or the step."""
 
-    def __init__(self, config: RunConfig, batches: Batches, teacher: Teacher | None, method: nn.Module):
-        self.config, self.batches, self.teacher, self.method = config, batches, teacher, method
+    def __init__(
+        self, precision: str, scaled: bool, batches: Batches, teacher: Teacher | None, method: nn.Module
+    ):
+        """precision: "no", "fp16" or "bf16"; scaled: whether steps that are not finite are skipped (fp16 on GPUs)."""
+        self.precision, self.scaled = precision, scaled
+        self.batches, self.teacher, self.method = batches, teacher, method
         self.skipped = 0
 
     def check(
@@ -49,16 +52,15 @@ class Blame:
     ) -> None:
         """Called where the gradient of `player` or its loss was not finite. Raises UserError that says what it was.
 
-        In fp16 such a step is skipped and the scale of the loss lowered: there only data, weights, and MAX_SKIPPED
-        steps in a row end the run.
+        Where a scaler skips such a step and lowers the scale of the loss, only data, weights, and MAX_SKIPPED steps in
+        a row end the run.
         """
         self._check_data(step, parts)
         self._check_weights(step, remedy)
         self.skipped += 1
-        low = self.config.mixed_precision == "fp16"
-        if low and self.skipped < MAX_SKIPPED:
+        if self.scaled and self.skipped < MAX_SKIPPED:
             return
-        often = f" in {self.skipped} steps in a row, whatever its scale" if low else ""
+        often = f" in {self.skipped} steps in a row, whatever its scale" if self.scaled else ""
         rows = [row for batch in parts for row in batch.rows]
         named = f"rows {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''} of the data"
         what = (
@@ -67,8 +69,10 @@ class Blame:
             else f"the loss of {player} is {loss}"
         )
         cause = f"{what} on {named}{often}"
-        if self.config.mixed_precision != "no":
-            remedy = f"use --mixed_precision {'bf16 or no' if low else 'no'}, or {remedy}"
+        if self.precision != "no":
+            remedy = (
+                f"use --mixed_precision {'bf16 or no' if self.precision == 'fp16' else 'no'}, or {remedy}"
+            )
         raise UserError(f"step {step}: {cause}; {remedy}")
 
     def _check_data(self, step: int, parts: list[Batch]) -> None:

@@ -178,7 +178,9 @@ class Runner:
         self.optimisers = {k: self.accelerator.prepare(o) for k, o in self.optimisers.items()}
         if source is None and "latents" in method.needs:
             method.prepare(self.batches.latents)
-        self.blame = Blame(c, self.batches, teacher, method)
+        scaler = self.accelerator.scaler
+        scaled = scaler is not None and scaler.is_enabled()  # on a CPU there is one without effect
+        self.blame = Blame(c.mixed_precision, scaled, self.batches, teacher, method)
 
     def _open(self, start: int) -> None:
         """What a killed call left is put right and the folder's texts are written, once nothing is refused any more

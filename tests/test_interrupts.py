@@ -3,11 +3,24 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 import pytest
 from fewstep.distill import cli
 from fewstep.distill.errors import UserError
 from fewstep.distill.interrupts import Ended, held_back, run_child, terminations_raised
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_terminal() -> Iterator[None]:
+    """Python's own handlers, whatever the shell that started the tests ignores."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(

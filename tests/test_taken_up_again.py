@@ -179,19 +179,16 @@ def test_the_advice_for_a_run_that_diverges_is_followed(
     assert not same_weights(tmp_path / "run", finished)
 
 
-def test_half_precision_that_skips_every_step_ends_in_one_line(
+def test_half_precision_without_a_scaler_skips_no_step(
     refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The loss is 0, its gradient is not finite at any scale."""
+    """accelerate's scaler is without effect on a CPU: the step would be made, and the weights be lost."""
     distance = "fewstep.distill.methods.latent_consistency.distance"
     monkeypatch.setattr(distance, lambda kind, x, y, c: ((x - y) * 0).sqrt().mean())
-    line = refused("--mixed_precision", "fp16", "--max_train_steps", "60", "--checkpointing_steps", "60")
-    assert line.startswith("step 40: the gradient of student is not finite on rows ")
-    assert line.endswith(
-        " of the data in 40 steps in a row, whatever its scale; use --mixed_precision bf16 or no, or lower "
-        "--learning_rate"
-    )
-    assert not (tmp_path / "run" / "pipeline").exists()
+    line = refused("--mixed_precision", "fp16")
+    assert line.startswith("step 1: the gradient of student is not finite on rows ")
+    assert line.endswith(" of the data; use --mixed_precision bf16 or no, or lower --learning_rate")
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 def test_latents_that_are_not_finite_are_named(
