@@ -1,5 +1,8 @@
 """Micro-batches of a run: which rows, from which cache, with which random numbers."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -21,7 +24,10 @@ class Batches:
     """The batches of every iteration, a pure function of (seed, iteration): nothing to store, nothing to skip.
 
     Row j of the global batch has its own data row and random numbers, so the split into processes and
-    accumulation steps changes nothing but the order of sums.
+    accumulation steps changes nothing here, and in a loss that is a mean over rows nothing but the order of sums.
+    It does change what is drawn or computed for a process's rows together: the masks of dropout (student.dropout,
+    student.lora_dropout), which come from the process's own generator, a coupling of noise within the batch (lct), and
+    a contrastive loss (rg_lcd's proxy).
     """
 
     def __init__(
@@ -68,7 +74,7 @@ class Batches:
         ]
 
     def _batch(self, rows: list[int], draws: Draws) -> Batch:
-        batch = Batch(draws, captions=[self.data.captions[i] for i in rows])
+        batch = Batch(draws, captions=[self.data.captions[i] for i in rows], rows=rows)
         if "images" in self.needs:
             images = (self.data.images(rows).float() / 127.5 - 1).to(self.device)
             if self.config.data.random_flip:
@@ -82,6 +88,21 @@ class Batches:
         if "labels" in self.needs:
             batch.condition = Condition({"class_labels": self.labels[rows]}, {}).to(self.device)
         return batch
+
+    def not_finite(self, batch: Batch) -> tuple[str, Path | None] | None:
+        """The first row of a batch that holds something else than finite numbers, and the cache that it is from."""
+        told = batch.condition
+        for name, tree, cache in (
+            ("latent", batch.latents, getattr(self, "latents", None)),
+            ("picture", batch.images, None),
+            ("prompt's embedding", None if told is None else told.arguments, getattr(self, "prompts", None)),
+        ):
+            for values in _leaves(tree):
+                bad = (~values.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+                if bad:
+                    row = f"the {name} of row {batch.rows[bad[0]]} ({batch.captions[bad[0]]!r}) of the data"
+                    return row, None if cache is None else cache.records.data_path
+        return None
 
     def _latent_cache(self, codec: Codec) -> LatentCache:
         @torch.no_grad()
@@ -112,6 +133,15 @@ class Batches:
             self.data.captions, encode, key=f"{teacher.path} {encoders}",
             is_main=a.is_main_process, barrier=a.wait_for_everyone, progress=_bar("encoding prompts", a),
         )  # fmt: skip
+
+
+def _leaves(tree: Any) -> list[Tensor]:
+    """The tensors of numbers with a fraction in nested dicts and tuples."""
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    if isinstance(tree, tuple):
+        return [leaf for branch in tree for leaf in _leaves(branch)]
+    return [tree] if isinstance(tree, Tensor) and tree.is_floating_point() else []
 
 
 def _bar(title: str, accelerator: Accelerator):

@@ -1,35 +1,51 @@
 """Atomic checkpoints: a folder appears whole or not at all."""
 
+import errno
+import glob
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from .errors import UserError
+from .launch import rank
+from .readers import Unreadable, read_json
 
 STATE, OPTIMISERS, PROGRESS = "state.safetensors", "optimizers.pt", "progress.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+class ProgressFile(TypedDict):
+    """updates: optimiser steps of each player; seconds: in the loop; batch: pictures of a step, of all processes."""
+
+    updates: dict[str, int]
+    seconds: float
+    batch: NotRequired[int]
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """A write that fails within becomes one line that names `path`."""
+def writing(path: Path, key: str = "output_dir") -> Iterator[None]:
+    """A write that fails within becomes one line that names `path`, and `key` as the remedy."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2].partition(" (os error")[0]
+        space = "free space or " if reason in map(os.strerror, NO_SPACE) else ""
         raise UserError(
-            f"output_dir: {path} could not be written ({reason}); "
-            "free space or choose another --output_dir; what was saved before is intact"
+            f"{key}: {path} could not be written ({reason}); "
+            f"{space}choose another --{key}; what was saved before is intact"
         ) from error
 
 
@@ -51,17 +67,32 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
             fill(scratch)
+            old = folder.with_name(f".{folder.name}.old")
             if folder.exists():
-                old = folder.with_name(f".{folder.name}.old")
                 shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
-                scratch.rename(folder)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                scratch.rename(folder)
+            scratch.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
         except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
+            recover(folder.parent, folder.name)
             raise
+
+
+def recover(parent: Path, name: str | None = None) -> None:
+    """What `write_folder` and `write_file` left in `parent` when they were ended between two steps: the old folder is
+    put back where the new one is missing, what is half-written is removed. `name`: of one folder, None for all."""
+    pattern = "*" if name is None else glob.escape(name)
+    for old in parent.glob(f".{pattern}.old"):
+        folder = old.with_name(old.name[1 : -len(".old")])
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(folder)
+    for scratch in parent.glob(f".{pattern}.partial"):
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            scratch.unlink(missing_ok=True)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -105,8 +136,17 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
+def progress_of(checkpoint: Path) -> ProgressFile | None:
+    """None where it cannot be read."""
+    try:
+        progress: ProgressFile = read_json(checkpoint / PROGRESS, ProgressFile)
+        return progress
+    except (FileNotFoundError, Unreadable):
+        return None
+
+
 class Checkpoints:
-    """checkpoint-<step> folders of one run, at most `limit` of them."""
+    """checkpoint-<step> folders of one run, at most `limit` of them; those that cannot be read do not count."""
 
     def __init__(self, run: Path, limit: int | None):
         self.run, self.limit = run, limit
@@ -118,7 +158,7 @@ class Checkpoints:
     def folder(self, step: int) -> Path:
         return self.run / f"checkpoint-{step}"
 
-    def save(self, step: int, state: dict[str, Tensor], optimisers: Any, progress: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Tensor], optimisers: Any, progress: ProgressFile) -> None:
         def fill(folder: Path) -> None:
             save_file(state, folder / STATE)
             save_objects(optimisers, folder / OPTIMISERS)
@@ -129,12 +169,55 @@ class Checkpoints:
             for old in self.steps()[: -self.limit]:
                 shutil.rmtree(self.folder(old), ignore_errors=True)
 
-    def load(self, folder: Path) -> tuple[dict[str, Tensor], Any, dict[str, Any]]:
+    def damage(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint's files by their heads and lengths, None for one that can be read."""
+        try:
+            with safe_open(folder / STATE, framework="pt") as state:
+                state.keys()
+            torch.load(folder / OPTIMISERS, map_location="cpu", weights_only=True, mmap=True)
+            read_json(folder / PROGRESS, ProgressFile)
+        except Exception as error:  # torch and safetensors have many of their own
+            return " ".join(str(error).split())[:120] or type(error).__name__
+        return None
+
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint that can be read, None where there is none at all.
+
+        Those after it are kept aside as checkpoint-<step>.damaged, with a warning. UserError where none can be read.
+        """
+        steps, damaged = self.steps(), list[tuple[Path, str]]()
+        while steps:
+            folder = self.folder(steps.pop())
+            wrong = self.damage(folder)
+            if wrong is None:
+                self._set_aside(damaged, folder)
+                return folder
+            damaged.append((folder, wrong))
+        if damaged:
+            folder, wrong = damaged[0]
+            raise UserError(
+                f"resume_from_checkpoint: {folder} is cut short or unreadable ({wrong}), and there is no other that is "
+                "whole; delete it and repeat the command, the run then starts anew"
+            )
+        return None
+
+    def _set_aside(self, damaged: list[tuple[Path, str]], whole: Path) -> None:
+        for folder, wrong in damaged if rank() == 0 else []:
+            kept = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(kept, ignore_errors=True)
+            folder.rename(kept)
+            print(
+                f"fewstep: warning: {folder} is cut short or unreadable ({wrong}); it is kept as {kept.name}, the run "
+                f"goes on from {whole.name}",
+                file=sys.stderr,
+            )
+
+    def load(self, folder: Path) -> tuple[dict[str, Tensor], Any, ProgressFile]:
         """Weights, optimisers and progress of a checkpoint, of this run or of another."""
         try:
             state = load_file(folder / STATE)
             optimisers = torch.load(folder / OPTIMISERS, map_location="cpu", weights_only=True)
-            return state, optimisers, json.loads((folder / PROGRESS).read_text())
+            return state, optimisers, read_json(folder / PROGRESS, ProgressFile)
         except Exception as error:
             if folder.parent != self.run:
                 remedy = "choose another checkpoint"
@@ -155,16 +238,15 @@ class Checkpoints:
         first; None: only a new start will do.
         """
         steps = self.steps()
-        newest = self.folder(steps[-1]) if steps else None
         if wanted is None:
-            if newest:
+            if steps:
                 raise UserError(
-                    f"resume_from_checkpoint: null, but {self.run} holds {newest.name}; "
+                    f"resume_from_checkpoint: null, but {self.run} holds checkpoint-{steps[-1]}; "
                     "choose another --output_dir or remove it"
                 )
             return None
         if wanted == "latest":
-            return newest
+            return self.newest_whole()
         chosen = Path(wanted) if os.sep in wanted else self.run / wanted
         if not CHECKPOINT.fullmatch(chosen.name) or not chosen.is_dir():
             run = chosen if chosen.is_dir() else chosen.parent  # a run folder needs its checkpoint named
@@ -172,7 +254,7 @@ class Checkpoints:
             there = ", ".join(f"checkpoint-{s}" for s in Checkpoints(run, None).steps()) or "none"
             raise UserError(f"resume_from_checkpoint: no {name} in {run}; there are: {there}")
         elsewhere = chosen.parent.resolve() != self.run.resolve()
-        return newest if elsewhere and newest else chosen
+        return (self.newest_whole() if elsewhere else None) or chosen
 
 
 class RawWeights:

@@ -1,12 +1,17 @@
-"""`fewstep <verb>`: the command line. A user's mistake is one line on stderr and exit code 2."""
+"""`fewstep <verb>`: the command line.
+
+A user's mistake is one line on stderr and exit code 2; a signal ends a command with 128 + its number.
+"""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from .errors import UserError
+from .interrupts import exit_code, terminations_raised
 from .metrics.commands import prepare_data_command, verify_metrics_command
 
 if TYPE_CHECKING:
@@ -311,12 +316,17 @@ def main(argv: list[str] | None = None) -> int:
         if rest[:1] in (["-h"], ["--help"]) and verb in ("distill", "train-teacher"):
             print(f"usage: fewstep {VERBS[verb].__doc__}")
             return 0
-        return VERBS[verb](rest)
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            from .launch import join_on_cpus
+
+            join_on_cpus()
+        with terminations_raised():
+            return VERBS[verb](rest)
     except UserError as error:
         print(f"fewstep: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as interrupt:
+        return exit_code(interrupt)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ from diffusers import DiffusionPipeline
 
 from ..pipelines.export import sampling_of
 from .checkpoint import write_file
-from .config import load_config, read_yaml, with_overrides
+from .config import RunConfig, load_config, read_yaml, with_overrides
 from .grid import rows_image
 from .metrics.evaluate import evaluate
 from .metrics.pipeline_source import quantise, quiet
 from .metrics.table import markdown_table, rows_of
 from .model_card import with_scores
+from .run_lock import locked
 from .runner import Runner
 from .teacher import EMBEDDED
 
@@ -38,11 +39,17 @@ def run_demo(
     overrides: flags on top of `config`, which must distil emoji-sd. num_images, seeds: pictures in one value, and how
     many values; None for 3, and 1 where the teacher takes 50 and 8 steps.
     """
-    begun = time.perf_counter()
     quiet()
     tree = with_overrides(read_yaml(config), overrides)
+    student = load_config({**tree, "output_dir": str(output_dir / "student")})
+    with locked(output_dir):
+        return _run(output_dir, student, num_images, seeds)
+
+
+def _run(output_dir: Path, config: RunConfig, num_images: int, seeds: int | None) -> str:
+    begun = time.perf_counter()
     run = output_dir / "student"
-    runner = Runner(load_config({**tree, "output_dir": str(run)}))
+    runner = Runner(config)
     if not runner.finished():
         print(f"1/3 distilling emoji-sd in {runner.config.max_train_steps} steps", flush=True)
         runner.train()

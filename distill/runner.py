@@ -4,6 +4,7 @@ import math
 import signal
 import time
 from collections import UserDict
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,45 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, is_tensorboard_available, is_wandb_available
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    gather,
+    is_tensorboard_available,
+    is_wandb_available,
+)
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from ..pipelines.export import KOHYA, write_adapter, write_export, write_kohya
 from .batches import Batches
 from .catalog import method_named
-from .checkpoint import Checkpoints, RawWeights, kept_state, restore_state, step_of, write_folder, writing
+from .checkpoint import (
+    Checkpoints,
+    ProgressFile,
+    RawWeights,
+    kept_state,
+    recover,
+    restore_state,
+    step_of,
+    writing,
+)
 from .codec import Autoencoder
 from .config import RunConfig, as_tree
-from .denoiser import Denoiser
 from .draws import mix
 from .ema import EMA
 from .errors import UserError
+from .finite import Blame, check_saved
 from .frozen import Offloaded
 from .grid import save_rows
+from .interrupts import Pending, held_back, raise_for
+from .launch import check_accelerator, check_launcher, join_on_cpus
 from .measure import processor, seconds
+from .memory_savers import save_memory, waiting
 from .methods.base import Method, Parts, Progress
-from .model_card import adapter_card, run_card
+from .optimisers import optimiser, restore
+from .run_export import write_exports
 from .run_folder import RunFolder, flat
+from .run_lock import locked
 from .teacher import LatentTeacher, Teacher
 from .teacher_data import open_data
 
@@ -57,22 +76,35 @@ class Runner:
         return self.folder.finished()
 
     def train(self) -> Path:
-        """Train to max_train_steps and export; returns the run folder. Ctrl-C saves, exports and stops."""
-        self.folder.compare_config()
-        source = self.checkpoints.choose(self.config.resume_from_checkpoint)
-        start = step_of(source) if source else 0
-        if start > self.config.max_train_steps:
-            raise UserError(
-                f"max_train_steps: {self.config.max_train_steps} is less than the steps of {source}; raise it"
-            )
-        self._build(source)
-        interrupted = self._loop(start)
-        if interrupted:
-            self._say(f"interrupted at step {self.step}: saved and exported; repeat the command to go on")
-        self._export()
-        self.accelerator.end_training()
-        if interrupted:
-            raise KeyboardInterrupt
+        """Train to max_train_steps and export; returns the run folder.
+
+        Ctrl-C saves, exports and stops; SIGTERM and SIGHUP, which leave little time, save and stop. Raises UserError
+        where another command is at work in the folder.
+        """
+        check_launcher(self.config)
+        join_on_cpus()
+        with locked(self.run):
+            self.folder.compare_config()
+            source = self.checkpoints.choose(self.config.resume_from_checkpoint)
+            start = step_of(source) if source else 0
+            if start > self.config.max_train_steps:
+                raise UserError(
+                    f"max_train_steps: {self.config.max_train_steps} is less than the steps of {source}; raise it"
+                )
+            self._build(source)
+            self._open(start)
+            stopped = self._loop(start)
+            at_once = stopped not in (None, signal.SIGINT)
+            if stopped is not None:
+                done = "saved, not exported" if at_once else "saved and exported"
+                self._say(f"interrupted at step {self.step}: {done}; repeat the command to go on")
+            if at_once:
+                self.accelerator.wait_for_everyone()  # a process that ends makes a launcher end the others
+            else:
+                self._export()
+            self.accelerator.end_training()
+            if stopped is not None:
+                raise_for(stopped)
         return self.run
 
     def rehearse(self, iterations: int) -> list[float]:
@@ -93,13 +125,10 @@ class Runner:
             mixed_precision=c.mixed_precision,
             log_with=log_with,
             project_dir=str(self.run),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop's own
             kwargs_handlers=[replication],
         )
-        if self.accelerator.distributed_type not in (DistributedType.NO, *REPLICATED):
-            kind = self.accelerator.distributed_type.value
-            raise UserError(
-                f"accelerate's {kind} is not supported; launch with --multi_gpu (replicated weights)"
-            )
+        check_accelerator(self.accelerator)
         if c.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         torch.manual_seed(c.seed)
@@ -120,18 +149,16 @@ class Runner:
         parts.check(method.needs)
         if "prompts" in method.needs and c.data.caption_column is not None:
             data.need_captions()
-        if self.accelerator.is_main_process:  # what is refused leaves no folder that would refuse the remedy
-            self.folder.write_config()
         for frozen in (teacher, vae):
             if frozen is not None:
                 frozen.to(device, DTYPES[c.mixed_precision])
         self.batches = Batches(c, method.needs, data, teacher, parts.codec, self.accelerator)
         self.offloaded = Offloaded(waiting(teacher or vae), device) if c.cpu_offload else None
-        self._memory_savers(method, teacher)
+        save_memory(c, method, teacher)
         self.method = method
         self.players = method.players()
         replication.find_unused_parameters = len(self.players) > 1  # a turn leaves the other players' alone
-        self.optimisers = {k: self._optimiser(p, method.optimiser(k)) for k, p in self.players.items()}
+        self.optimisers = {k: optimiser(c, p, method.optimiser(k)) for k, p in self.players.items()}
         self.schedules = {
             k: get_scheduler(
                 c.lr_scheduler, o, num_warmup_steps=c.lr_warmup_steps, num_training_steps=c.max_train_steps
@@ -144,8 +171,6 @@ class Runner:
         self.ema = EMA(averaged, c.ema_decay, warmup=True, std=c.ema_std) if c.use_ema else None
         kept = {id(p) for p in averaged.values()}
         self.averaging = {k for k, group in self.players.items() if any(id(p) in kept for p in group)}
-        if self.accelerator.is_main_process:
-            self.folder.cut_log(step_of(source) if source else 0)
         if source is not None:
             self._restore(source)
         method.to(device).train()
@@ -155,48 +180,33 @@ class Runner:
         self.optimisers = {k: self.accelerator.prepare(o) for k, o in self.optimisers.items()}
         if source is None and "latents" in method.needs:
             method.prepare(self.batches.latents)
-        if log_with:
+        scaler = self.accelerator.scaler
+        scaled = scaler is not None and scaler.is_enabled()  # on a CPU there is one without effect
+        self.blame = Blame(c.mixed_precision, scaled, self.batches, teacher, method)
+
+    def _open(self, start: int) -> None:
+        """What a killed call left is put right and the folder's texts are written, once nothing is refused any more
+        and all processes have seen the folder."""
+        c = self.config
+        if self.accelerator.is_main_process:
+            recover(self.run)
+            self.folder.write_config()
+            self.folder.cut_log(start)
+        if c.report_to != "none":
             self.accelerator.init_trackers("fewstep", config=flat(as_tree(c)))
 
-    def _memory_savers(self, method: Method, teacher: Teacher | None) -> None:
-        modules = [*method.modules(), *method.passed_through()]
-        networks: list[Any] = [m for m in modules if hasattr(m, "enable_gradient_checkpointing")]
-        if self.config.gradient_checkpointing:
-            for network in networks:
-                network.enable_gradient_checkpointing()
-        if self.config.enable_xformers_memory_efficient_attention:
-            for network in networks:
-                enable_xformers(network)
-        if self.config.compile:
-            denoisers = [m for m in method.modules() if isinstance(m, Denoiser)]
-            denoisers += [teacher.denoiser] if teacher else []
-            for network in dict.fromkeys(d.network for d in denoisers):
-                network.compile()
+    def _loop(self, start: int) -> int | None:
+        """Returns the number of the signal that ended it early, None for none."""
+        with held_back() as pending:
+            return self._steps(start, pending)
 
-    def _optimiser(self, parameters: list[torch.nn.Parameter], own: dict[str, Any]) -> torch.optim.Optimizer:
+    def _steps(self, start: int, pending: Pending) -> int | None:
         c = self.config
-        shared: dict[str, Any] = {
-            "lr": c.learning_rate,
-            "betas": (c.adam_beta1, c.adam_beta2),
-            "weight_decay": c.adam_weight_decay,
-            "eps": c.adam_epsilon,
-            **own,
-        }
-        if c.optimizer == "radam":
-            return torch.optim.RAdam(parameters, decoupled_weight_decay=True, **shared)
-        if c.optimizer == "adamw_8bit":
-            return adamw_8bit()(parameters, **shared)
-        return torch.optim.AdamW(parameters, **shared)
-
-    def _loop(self, start: int) -> bool:
-        """Returns whether Ctrl-C ended it early."""
-        c, stop = self.config, []
-        previous = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
         bar = tqdm(
             total=c.max_train_steps, initial=start, unit="step", disable=not self.accelerator.is_main_process
         )
         self.begun, self.step = time.perf_counter(), start
-        images = c.train_batch_size * c.gradient_accumulation_steps * self.accelerator.num_processes
+        images = self._batch_size()
         try:
             for iteration in range(start, c.max_train_steps):
                 values = self._iteration(iteration)
@@ -209,15 +219,14 @@ class Runner:
                     self._pictures()
                 if c.raw_weights.every and self.step % c.raw_weights.every == 0:
                     self._save_raw()
-                halting = self._any(bool(stop))
-                if self.step % c.checkpointing_steps == 0 or self.step == c.max_train_steps or halting:
+                stopped = self._gravest(pending.number)
+                if self.step % c.checkpointing_steps == 0 or self.step == c.max_train_steps or stopped:
                     self._save()
-                if halting:
-                    return self.step < c.max_train_steps
+                if stopped is not None and (self.step < c.max_train_steps or stopped != signal.SIGINT):
+                    return stopped
         finally:
-            signal.signal(signal.SIGINT, previous)
             bar.close()
-        return False
+        return None
 
     def _iteration(self, iteration: int) -> dict[str, Tensor]:
         c, micro = self.config, self.config.gradient_accumulation_steps
@@ -228,24 +237,25 @@ class Runner:
         turns = self.method.turns(progress)
         for player in turns:
             torch.manual_seed(mix(c.seed, iteration, self.accelerator.process_index, len(player)))
-            optimiser = self.optimisers[player]
+            loss = torch.zeros((), device=self.accelerator.device)
             for i, (batch, carry) in enumerate(zip(batches, carries, strict=True)):
                 if i + 1 < micro:
                     with self.accelerator.no_sync(self.model):
                         out = self._backward(player, batch, progress, carry)
                 else:
                     out = self._backward(player, batch, progress, carry)
+                loss += out["loss"].detach() / micro
                 for key, value in out.items():
                     name = key if len(self.players) == 1 else f"{player}/{key}"
                     values[name] = values.get(name, 0) + value.detach().float() / micro
             limit = math.inf if c.max_grad_norm is None else c.max_grad_norm
             norm = self.accelerator.clip_grad_norm_(self.players[player], limit)
-            if not torch.isfinite(norm) and c.mixed_precision != "fp16":
-                raise UserError(
-                    f"step {iteration + 1}: the gradient of {player} is not finite; lower --learning_rate"
-                )
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            if torch.isfinite(norm + loss):
+                self.blame.skipped = 0
+            else:
+                self.blame.check(iteration + 1, player, float(loss), batches, self._slower())
+            self.optimisers[player].step()
+            self.optimisers[player].zero_grad(set_to_none=True)
             self.schedules[player].step()
             self.updates[player] += 1
             self.method.after(player)
@@ -258,11 +268,23 @@ class Runner:
         self.accelerator.backward(out["loss"] / self.config.gradient_accumulation_steps)
         return out
 
-    def _any(self, flag: bool) -> bool:
+    def _gravest(self, number: int | None) -> int | None:
+        """The signal that any of the processes was sent; one that leaves little time goes before Ctrl-C."""
         if self.accelerator.num_processes == 1:
-            return flag
-        votes = torch.tensor(float(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(votes, "sum") > 0)
+            return number
+        weight = 0 if number is None else number + (0 if number == signal.SIGINT else 1000)
+        votes = gather(torch.tensor([weight], device=self.accelerator.device))
+        return int(votes.max()) % 1000 or None
+
+    def _slower(self) -> str:
+        """The remedy for a run that diverges: what is saved already would refuse another rate in its folder."""
+        steps = self.checkpoints.steps()
+        if not steps:
+            return "lower --learning_rate"
+        newest = self.checkpoints.folder(steps[-1])
+        return (
+            f"lower --learning_rate in another --output_dir (--resume_from_checkpoint {newest} begins there)"
+        )
 
     def _log(self, values: dict[str, Tensor], rate: float, bar: tqdm) -> None:
         row = {k: float(self.accelerator.reduce(v, "mean")) for k, v in values.items()}
@@ -297,8 +319,26 @@ class Runner:
             "schedules": {k: s.state_dict() for k, s in self.schedules.items()},
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
         }
-        progress = {"updates": self.updates, "seconds": self._seconds()}
-        self.checkpoints.save(self.step, self._state(), optimisers, progress)
+        progress: ProgressFile = {
+            "updates": self.updates,
+            "seconds": self._seconds(),
+            "batch": self._batch_size(),
+        }
+        state = self._state()
+        self._check_finite(state)
+        self.checkpoints.save(self.step, state, optimisers, progress)
+
+    def _batch_size(self) -> int:
+        """Pictures of a step, of all processes."""
+        c = self.config
+        return c.train_batch_size * c.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def _check_finite(self, state: Mapping[str, Tensor]) -> None:
+        trained = {k for k, p in self.method.named_parameters() if p.requires_grad}
+        weights = {
+            k: v for k, v in state.items() if k.startswith("ema.") or k.removeprefix("method.") in trained
+        }
+        check_saved(weights, self.step, self._slower())
 
     def _seconds(self) -> float:
         """Seconds in the loop, of every call that led to this step."""
@@ -306,14 +346,14 @@ class Runner:
 
     def _cost(self) -> dict[str, Any]:
         """What the training took, for comparisons."""
-        c = self.config
-        images = c.train_batch_size * c.gradient_accumulation_steps * self.accelerator.num_processes
+        batch = self._batch_size()
         trained = sum(p.numel() for p in {p for group in self.players.values() for p in group})
         device = self.accelerator.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
         return {
             "steps": self.step,
-            "images": self.step * images,
+            "images": self.step * batch,
+            "batch": batch,
             "seconds": self._seconds(),
             "trained_parameters": trained,
             "device": f"{self.accelerator.num_processes} x {name}",
@@ -334,8 +374,7 @@ class Runner:
         if self.ema is not None:
             self.ema.load_state_dict(split["ema."])
         for k, o in self.optimisers.items():
-            o.load_state_dict(optimisers["players"][k])
-            self.schedules[k].load_state_dict(optimisers["schedules"][k])
+            restore(o, self.schedules[k], optimisers["players"][k], optimisers["schedules"][k])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(optimisers["scaler"])
         self.updates, self.earlier_seconds = dict(progress["updates"]), progress["seconds"]
@@ -344,7 +383,9 @@ class Runner:
         if not self.accelerator.is_main_process:
             return
         ring = RawWeights(self.run, self.config.raw_weights.keep)
-        ring.save(self.step, {k: p.detach() for k, p in self.method.named_parameters() if p.requires_grad})
+        weights = {k: p.detach() for k, p in self.method.named_parameters() if p.requires_grad}
+        self._check_finite(weights)
+        ring.save(self.step, weights)
 
     def _averaged(self) -> AbstractContextManager:
         return nullcontext() if self.ema is None else self.ema.swapped()
@@ -354,21 +395,9 @@ class Runner:
         if self.offloaded is not None:
             self.offloaded.remove()
         if self.accelerator.is_main_process:
+            self._check_finite(self._state())
             with self._averaged():
-                export, names = self.method.export(), []
-                if export.adapter is not None:
-                    names.append("lora")
-                    card = adapter_card(self.config, export, self.step)
-                    write_folder(self.run / "lora", lambda folder: write_adapter(export, folder, card))
-                    adapter = export.adapter
-                    if adapter.component == "unet":
-                        names.append(KOHYA)
-                        name = self.run.name or "lora"
-                        write_folder(self.run / KOHYA, lambda folder: write_kohya(adapter, folder, name))
-                if export.model is not None:
-                    names.append("pipeline")
-                    card = run_card(self.config, export, self.step)
-                    write_folder(self.run / "pipeline", lambda folder: write_export(export, folder, card))
+                names = write_exports(self.run, self.config, self.method.export(), self.step)
             self.folder.record_export(self.step, names, self._cost())
             self._say(f"exported {', '.join(str(self.run / name) for name in names)}")
         self.accelerator.wait_for_everyone()
@@ -376,44 +405,3 @@ class Runner:
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(line)
-
-
-REPLICATED = (
-    DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_NPU, DistributedType.MULTI_XPU,
-)  # fmt: skip
-
-
-def waiting(frozen: Teacher | Autoencoder | None) -> list[torch.nn.Module]:
-    """What training does not call where latents and prompts are cached."""
-    if isinstance(frozen, LatentTeacher):
-        return [*frozen.text_encoders, frozen.vae]
-    if isinstance(frozen, Autoencoder):
-        return [frozen.vae]
-    raise UserError("cpu_offload: there is no text encoder or autoencoder; leave it out")
-
-
-def adamw_8bit() -> Any:
-    """AdamW with moments of 8 bits in blocks (arXiv 2110.02861). Raises UserError where no package has it."""
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError:
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise UserError(
-                "optimizer: adamw_8bit needs torchao or bitsandbytes; pip install 'fewstep[quantise]', or set adamw"
-            ) from None
-    return AdamW8bit
-
-
-def enable_xformers(network: Any) -> None:
-    """diffusers' memory-efficient attention, or one line where xformers does not fit the installed torch."""
-    key = "enable_xformers_memory_efficient_attention"
-    try:
-        network.enable_xformers_memory_efficient_attention()
-    except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"{key}: xformers cannot run beside torch {torch.__version__} here ({reason}); "
-            "install the xformers build for this torch on a GPU machine, or leave the key off"
-        ) from error

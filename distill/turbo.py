@@ -11,10 +11,11 @@ import torch
 from .config import RunConfig, load_config, with_overrides
 from .data.prompts import read_prompts
 from .errors import UserError
+from .launch import num_processes
 from .planning.budget import Measured, advice, disk_needs, free_memory, full_disks, rehearse
 from .planning.dry_run import gib, text_of
 from .planning.known_teachers import blueprint
-from .planning.plan import Plan, num_processes, planned
+from .planning.plan import Plan, planned
 from .run_folder import CONFIG
 from .runner import Runner
 from .settings import TeacherSettings

@@ -206,7 +206,7 @@ def test_a_checkpoint_cut_short(
     path = run / "checkpoint-4" / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     before = hashes(run)
-    assert refused() == (
+    assert refused("--resume_from_checkpoint", "checkpoint-4") == (
         f"resume_from_checkpoint: {run}/checkpoint-4 is cut short or unreadable; "
         "delete it and repeat the command, the run then goes on from checkpoint-2"
     )
@@ -317,9 +317,20 @@ def test_a_tracker_that_is_not_installed(refused: Refused) -> None:
     )
 
 
-def test_a_gradient_that_is_not_finite(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "fewstep.distill.methods.latent_consistency.distance",
-        lambda kind, x, y, c: (x - y).mean() * torch.inf,
-    )
-    assert refused() == "step 1: the gradient of student is not finite; lower --learning_rate"
+@pytest.mark.parametrize(
+    ("loss", "line"),
+    [
+        (lambda kind, x, y, c: (x - y).mean() * torch.inf, "step 1: the loss of student is inf on rows "),
+        (
+            lambda kind, x, y, c: ((x - y) * 0).sqrt().mean(),
+            "step 1: the gradient of student is not finite on rows ",
+        ),
+    ],
+)
+def test_a_step_that_is_not_finite(
+    loss: Callable[..., torch.Tensor], line: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.distill.methods.latent_consistency.distance", loss)
+    said = refused()
+    assert said.startswith(line) and said.endswith(" of the data; lower --learning_rate")
+    assert len(said.removeprefix(line).partition(" of ")[0].split(", ")) == 2  # train_batch_size

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline
-from fewstep.distill import runner as runner_module
+from fewstep.distill import memory_savers, optimisers
 from fewstep.distill.config import load_config
 from fewstep.distill.errors import UserError
 from fewstep.distill.frozen import Offloaded
@@ -97,7 +97,7 @@ def test_without_a_package_for_8_bit_moments(train: Train, monkeypatch: pytest.M
     for name in ("torchao.optim", "bitsandbytes.optim"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"optimizer: adamw_8bit needs torchao or bitsandbytes; pip install"):
-        runner_module.adamw_8bit()
+        optimisers.adamw_8bit()
 
 
 def test_a_lora_on_a_quantised_base(train: Train, tree: dict[str, Any]) -> None:
@@ -229,7 +229,7 @@ def test_offloaded_parts_move_when_they_are_called(
     teacher: Any = spare.method.parts.teacher
     assert not any(hasattr(m, "_hf_hook") for m in teacher.modules())
     with pytest.raises(UserError, match=r"cpu_offload: there is no text encoder or autoencoder"):
-        runner_module.waiting(None)
+        memory_savers.waiting(None)
 
 
 def test_offloaded_modules_come_when_called_and_go_when_told() -> None:

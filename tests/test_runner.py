@@ -261,6 +261,56 @@ def test_ctrl_c_saves_and_exports_and_the_same_command_goes_on(
     assert_same_run(run, reference)
 
 
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        ([signal.SIGTERM], 143),
+        ([signal.SIGHUP], 129),
+        ([signal.SIGINT, signal.SIGTERM], 143),
+    ],
+)
+def test_sigterm_and_sighup_save_at_once_and_the_same_command_goes_on(
+    signals: list[int],
+    code: int,
+    reference: Path,
+    tiny_pipeline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also right after Ctrl-C, as launchers send it."""
+    run = tmp_path / "run"
+    arguments = command(settings(tiny_pipeline, run), tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after_logging(patch, 3, lambda: [signal.raise_signal(s) for s in signals])
+        assert main(arguments) == code
+    assert "interrupted at step 3: saved, not exported; repeat the command" in capsys.readouterr().out
+    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert not (run / "pipeline").exists() and not (run / ".lock").exists()
+    assert main(arguments) == 0
+    assert_same_run(run, reference)
+
+
+def test_sigterm_while_ctrl_c_exports_loses_nothing(
+    reference: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    arguments = command(settings(tiny_pipeline, run), tmp_path)
+
+    def terminated(*_: Any) -> None:
+        assert list(run.glob(".pipeline.partial"))
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        stop_after_logging(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
+        patch.setattr("fewstep.distill.run_export.write_export", terminated)
+        assert main(arguments) == 143
+    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert not list(run.glob("*pipeline*"))
+    assert main(arguments) == 0
+    assert_same_run(run, reference)
+
+
 def test_an_older_checkpoint_can_be_chosen(reference: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     tree = settings(tiny_pipeline, run, checkpoints_total_limit=None)
@@ -305,6 +355,22 @@ def test_two_processes_follow_one(reference: Path, tiny_pipeline: Path, tmp_path
     run = tmp_path / "run"
     train_in_two_processes(settings(tiny_pipeline, run, train_batch_size=2), tmp_path)
     assert_near_run(run, reference, 1e-6)
+
+
+def test_a_run_is_taken_up_by_two_processes_with_half_the_batch_each(
+    reference: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without ACCELERATE_USE_CPU: torchrun on a machine without a device starts one run of two processes, not two."""
+    run = tmp_path / "run"
+    tree = settings(tiny_pipeline, run)
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        stop_after_logging(patch, 5, lambda: raise_(Crash()))
+        train(tree)
+    if not torch.accelerator.is_available():
+        monkeypatch.delenv("ACCELERATE_USE_CPU")
+    train_in_two_processes({**tree, "train_batch_size": 2}, tmp_path)
+    assert_near_run(run, reference, 1e-6)
+    assert json.loads((run / "exported.json").read_text())["training"]["images"] == 4 * STEPS
 
 
 def test_gradient_checkpointing_changes_nothing(reference: Path, tiny_pipeline: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ class Batch:
     condition the prompts or class labels as the network's keyword arguments
     captions  B strings
     draws     this batch's random numbers
+    rows      their numbers in the data
     """
 
     draws: Draws
@@ -35,6 +36,7 @@ class Batch:
     latents: Tensor | None = None
     condition: Condition | None = None
     captions: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """All students of one teacher, scored alike: compare.json, compare.md and one self-contained compare.html."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +12,7 @@ import yaml
 from ..catalog import METHODS
 from ..checkpoint import write_file
 from ..errors import UserError
+from ..interrupts import run_child
 from ..run_folder import CONFIG, EXPORTED
 from ..teacher import EMBEDDED
 from .evaluate import choose_device, open_source
@@ -185,12 +185,8 @@ def _score(model: Entry, steps: Sequence[int], shared: Sequence[str], reports: P
     count = [str(n) for n in steps]
     command = ["-m", "fewstep.distill.cli", "evaluate", model.pipeline, "--steps", *count, *shared]
     print(f"scoring {model.name}", flush=True)
-    child = subprocess.run(
-        [sys.executable, *command, "--output", str(path)], stdout=subprocess.DEVNULL, check=False
-    )
-    if child.returncode == 130:
-        raise KeyboardInterrupt
-    if child.returncode:
+    code = run_child([sys.executable, *command, "--output", str(path)])
+    if code:
         raise UserError(f"{model.name}: {model.pipeline} could not be scored; its own error stands above")
     report = {**read_report(path), "model": {"name": model.name, **_made(model)}}
     write_report(report, path)

@@ -14,6 +14,7 @@ from ..checkpoint import write_file
 from ..controls import Control
 from ..data.prompts import read_prompts
 from ..errors import UserError
+from ..run_lock import LOCK, locked
 from .evaluate import choose_device, open_source
 from .inputs import Inputs
 from .judges import DataJudge, inputs_for
@@ -74,31 +75,31 @@ def sample(
         "seed_block": seed_block,
         "inputs_sha256": [hash_prompts(inputs.of(range(count))), *conditions],
     }
-    _claim(output, record)
-    with tqdm(total=count, unit="image", disable=not progress) as bar:
+    note = json.dumps(record, indent=2) + "\n"
+    with locked(output, "output"), tqdm(total=count, unit="image", disable=not progress) as bar:
+        _check_claim(output, note)
         for first in range(0, count, batch_size):
             rows = range(first, min(first + batch_size, count))
             if not all((output / _name(i)).is_file() for i in rows):
                 images, _ = source.pictures(rows, inputs, seed_block, call)
+                write_file(output / RECORD, note)
                 for i, image in zip(rows, images, strict=True):
                     _save(Image.fromarray(image.permute(1, 2, 0).numpy()), output / _name(i))
             bar.update(len(rows))
-    told = [inputs.captions[i % len(inputs.captions)] if inputs.captions else "" for i in range(count)]
-    lines = [json.dumps({"file_name": _name(i), "text": text}) for i, text in enumerate(told)]
-    write_file(output / "metadata.jsonl", "\n".join(lines) + "\n")
+        told = [inputs.captions[i % len(inputs.captions)] if inputs.captions else "" for i in range(count)]
+        lines = [json.dumps({"file_name": _name(i), "text": text}) for i, text in enumerate(told)]
+        write_file(output / "metadata.jsonl", "\n".join(lines) + "\n")
     return output
 
 
-def _claim(output: Path, record: dict[str, Any]) -> None:
-    """Refuses a folder that holds anything but pictures of the same call."""
-    note = output / RECORD
-    text = json.dumps(record, indent=2) + "\n"
-    if output.exists() and any(output.iterdir()) and not (note.is_file() and note.read_text() == text):
+def _check_claim(output: Path, note: str) -> None:
+    """Refuses a folder that holds anything but pictures of the same call, or its note without a picture."""
+    held = {p.name for p in output.iterdir()} - {LOCK, RECORD, f".{RECORD}.partial"}
+    path = output / RECORD
+    if held and not (path.is_file() and path.read_bytes() == note.encode()):
         raise UserError(
             f"output: {output} holds other files or the pictures of another call; name a new folder"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    write_file(note, text)
 
 
 def _name(i: int) -> str:

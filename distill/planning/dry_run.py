@@ -10,9 +10,10 @@ from ..data.embedded import STYLES
 from ..data.named import NAMED, find_named
 from ..data.shards import expand_braces
 from ..errors import UserError
+from ..launch import num_processes
 from ..model_card import data_line, teacher_line
 from ..teacher_data import NAME as TAUGHT
-from .plan import Plan, count, num_processes, parameters, planned
+from .plan import Plan, count, parameters, planned
 
 
 def describe(config: RunConfig) -> str:

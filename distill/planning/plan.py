@@ -1,7 +1,6 @@
 """What a configuration would train and hold in memory, from its architecture alone, on the meta device."""
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from ..data.embedded import STYLES
 from ..draws import Draws
 from ..ema import EMA
 from ..errors import UserError
+from ..launch import num_processes
 from ..methods.base import Batch, Method, Parts, Progress
 from ..rewards import Reward, UnloadedReward
 from ..runner import DTYPES, Carry
@@ -244,11 +244,6 @@ def without_training(module: nn.Module) -> list[nn.Parameter]:
 
 def count(tensors: list[nn.Parameter]) -> int:
     return sum(t.numel() for t in tensors)
-
-
-def num_processes() -> int:
-    """As torchrun and accelerate tell their processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _texts(c: RunConfig, resolution: int) -> tuple[list[str], tuple[str, ...]]:

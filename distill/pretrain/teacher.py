@@ -9,10 +9,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ...pipelines.export import Export, sampling_of, write_export
 from ...pipelines.pipeline_edm import EDMPipeline
-from ..checkpoint import write_folder
+from ..checkpoint import recover, write_folder
 from ..config import RunConfig, load_config
 from ..data import load_data
 from ..errors import UserError
+from ..run_folder import RunFolder
+from ..run_lock import locked
 from ..runner import Runner
 from ..teacher import class_of, load_edm
 from .card import write_card, write_pixel_card
@@ -39,10 +41,21 @@ def train(tree: dict[str, Any]) -> Path:
     _check_keys("", tree, ("output_dir", "stages", *(() if pixels else ("network", "scheduler"))))
     _check_keys("stages.", tree["stages"], PIXEL_STAGES if pixels else STAGES)
     root = Path(tree["output_dir"])
-    last = root / (_train_pixels if pixels else _train_latents)(root, tree)
-    pipeline = halve(last / "pipeline", root / "pipeline")
-    (write_pixel_card if pixels else write_card)(pipeline)
+    stages = _stages(root, tree["stages"])
+    with locked(root):
+        recover(root)
+        last = root / (_train_pixels if pixels else _train_latents)(root, tree, stages)
+        pipeline = halve(last / "pipeline", root / "pipeline")
+        (write_pixel_card if pixels else write_card)(pipeline)
     return pipeline
+
+
+def _stages(root: Path, trees: dict[str, Any]) -> dict[str, RunConfig]:
+    """The configuration of every stage, before the first of them takes its hours."""
+    placed = {name: {**tree, "output_dir": str(root / name)} for name, tree in trees.items()}
+    if "diffusion" in placed:
+        placed["diffusion"]["teacher"] = {"path": str(root / "start")}
+    return {name: load_config(tree) for name, tree in placed.items()}
 
 
 def _check_keys(prefix: str, tree: dict[str, Any], wanted: tuple[str, ...]) -> None:
@@ -56,24 +69,20 @@ def _check_keys(prefix: str, tree: dict[str, Any], wanted: tuple[str, ...]) -> N
             raise UserError(f"{prefix}{key}: no such key; there are {', '.join(wanted)}")
 
 
-def _train_pixels(root: Path, tree: dict[str, Any]) -> str:
-    finish(load_config({**tree["stages"]["pixels"], "output_dir": str(root / "pixels")}))
+def _train_pixels(root: Path, tree: dict[str, Any], stages: dict[str, RunConfig]) -> str:
+    finish(stages["pixels"])
     return "pixels"
 
 
-def _train_latents(root: Path, tree: dict[str, Any]) -> str:
-    runs = {s: load_config({**tree["stages"][s], "output_dir": str(root / s)}) for s in STAGES[:2]}
-    for config in runs.values():
-        finish(config)
+def _train_latents(root: Path, tree: dict[str, Any], stages: dict[str, RunConfig]) -> str:
+    for name in STAGES[:2]:
+        finish(stages[name])
     start = root / "start"
-    if not start.is_dir():
-        write_folder(start, lambda folder: assemble(runs["autoencoder"], root, tree).save_pretrained(folder))
-    stage = {
-        **tree["stages"]["diffusion"],
-        "output_dir": str(root / "diffusion"),
-        "teacher": {"path": str(start)},
-    }
-    finish(load_config(stage))
+    # Before the network's first checkpoint another `network` or `scheduler` may have been meant.
+    if not start.is_dir() or not RunFolder(stages["diffusion"]).binding():
+        pipeline = assemble(stages["autoencoder"], root, tree)
+        write_folder(start, lambda folder: pipeline.save_pretrained(folder))
+    finish(stages["diffusion"])
     return "diffusion"
 
 

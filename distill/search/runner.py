@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -14,9 +16,10 @@ from tqdm import tqdm
 
 from ...pipelines.export import is_own, write_variant
 from ..catalog import SEARCHES
-from ..checkpoint import write_folder
+from ..checkpoint import recover, write_folder
 from ..draws import mix
 from ..errors import UserError
+from ..interrupts import held_back
 from ..measure import processor
 from ..metrics.evaluate import choose_device
 from ..metrics.judges import inputs_for
@@ -25,6 +28,7 @@ from ..metrics.remote_code import own_code
 from ..model_card import search_card
 from ..quantise import held_bytes
 from ..run_folder import LOG, RunFolder
+from ..run_lock import locked
 from ..student_folder import StudentFiles
 from .candidates import Candidate, Search, SearchParts, Trial, ranked
 from .config import SearchConfig
@@ -50,8 +54,20 @@ class SearchRunner:
         return self.folder.finished()
 
     def search(self) -> str:
-        """Search, export and report; returns the report's text. Ctrl-C stops after the candidate it interrupts."""
+        """Search, export and report; returns the report's text.
+
+        Ctrl-C stops after the candidate it interrupts, SIGTERM and SIGHUP at once: every candidate before is kept.
+        Raises UserError where another command is at work in the folder.
+        """
+        with locked(self.run):
+            return self._search()
+
+    def _search(self) -> str:
+        for folder in (self.run, self.run / "cells"):
+            recover(folder)
         self.folder.compare_config()
+        if not self.folder.binding():  # what an earlier start prepared may be of other values
+            shutil.rmtree(self.run / "student", ignore_errors=True)
         quiet()
         self._build()
         self.folder.write_config()
@@ -88,12 +104,11 @@ class SearchRunner:
 
     def _propose(self, subject: str) -> bool:
         """Whether all candidates were scored; False after Ctrl-C."""
-        c, stop = self.config, []
+        c = self.config
         trials = self._trials(subject, "search")
-        previous = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
         bar = tqdm(total=c.max_candidates, initial=len(trials), unit="candidate", desc=subject)
-        try:
-            while len(trials) < c.max_candidates and not stop:
+        with held_back(signal.SIGINT) as pending, closing(bar):
+            while len(trials) < c.max_candidates and pending.number is None:
                 candidate = self.search_.propose(trials)
                 if candidate is None:
                     break
@@ -102,10 +117,7 @@ class SearchRunner:
                 best = ranked(trials)
                 bar.set_postfix_str(f"best {best[0].fitness:.4f}" if best else "none finite")
                 bar.update()
-        finally:
-            signal.signal(signal.SIGINT, previous)
-            bar.close()
-        return not stop
+        return pending.number is None
 
     def _choose(self, subject: str) -> dict[str, Candidate]:
         """The baselines, and "tuned", the best of the finalists and of them on the second noise."""

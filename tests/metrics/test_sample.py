@@ -1,5 +1,6 @@
 """A folder of samples: the pictures that `evaluate` would see, readable as data, of captions or of prompts."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from fewstep.distill.data import load_data
 from fewstep.distill.metrics.evaluate import open_source
 from fewstep.distill.metrics.inputs import Inputs
 from fewstep.distill.metrics.reference import captions_of
+from fewstep.distill.run_lock import locked
 from peft import LoraConfig, get_peft_model_state_dict
 
 
@@ -38,6 +40,25 @@ def test_samples_are_a_data_set(
         assert (
             "holds other files or the pictures of another call; name a new folder" in capsys.readouterr().err
         )
+
+
+def test_a_call_that_made_no_picture_leaves_the_folder_to_the_next(
+    tiny_pipeline: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "made"
+    call = ["sample", str(tiny_pipeline), "--data", str(data_folder), "--steps", "1", "--num_images", "2"]
+    call += ["--guidance_scale", "1.0", "--output", str(out)]
+    with suppress(Exception):  # a seed beyond 64 bits
+        main([*call, "--seed_block", str(10**20)])
+    assert not out.exists()
+    out.mkdir()
+    (out / "sample.json").write_text("{}")  # of a call that was ended before its first picture
+    with locked(out):
+        assert main(call) == 2
+    assert f"output: {out} is in use by process" in capsys.readouterr().err
+    assert main(call) == 0
+    names = ["00000.png", "00001.png", "metadata.jsonl", "sample.json"]
+    assert sorted(p.name for p in out.iterdir()) == names
 
 
 def test_pictures_of_prompts_by_a_model_with_a_lora(

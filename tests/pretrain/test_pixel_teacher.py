@@ -16,6 +16,7 @@ from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.pretrain import teacher as trainer
 from fewstep.distill.pretrain.card import write_pixel_card
 from fewstep.distill.pretrain.edm import EDMSettings, EDMTraining
+from fewstep.distill.run_lock import locked
 from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.teacher import PixelTeacher, Teacher
 from safetensors.torch import load_file
@@ -147,3 +148,25 @@ def test_wrong_keys_of_a_teacher_configuration(
     with pytest.raises(UserError) as error:
         trainer.train({**tree, **change})
     assert str(error.value).startswith(line)
+
+
+def test_every_stage_is_checked_before_the_first_is_trained(tmp_path: Path) -> None:
+    data = {"name": "emoji-noto"}
+    stages = {
+        "autoencoder": {"data": data, "method": {"name": "autoencoder"}},
+        "text_encoder": {"data": data, "method": {"name": "text_encoder"}},
+        "diffusion": {"data": data, "method": {"name": "diffusion"}, "learning_rat": 1e-3},
+    }
+    tree = {"output_dir": f"{tmp_path}/teacher", "network": {}, "scheduler": {}, "stages": stages}
+    with pytest.raises(UserError, match="learning_rat: no such key"):
+        trainer.train(tree)
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_one_training_of_a_teacher_at_a_time(tree: dict[str, Any]) -> None:
+    with (
+        locked(Path(tree["output_dir"])),
+        pytest.raises(UserError, match=r"output_dir: .* is in use by process"),
+    ):
+        trainer.train(tree)
+    assert not Path(tree["output_dir"]).exists()

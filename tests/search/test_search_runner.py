@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics.evaluate import open_source
 from fewstep.distill.metrics.inputs import Inputs
+from fewstep.distill.run_lock import locked
 from fewstep.distill.search import runner as module
 from fewstep.distill.search.checkpoint_set import CheckpointSet
 from fewstep.distill.search.config import load_search
@@ -190,6 +192,61 @@ def test_an_interrupt_stops_after_the_candidate_and_resumes(
     assert len(rows(tmp_path / "run")) == 2 and not runner.finished()
     SearchRunner(load_search(tree(tiny_pipeline, tmp_path / "run"))).search()
     assert timeless(tmp_path / "run") == timeless(searched)
+
+
+def test_sigterm_stops_at_once_and_keeps_every_candidate(
+    searched: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, path = tmp_path / "run", tmp_path / "search.yaml"
+    path.write_text(yaml.safe_dump(tree(tiny_pipeline, run)))
+    pictures, calls = SearchRunner._pictures, []
+
+    def terminated(self: SearchRunner, *arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return pictures(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchRunner, "_pictures", terminated)
+        assert main(["distill", str(path)]) == 143
+    assert len(rows(run)) == 2 and not (run / ".lock").exists()
+    assert main(["distill", str(path)]) == 0
+    assert timeless(run) == timeless(searched)
+
+
+def test_a_search_folder_in_use_is_refused_and_a_damaged_export_made_again(
+    searched: Path, tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, path = shutil.copytree(searched, tmp_path / "run"), tmp_path / "search.yaml"
+    path.write_text(yaml.safe_dump(tree(tiny_pipeline, run)))
+    (run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+    capsys.readouterr()
+    with locked(run):
+        assert main(["distill", str(path)]) == 2
+    assert f"output_dir: {run} is in use by process {os.getpid()} " in capsys.readouterr().err
+    assert main(["distill", str(path)]) == 0
+    assert torch.equal(pictures(run / "pipeline"), pictures(searched / "pipeline"))
+    assert timeless(run) == timeless(searched)
+
+
+def test_a_search_that_was_refused_begins_anew_with_other_values(
+    tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The student that the first start prepared had another scheduler."""
+    run, path = tmp_path / "run", tmp_path / "search.yaml"
+    student = {"path": str(tiny_pipeline), "scheduler": "DDPMScheduler"}
+    method = {"name": "q_sched", "quantisation": None, "family": "constant", "points": 1, "c_x": [0.7, 0.9]}
+    plain = tree(tiny_pipeline, run, method=method, max_candidates=2)
+    wrong = {**plain, "student": student, "data": {"name": "emoji-noto", "split": "scor"}}
+    path.write_text(yaml.safe_dump(wrong))
+    assert main(["distill", str(path)]) == 2
+    assert "scor" in capsys.readouterr().err and (run / "student").is_dir()
+    path.write_text(yaml.safe_dump({**plain, "student": {**student, "scheduler": "DDIMScheduler"}}))
+    assert main(["distill", str(path)]) == 0
+    index = json.loads((run / "student" / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["student"]["scheduler"] == "DDIMScheduler"
 
 
 def test_pictures_that_are_not_finite_lose(tiny_pipeline: Path, tmp_path: Path) -> None:
