@@ -17,7 +17,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from .codec import vae_scale_factor
+from .codec import Units, vae_scale_factor
 from .denoiser import Denoiser
 from .errors import UserError
 from .guidance import guidance_embedding
@@ -25,6 +25,7 @@ from .network_adapters import denoiser_of
 from .process import VP, RectifiedFlow
 
 Texts = dict[str, Tensor]
+UNET_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 class Family(ABC):
@@ -47,7 +48,15 @@ class Family(ABC):
         return getattr(self.pipeline, self.component)
 
     def denoiser(self) -> Denoiser:
-        """The network in straight paths."""
+        """The network in straight paths. Raises UserError where the scheduler says otherwise."""
+        config = self.pipeline.scheduler.config
+        kind, steps = config.get("prediction_type", "flow_prediction"), config.num_train_timesteps
+        if kind != "flow_prediction" or steps != 1000:
+            name = type(self.pipeline).__name__
+            raise UserError(
+                f"teacher: its scheduler has prediction_type {kind} and {steps} training steps; a {name} here works in "
+                "straight paths of 1000; give a teacher with a flow-matching scheduler"
+            )
         return denoiser_of(self.network, RectifiedFlow(), "velocity")
 
     @abstractmethod
@@ -61,6 +70,11 @@ class Family(ABC):
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of one caption's `encode`, from the configurations alone."""
+
+    def units(self) -> Units:
+        """Shift and scale of latents, as the pipeline decodes them: z / scale + shift."""
+        config = self.pipeline.vae.config
+        return float(config.shift_factor or 0.0), float(config.scaling_factor)
 
     def empty(self, device: torch.device) -> Texts:
         """What stands in place of `encode` where the prompt is dropped, first dimension 1."""
@@ -97,10 +111,26 @@ class StableDiffusion(Family):
     def denoiser(self) -> Denoiser:
         config = self.pipeline.scheduler.config
         kind = config.get("prediction_type", "epsilon")
-        return denoiser_of(self.network, VP.from_scheduler(config), kind)
+        if kind not in UNET_PREDICTIONS or config.get("use_flow_sigmas"):
+            flow = " with use_flow_sigmas" if config.get("use_flow_sigmas") else ""
+            raise UserError(
+                f"teacher: its scheduler has prediction_type {kind}{flow}; a {type(self.pipeline).__name__} here has "
+                f"one of {', '.join(UNET_PREDICTIONS)} and no straight paths; give such a teacher"
+            )
+        process = VP.from_scheduler(config)
+        if kind == "epsilon" and process.ends_in_noise:
+            raise UserError(
+                "teacher: its scheduler ends in pure noise (rescale_betas_zero_snr), where no picture follows from "
+                "prediction_type epsilon; give a v_prediction teacher, or a scheduler without the rescaling"
+            )
+        return denoiser_of(self.network, process, kind)
 
     def resolution(self) -> int:
         return self.network.config.sample_size * vae_scale_factor(self.pipeline.vae)
+
+    def units(self) -> Units:
+        """Without a shift, whatever the autoencoder's configuration names."""
+        return 0.0, float(self.pipeline.vae.config.scaling_factor)
 
     def encode(self, captions: list[str], device: torch.device) -> Texts:
         embeds, _ = self.pipeline.encode_prompt(captions, device, 1, False)
@@ -127,6 +157,14 @@ class StableDiffusionXL(StableDiffusion):
     encoders = ("text_encoder", "text_encoder_2")
     embedded_class = StableDiffusionXLPipeline
     control_class = StableDiffusionXLControlNetPipeline
+
+    def units(self) -> Units:
+        """Those of each channel where the autoencoder has both latents_mean and latents_std."""
+        config = self.pipeline.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return super().units()
+        return tuple(mean), tuple(config.scaling_factor / s for s in std)
 
     def encode(self, captions: list[str], device: torch.device) -> Texts:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
@@ -254,6 +292,10 @@ class Wan(Family):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (self.tokens, self.network.config.text_dim)}
+
+    def units(self) -> Units:
+        config = self.pipeline.vae.config
+        return tuple(config.latents_mean), tuple(1 / s for s in config.latents_std)
 
     def unpacked(self, latents: Tensor, resolution: int) -> Tensor:
         return latents.squeeze(2)

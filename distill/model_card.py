@@ -118,6 +118,7 @@ def adapter_card(config: RunConfig, export: Export, step: int) -> str:
         "```python\n" + adapter_loading_lines(config, export) + "```\n",
         "## Steps\n",
         steps_table(export.sampling),
+        *checked_lines(export),
         *(
             [f"`{KOHYA}/` beside this folder holds the same LoRA in the key layout of kohya and ComfyUI.\n"]
             if export.adapter is not None and export.adapter.component == "unet"
@@ -149,9 +150,13 @@ def run_card(config: RunConfig, export: Export, step: int) -> str:
     ]
     if export.sampling:
         out += ["```python\n" + loading_lines(export) + "```\n", *package_lines(export.model)]
-        out += ["## Steps\n", steps_table(export.sampling)]
+        out += ["## Steps\n", steps_table(export.sampling), *checked_lines(export)]
     out += ["## Training\n", training_table(config, step)]
     return "\n".join(out)
+
+
+def checked_lines(export: Export) -> list[str]:
+    return [f"Checked at export: {export.checked}.\n"] if export.checked else []
 
 
 def is_quantised(pipeline: Any) -> bool:

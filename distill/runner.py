@@ -26,6 +26,7 @@ from .denoiser import Denoiser
 from .draws import mix
 from .ema import EMA
 from .errors import UserError
+from .export_check import check_export
 from .frozen import Offloaded
 from .grid import save_rows
 from .measure import processor, seconds
@@ -354,6 +355,7 @@ class Runner:
         if self.accelerator.is_main_process:
             with self._averaged():
                 export, names = self.method.export(), []
+                export.checked = check_export(self.method, export, self.batches.data.captions)
                 if export.adapter is not None:
                     names.append("lora")
                     card = adapter_card(self.config, export, self.step)

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from .checkpoint import write_folder
 from .errors import UserError
 from .search.config import StudentFolder
+from .stock_schedulers import exchanged
 from .teacher import EMBEDDED, fuse_lora
 
 
@@ -79,5 +80,5 @@ def adapted(folder: Path, student: StudentFolder) -> Any:
             raise UserError(
                 f"student.scheduler: diffusers has no {student.scheduler!r}; name one of its schedulers"
             )
-        pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        pipe.scheduler = exchanged(pipe.scheduler, kind, timestep_spacing="trailing")
     return pipe

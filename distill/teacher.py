@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..pipelines.export import Adapter, in_float32
 from ..pipelines.pipeline_edm import EDMPipeline
-from .codec import Codec, vae_scale_factor
+from .codec import Codec, Units, vae_scale_factor
 from .condition import Condition
 from .denoiser import Denoiser
 from .errors import UserError
@@ -188,6 +188,9 @@ class LatentTeacher(Teacher, Codec):
         unit = vae_scale_factor(self.vae) * family.patch
         if self.resolution % unit:
             raise UserError(f"resolution: {self.resolution} is no multiple of {unit}, which {path} needs")
+
+    def units(self) -> Units:
+        return self.family.units()
 
     def quantise(self, dtype: torch.dtype) -> None:
         """Integers of 8 bits in the network's linear layers, the others in `dtype`."""

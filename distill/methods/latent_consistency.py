@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -20,8 +19,9 @@ from ..generator import Generator, chosen_times, fresh_from, lcm_timesteps, seed
 from ..guidance import guidance_embedding, guided_x0_eps
 from ..losses import Distance, distance
 from ..settings import settings
+from ..stock_schedulers import lcm_scheduler
 from ..student import Student
-from .base import Batch, Method, Parts, Progress
+from .base import Batch, Method, Parts, Progress, Rehearsal
 
 EXPORTED_STEPS = (1, 2, 3, 4, 6, 8)
 
@@ -183,14 +183,17 @@ class LatentConsistency(Method):
                 rows[f"{n} steps"] = self.teacher.decode(z)
         return rows
 
+    def rehearsal(self, captions: list[str], num_steps: int, generators: list[torch.Generator]) -> Rehearsal:
+        x0 = self.sample(captions, num_steps, self.settings.w_export, generators)
+        return Rehearsal(x0, {"prompt": captions})
+
     def export(self) -> Export:
         s = self.settings
-        scheduler = LCMScheduler.from_config(
-            self.teacher.pipeline.scheduler.config,
+        scheduler = lcm_scheduler(
+            self.process,
+            self.teacher.denoiser.kind,
             timestep_scaling=s.timestep_scaling,
             original_inference_steps=len(self.grid),
-            clip_sample=False,
-            set_alpha_to_one=False,
         )
         assembled = partial(self.teacher.assembled, scheduler=scheduler)
         if not self.student.lora:
