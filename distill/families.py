@@ -1,6 +1,7 @@
 """What differs between the latent pipelines of diffusers: network, prompts, sizes. One small class each."""
 
 from abc import ABC, abstractmethod
+from inspect import signature
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Family(ABC):
     embedded_class: Any = None
     control_class: Any = None
     encoders: tuple[str, ...] = ("text_encoder",)
+    optional: tuple[str, ...] = ()  # encoders that the pipeline runs without
+    addition: str | None = None  # addition_embed_type of the network
     patch = 1
 
     def __init__(self, pipeline: Any):
@@ -70,6 +73,15 @@ class Family(ABC):
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of one caption's `encode`, from the configurations alone."""
+
+    def channels(self) -> tuple[int, int]:
+        """Of a sample that the network takes, and of what it gives."""
+        config = self.network.config
+        return config.in_channels, config.out_channels
+
+    @abstractmethod
+    def widths(self) -> dict[str, tuple[Any, int]]:
+        """By key of the network's configuration: what it is told, and what the text encoders give."""
 
     def units(self) -> Units:
         """Shift and scale of latents, as the pipeline decodes them: z / scale + shift."""
@@ -140,21 +152,39 @@ class StableDiffusion(Family):
         text = self.pipeline.text_encoder.config
         return {"encoder_hidden_states": (text.max_position_embeddings, text.hidden_size)}
 
+    def widths(self) -> dict[str, tuple[Any, int]]:
+        own = self.network.config.cross_attention_dim
+        if not isinstance(own, int) and len(set(own)) == 1:  # one for each block
+            own = own[0]
+        return {"cross_attention_dim": (own, self.shapes()["encoder_hidden_states"][1])}
 
-class LatentConsistency(StableDiffusion):
-    """The same with a network that embeds the guidance scale; it is told the pipeline's default."""
-
-    guidance = 8.5  # LatentConsistencyModelPipeline's default
+    @property
+    def guidance(self) -> float | None:
+        """The scale that a network with an embedding of it is told, its pipeline's default; None without one."""
+        if self.network.config.time_cond_proj_dim is None:
+            return None
+        return float(signature(type(self.pipeline).__call__).parameters["guidance_scale"].default)
 
     def fixed(self, rows: int, resolution: int) -> Texts:
+        if self.guidance is None:
+            return {}
         scale = torch.full((rows,), self.guidance - 1)
         return {"timestep_cond": guidance_embedding(scale, self.network.config.time_cond_proj_dim)}
+
+    def unguided(self) -> dict[str, Any]:
+        """A network that is told the scale has no other guidance in its pipeline."""
+        return super().unguided() if self.guidance is None else {"guidance_scale": self.guidance}
+
+
+class LatentConsistency(StableDiffusion):
+    """The same with a network that embeds the guidance scale."""
 
 
 class StableDiffusionXL(StableDiffusion):
     """Two CLIPs, the second one's pooled state, and the sizes of arXiv 2307.01952: no crop, nothing resized."""
 
     encoders = ("text_encoder", "text_encoder_2")
+    addition = "text_time"
     embedded_class = StableDiffusionXLPipeline
     control_class = StableDiffusionXLControlNetPipeline
 
@@ -187,13 +217,22 @@ class StableDiffusionXL(StableDiffusion):
 
     def fixed(self, rows: int, resolution: int) -> Texts:
         sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32)
-        return {"time_ids": sizes.expand(rows, -1)}
+        return {**super().fixed(rows, resolution), "time_ids": sizes.expand(rows, -1)}
+
+    def widths(self) -> dict[str, tuple[Any, int]]:
+        config = self.network.config
+        pooled = self.pipeline.text_encoder_2.config.projection_dim
+        told = pooled + 6 * (config.addition_time_embed_dim or 0)
+        return {**super().widths(), "projection_class_embeddings_input_dim": (
+            config.projection_class_embeddings_input_dim, told
+        )}  # fmt: skip
 
 
 class StableDiffusion3(Family):
     """Two CLIPs and a T5, whose states follow theirs; without the T5 they are zeros."""
 
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    optional = ("text_encoder_3",)
     tokens = 256  # the pipeline's default
 
     def __init__(self, pipeline: Any):
@@ -219,6 +258,15 @@ class StableDiffusion3(Family):
             "pooled_projections": (config.pooled_projection_dim,),
         }
 
+    def widths(self) -> dict[str, tuple[Any, int]]:
+        own, pipe = self.network.config, self.pipeline
+        pooled = sum(e.config.projection_dim for e in (pipe.text_encoder, pipe.text_encoder_2))
+        t5 = own.joint_attention_dim if pipe.text_encoder_3 is None else pipe.text_encoder_3.config.d_model
+        return {
+            "joint_attention_dim": (own.joint_attention_dim, t5),
+            "pooled_projection_dim": (own.pooled_projection_dim, pooled),
+        }
+
 
 class Flux(Family):
     """A T5's states and a CLIP's pooled one; a guidance-distilled network is told the pipeline's default scale."""
@@ -231,6 +279,20 @@ class Flux(Family):
     def tokens(self) -> int:
         """As the model cards of FLUX.1-dev and, without guidance, FLUX.1-schnell call the pipeline."""
         return 512 if self.network.config.guidance_embeds else 256
+
+    def channels(self) -> tuple[int, int]:
+        """Of latents, which the network sees in patches."""
+        config = self.network.config
+        return config.in_channels // self.patch**2, (
+            config.out_channels or config.in_channels
+        ) // self.patch**2
+
+    def widths(self) -> dict[str, tuple[Any, int]]:
+        own, pipe = self.network.config, self.pipeline
+        return {
+            "joint_attention_dim": (own.joint_attention_dim, pipe.text_encoder_2.config.d_model),
+            "pooled_projection_dim": (own.pooled_projection_dim, pipe.text_encoder.config.hidden_size),
+        }
 
     def resolution(self) -> int:
         return self.pipeline.default_sample_size * vae_scale_factor(self.pipeline.vae)
@@ -292,6 +354,9 @@ class Wan(Family):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (self.tokens, self.network.config.text_dim)}
+
+    def widths(self) -> dict[str, tuple[Any, int]]:
+        return {"text_dim": (self.network.config.text_dim, self.pipeline.text_encoder.config.d_model)}
 
     def units(self) -> Units:
         config = self.pipeline.vae.config

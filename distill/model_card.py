@@ -16,9 +16,9 @@ from ..pipelines.pipeline_restoration import RestorationPipeline
 from .checkpoint import write_file
 from .config import DataSettings, RunConfig
 from .licence import base_model, licence_of
+from .lora_files import lora_place
 from .search.config import SearchConfig
 from .settings import TeacherSettings
-from .teacher import lora_place
 
 
 def loading_lines(

@@ -10,9 +10,11 @@ from diffusers import DiffusionPipeline
 
 from .checkpoint import write_folder
 from .errors import UserError
+from .lora_files import fuse_lora
 from .search.config import StudentFolder
 from .stock_schedulers import exchanged
-from .teacher import EMBEDDED, fuse_lora
+from .teacher import EMBEDDED
+from .weight_files import only_variant
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def downloaded(path: str) -> Path:
 
 def adapted(folder: Path, student: StudentFolder) -> Any:
     """The pipeline with the LoRA in its weights and the scheduler in place of its own. UserError if they do not fit."""
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, variant=only_variant(folder))
     if student.lora is not None:
         fuse_lora(pipe, student.lora, key="student.lora")
     if student.scheduler is not None:

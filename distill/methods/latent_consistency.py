@@ -92,6 +92,12 @@ class LatentConsistency(Method):
         except ValueError as error:
             raise UserError(f"method.sampling_power: {error}; lower it") from None
         lora = parts.student.kind == "lora"
+        width = self.teacher.family.network.config.time_cond_proj_dim
+        if not lora and width not in (None, s.guidance_dim):
+            raise UserError(
+                f"method.guidance_dim: {s.guidance_dim}, but the teacher's network embeds the guidance scale in "
+                f"{width} numbers; set it to {width}"
+            )
         self.student = Student(
             self.teacher.denoiser, parts.student, guidance_dim=None if lora else s.guidance_dim
         )
@@ -201,7 +207,8 @@ class LatentConsistency(Method):
             return Export(pipeline, sampling=self.calls(s.w_export + 1))
         pipeline = assembled(self.student.fused()) if self.parts.student.export_fused else None
         adapter = self.teacher.adapter(self.student.lora_weights(), scheduler)
-        return Export(pipeline, sampling=self.calls(1.0), adapter=adapter)
+        own = self.teacher.family.unguided()["guidance_scale"]
+        return Export(pipeline, sampling=self.calls(own), adapter=adapter)
 
     def calls(self, guidance_scale: float) -> dict[str, dict[str, Any]]:
         """sampling.json: the stock scheduler finds LCM's even times by itself, others are named."""

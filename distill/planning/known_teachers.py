@@ -16,9 +16,8 @@ from ..families import FAMILIES
 from ..hub import refusal
 from ..settings import TeacherSettings
 from ..teacher import EMBEDDED, KNOWN_CLASSES, LatentTeacher, PixelTeacher, Teacher, class_of, locate
+from ..weight_files import refuse_variant, variants_in
 from .published_teachers import KNOWN_TEACHERS, Architecture
-
-WEIGHTS = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ def blueprint(settings: TeacherSettings) -> Blueprint:
             "`python scripts/train_teacher.py configs/emoji/teacher.yaml` or give another pipeline folder"
         )
     if Path(place).is_dir():
+        refuse_variant(Path(place), settings.variant)
         return _drawn(_read_folder(Path(place), settings.path), Path(place), settings, "its folder")
     cached = _snapshot(settings)
     if cached is not None and _is_whole(cached):
@@ -135,8 +135,7 @@ def _without_weights(folder: Path | None, parts: dict[str, Any], variant: str | 
     """Components with no weight file of the variant below `folder`."""
     lacking = []
     for name in parts:
-        files = [f.name for f in (folder / name).glob("*") if f.suffix in WEIGHTS] if folder else []
-        if name != "scheduler" and not any(variant is None or f".{variant}." in f for f in files):
+        if name != "scheduler" and not (folder and variants_in(folder / name) & {None, variant}):
             lacking.append(name)
     return tuple(lacking)
 

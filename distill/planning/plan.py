@@ -17,10 +17,11 @@ from ..data.embedded import STYLES
 from ..draws import Draws
 from ..ema import EMA
 from ..errors import UserError
+from ..lora_files import lora_place
 from ..methods.base import Batch, Method, Parts, Progress
 from ..rewards import Reward, UnloadedReward
 from ..runner import DTYPES, Carry
-from ..teacher import LatentTeacher, Teacher, lora_place
+from ..teacher import LatentTeacher, Teacher
 from ..teacher_data import NAME as TAUGHT
 from ..teacher_data import captions_of, check_keys, open_data
 from ..vision import PlannedVision
