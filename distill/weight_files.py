@@ -1,6 +1,7 @@
 """Which weight files a pipeline's folder holds: diffusers names a variant between a file's name and its ending."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import UserError
@@ -14,6 +15,20 @@ def variants_in(part: Path) -> set[str | None]:
     """Variants of a component's weight files; None stands for files without one."""
     found = (NAMED.fullmatch(file.name) for file in part.glob("*"))
     return {match["variant"] for match in found if match}
+
+
+def component_sizes(files: Mapping[str, int], variant: str | None) -> dict[str, int]:
+    """Bytes of the weights that diffusers takes of each component, out of the sizes of a repository's files: those of
+    the variant before those without, safetensors before bin."""
+    sizes: dict[str, dict[tuple[bool, bool], int]] = {}
+    for name, size in files.items():
+        part, _, file = name.rpartition("/")
+        match = NAMED.fullmatch(file)
+        if match and part and match["variant"] in (None, variant):
+            rank = (match["variant"] != variant, not file.endswith(".safetensors"))
+            sizes.setdefault(part, {}).setdefault(rank, 0)
+            sizes[part][rank] += size
+    return {part: ranked[min(ranked)] for part, ranked in sizes.items()}
 
 
 def only_variant(folder: Path) -> str | None:

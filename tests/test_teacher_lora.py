@@ -103,9 +103,10 @@ def test_a_student_of_a_styled_teacher(
     ours = (trained / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()[0]
     for folder in ("pipeline", "lora"):
         card = (runner.run / folder / "README.md").read_text()
-        assert f"| teacher | {tiny_pipeline} with 0.5 x style.safetensors |" in card
-        assert str(style.parent) not in card
+        assert f"| teacher | {tiny_pipeline.name} with 0.5 x style.safetensors |" in card
+        assert str(style.parent) not in card and str(tiny_pipeline.parent) not in card
         code = card.split("```python\n")[1].split("```")[0].replace("seed(0)", "seed(0), output_type='np'")
+        code = code.replace('from_pretrained("pipeline", dtype', f'from_pretrained("{tiny_pipeline}", dtype')
         code = code.replace(f'("{folder}")', f'("{runner.run / folder}")')
         code += "import numpy as np\nnp.save('picture.npy', image)\n"
         done = subprocess.run(

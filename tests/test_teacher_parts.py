@@ -129,7 +129,7 @@ def test_a_transformer_with_a_scheduler_of_betas(stock: Callable[..., Any]) -> N
 def test_the_side_of_a_network(
     size: Any, resolution: int | None, wanted: int, stock: Callable[..., Any]
 ) -> None:
-    """Of a square list, of the resolution asked for, of the autoencoder's pictures; exports then have it as a number."""
+    """Of a square list, of the resolution asked for, of the autoencoder's pictures; an export has the number."""
     teacher = LatentTeacher(stock(unet={"sample_size": size}), "odd", resolution)
     assert teacher.resolution == wanted and teacher.shape == (4, wanted // 2, wanted // 2)
     own = teacher.family.network.config.sample_size

@@ -95,9 +95,9 @@ class Plan:
         c = self.config.teacher
         if c is None or self.blueprint is None or self.teacher is None:
             return {}
-        item = 2 if c.variant in ("fp16", "bf16") else 4
-        parts = components(self.teacher)
-        return {k: item * count(without_training(parts[k])) for k in self.blueprint.missing}
+        item = 2 if c.variant in ("fp16", "bf16") else self.blueprint.architecture.item
+        parts, known = components(self.teacher), self.blueprint.sizes
+        return {k: known.get(k) or item * count(without_training(parts[k])) for k in self.blueprint.missing}
 
 
 def planned(config: RunConfig) -> Plan:
