@@ -23,12 +23,14 @@ SD_VAE: dict[str, Any] = {
 }
 KNOWN_AUTOENCODERS = {"stabilityai/sd-vae-ft-mse": SD_VAE, "stabilityai/sd-vae-ft-ema": SD_VAE}
 
+Unit = float | tuple[float, ...]  # for all channels, or for each
+Units = tuple[Unit, Unit]
+
 
 class Codec:
-    """Latents are in the diffusion model's units: scale * (autoencoder latent - shift).
+    """Latents are in the diffusion model's units: scale * (autoencoder latent - shift), see `units`.
 
-    Scale and shift are AutoencoderKL's scaling_factor and shift_factor, or of each channel 1 / latents_std and
-    latents_mean of AutoencoderKLWan, to which pictures are videos of one frame.
+    To AutoencoderKLWan pictures are videos of one frame.
     """
 
     vae: Any
@@ -43,18 +45,25 @@ class Codec:
         """A sample of the posterior in the diffusion model's units, (B, C, h, w)."""
         mean, logvar = posterior.float().chunk(2, dim=1)
         z = mean + (0.5 * logvar).exp() * draws.normal(mean.shape[1:])
-        shift, scale = self._units(z)
-        return (z - shift) * scale
+        return self.scaled(z)
 
     def mean_latents(self, posterior: Tensor) -> Tensor:
         """The posterior's mean in the diffusion model's units, (B, C, h, w)."""
-        mean = posterior.float().chunk(2, dim=1)[0]
-        shift, scale = self._units(mean)
-        return (mean - shift) * scale
+        return self.scaled(posterior.float().chunk(2, dim=1)[0])
+
+    def units(self) -> Units:
+        """Shift and scale: shift_factor and scaling_factor, as the pipelines of this project decode."""
+        config = self.vae.config
+        return float(config.get("shift_factor") or 0.0), float(config.get("scaling_factor") or 1.0)
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Latents of the autoencoder (B, C, h, w) in the diffusion model's units."""
+        shift, scale = (channels(u, latents) for u in self.units())
+        return (latents - shift) * scale
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """The same latents in the autoencoder's units."""
-        shift, scale = self._units(latents)
+        shift, scale = (channels(u, latents) for u in self.units())
         return latents / scale + shift
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -77,13 +86,10 @@ class Codec:
     def _unframed(self, x: Tensor) -> Tensor:
         return x.squeeze(2) if self._video else x
 
-    def _units(self, like: Tensor) -> tuple[Any, Any]:
-        """Shift and scale."""
-        config = self.vae.config
-        if not self._video:
-            return config.get("shift_factor") or 0.0, config.scaling_factor
-        mean, std = (like.new_tensor(config[k]).view(-1, 1, 1) for k in ("latents_mean", "latents_std"))
-        return mean, 1 / std
+
+def channels(unit: Unit, like: Tensor) -> float | Tensor:
+    """One number, or one for each channel of `like` (B, C, h, w)."""
+    return unit if isinstance(unit, float) else like.new_tensor(unit).view(-1, 1, 1)
 
 
 def vae_scale_factor(vae: Any) -> int:

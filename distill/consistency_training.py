@@ -20,7 +20,7 @@ from .draws import random_state, same_random
 from .ema import EMA
 from .errors import UserError
 from .generator import Generator, fresh_from, seeded
-from .methods.base import Batch, Method, Parts, Progress
+from .methods.base import Batch, Method, Parts, Progress, Rehearsal
 from .process import EDM
 from .settings import settings
 from .space import PixelSpace, Space, space_of
@@ -201,6 +201,10 @@ class ConsistencyTraining(Method):
             with torch.no_grad():
                 rows[f"{n} steps"] = self.space.decode(x0)
         return rows
+
+    def rehearsal(self, captions: list[str], num_steps: int, generators: list[torch.Generator]) -> Rehearsal:
+        x0 = self.sample(captions, num_steps, generators)
+        return Rehearsal(x0, self.space.inputs(captions), pixels=isinstance(self.space, PixelSpace))
 
     def export(self) -> Export:
         s, pixels = self.settings, isinstance(self.space, PixelSpace)

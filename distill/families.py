@@ -1,6 +1,7 @@
 """What differs between the latent pipelines of diffusers: network, prompts, sizes. One small class each."""
 
 from abc import ABC, abstractmethod
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from .codec import vae_scale_factor
+from .codec import Units, vae_scale_factor
 from .denoiser import Denoiser
 from .errors import UserError
 from .guidance import guidance_embedding
@@ -25,6 +26,7 @@ from .network_adapters import denoiser_of
 from .process import VP, RectifiedFlow
 
 Texts = dict[str, Tensor]
+UNET_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 class Family(ABC):
@@ -37,6 +39,8 @@ class Family(ABC):
     embedded_class: Any = None
     control_class: Any = None
     encoders: tuple[str, ...] = ("text_encoder",)
+    optional: tuple[str, ...] = ()  # encoders that the pipeline runs without
+    addition: str | None = None  # addition_embed_type of the network
     patch = 1
 
     def __init__(self, pipeline: Any):
@@ -47,7 +51,15 @@ class Family(ABC):
         return getattr(self.pipeline, self.component)
 
     def denoiser(self) -> Denoiser:
-        """The network in straight paths."""
+        """The network in straight paths. Raises UserError where the scheduler says otherwise."""
+        config = self.pipeline.scheduler.config
+        kind, steps = config.get("prediction_type", "flow_prediction"), config.num_train_timesteps
+        if kind != "flow_prediction" or steps != 1000:
+            name = type(self.pipeline).__name__
+            raise UserError(
+                f"teacher: its scheduler has prediction_type {kind} and {steps} training steps; a {name} here works in "
+                "straight paths of 1000; give a teacher with a flow-matching scheduler"
+            )
         return denoiser_of(self.network, RectifiedFlow(), "velocity")
 
     @abstractmethod
@@ -61,6 +73,20 @@ class Family(ABC):
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of one caption's `encode`, from the configurations alone."""
+
+    def channels(self) -> tuple[int, int]:
+        """Of a sample that the network takes, and of what it gives."""
+        config = self.network.config
+        return config.in_channels, config.out_channels
+
+    @abstractmethod
+    def widths(self) -> dict[str, tuple[Any, int]]:
+        """By key of the network's configuration: what it is told, and what the text encoders give."""
+
+    def units(self) -> Units:
+        """Shift and scale of latents, as the pipeline decodes them: z / scale + shift."""
+        config = self.pipeline.vae.config
+        return float(config.shift_factor or 0.0), float(config.scaling_factor)
 
     def empty(self, device: torch.device) -> Texts:
         """What stands in place of `encode` where the prompt is dropped, first dimension 1."""
@@ -97,10 +123,26 @@ class StableDiffusion(Family):
     def denoiser(self) -> Denoiser:
         config = self.pipeline.scheduler.config
         kind = config.get("prediction_type", "epsilon")
-        return denoiser_of(self.network, VP.from_scheduler(config), kind)
+        if kind not in UNET_PREDICTIONS or config.get("use_flow_sigmas"):
+            flow = " with use_flow_sigmas" if config.get("use_flow_sigmas") else ""
+            raise UserError(
+                f"teacher: its scheduler has prediction_type {kind}{flow}; a {type(self.pipeline).__name__} here has "
+                f"one of {', '.join(UNET_PREDICTIONS)} and no straight paths; give such a teacher"
+            )
+        process = VP.from_scheduler(config)
+        if kind == "epsilon" and process.ends_in_noise:
+            raise UserError(
+                "teacher: its scheduler ends in pure noise (rescale_betas_zero_snr), where no picture follows from "
+                "prediction_type epsilon; give a v_prediction teacher, or a scheduler without the rescaling"
+            )
+        return denoiser_of(self.network, process, kind)
 
     def resolution(self) -> int:
         return self.network.config.sample_size * vae_scale_factor(self.pipeline.vae)
+
+    def units(self) -> Units:
+        """Without a shift, whatever the autoencoder's configuration names."""
+        return 0.0, float(self.pipeline.vae.config.scaling_factor)
 
     def encode(self, captions: list[str], device: torch.device) -> Texts:
         embeds, _ = self.pipeline.encode_prompt(captions, device, 1, False)
@@ -110,23 +152,49 @@ class StableDiffusion(Family):
         text = self.pipeline.text_encoder.config
         return {"encoder_hidden_states": (text.max_position_embeddings, text.hidden_size)}
 
+    def widths(self) -> dict[str, tuple[Any, int]]:
+        own = self.network.config.cross_attention_dim
+        if not isinstance(own, int) and len(set(own)) == 1:  # one for each block
+            own = own[0]
+        return {"cross_attention_dim": (own, self.shapes()["encoder_hidden_states"][1])}
 
-class LatentConsistency(StableDiffusion):
-    """The same with a network that embeds the guidance scale; it is told the pipeline's default."""
-
-    guidance = 8.5  # LatentConsistencyModelPipeline's default
+    @property
+    def guidance(self) -> float | None:
+        """The scale that a network with an embedding of it is told, its pipeline's default; None without one."""
+        if self.network.config.time_cond_proj_dim is None:
+            return None
+        return float(signature(type(self.pipeline).__call__).parameters["guidance_scale"].default)
 
     def fixed(self, rows: int, resolution: int) -> Texts:
+        if self.guidance is None:
+            return {}
         scale = torch.full((rows,), self.guidance - 1)
         return {"timestep_cond": guidance_embedding(scale, self.network.config.time_cond_proj_dim)}
+
+    def unguided(self) -> dict[str, Any]:
+        """A network that is told the scale has no other guidance in its pipeline."""
+        return super().unguided() if self.guidance is None else {"guidance_scale": self.guidance}
+
+
+class LatentConsistency(StableDiffusion):
+    """The same with a network that embeds the guidance scale."""
 
 
 class StableDiffusionXL(StableDiffusion):
     """Two CLIPs, the second one's pooled state, and the sizes of arXiv 2307.01952: no crop, nothing resized."""
 
     encoders = ("text_encoder", "text_encoder_2")
+    addition = "text_time"
     embedded_class = StableDiffusionXLPipeline
     control_class = StableDiffusionXLControlNetPipeline
+
+    def units(self) -> Units:
+        """Those of each channel where the autoencoder has both latents_mean and latents_std."""
+        config = self.pipeline.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return super().units()
+        return tuple(mean), tuple(config.scaling_factor / s for s in std)
 
     def encode(self, captions: list[str], device: torch.device) -> Texts:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
@@ -149,13 +217,22 @@ class StableDiffusionXL(StableDiffusion):
 
     def fixed(self, rows: int, resolution: int) -> Texts:
         sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32)
-        return {"time_ids": sizes.expand(rows, -1)}
+        return {**super().fixed(rows, resolution), "time_ids": sizes.expand(rows, -1)}
+
+    def widths(self) -> dict[str, tuple[Any, int]]:
+        config = self.network.config
+        pooled = self.pipeline.text_encoder_2.config.projection_dim
+        told = pooled + 6 * (config.addition_time_embed_dim or 0)
+        return {**super().widths(), "projection_class_embeddings_input_dim": (
+            config.projection_class_embeddings_input_dim, told
+        )}  # fmt: skip
 
 
 class StableDiffusion3(Family):
     """Two CLIPs and a T5, whose states follow theirs; without the T5 they are zeros."""
 
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    optional = ("text_encoder_3",)
     tokens = 256  # the pipeline's default
 
     def __init__(self, pipeline: Any):
@@ -181,6 +258,15 @@ class StableDiffusion3(Family):
             "pooled_projections": (config.pooled_projection_dim,),
         }
 
+    def widths(self) -> dict[str, tuple[Any, int]]:
+        own, pipe = self.network.config, self.pipeline
+        pooled = sum(e.config.projection_dim for e in (pipe.text_encoder, pipe.text_encoder_2))
+        t5 = own.joint_attention_dim if pipe.text_encoder_3 is None else pipe.text_encoder_3.config.d_model
+        return {
+            "joint_attention_dim": (own.joint_attention_dim, t5),
+            "pooled_projection_dim": (own.pooled_projection_dim, pooled),
+        }
+
 
 class Flux(Family):
     """A T5's states and a CLIP's pooled one; a guidance-distilled network is told the pipeline's default scale."""
@@ -193,6 +279,20 @@ class Flux(Family):
     def tokens(self) -> int:
         """As the model cards of FLUX.1-dev and, without guidance, FLUX.1-schnell call the pipeline."""
         return 512 if self.network.config.guidance_embeds else 256
+
+    def channels(self) -> tuple[int, int]:
+        """Of latents, which the network sees in patches."""
+        config = self.network.config
+        return config.in_channels // self.patch**2, (
+            config.out_channels or config.in_channels
+        ) // self.patch**2
+
+    def widths(self) -> dict[str, tuple[Any, int]]:
+        own, pipe = self.network.config, self.pipeline
+        return {
+            "joint_attention_dim": (own.joint_attention_dim, pipe.text_encoder_2.config.d_model),
+            "pooled_projection_dim": (own.pooled_projection_dim, pipe.text_encoder.config.hidden_size),
+        }
 
     def resolution(self) -> int:
         return self.pipeline.default_sample_size * vae_scale_factor(self.pipeline.vae)
@@ -254,6 +354,13 @@ class Wan(Family):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (self.tokens, self.network.config.text_dim)}
+
+    def widths(self) -> dict[str, tuple[Any, int]]:
+        return {"text_dim": (self.network.config.text_dim, self.pipeline.text_encoder.config.d_model)}
+
+    def units(self) -> Units:
+        config = self.pipeline.vae.config
+        return tuple(config.latents_mean), tuple(1 / s for s in config.latents_std)
 
     def unpacked(self, latents: Tensor, resolution: int) -> Tensor:
         return latents.squeeze(2)

@@ -1,7 +1,9 @@
 """The README.md of an exported folder: what it is, the lines that load it, how it was made."""
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from ..pipelines.pipeline_restoration import RestorationPipeline
 from .checkpoint import write_file
 from .config import DataSettings, RunConfig
 from .licence import base_model, licence_of
+from .lora_files import lora_place
 from .search.config import SearchConfig
 from .settings import TeacherSettings
-from .teacher import lora_place
+from .teacher import EMBEDDED
 
 
 def loading_lines(
@@ -68,6 +71,13 @@ def adapter_loading_lines(config: RunConfig, export: Export, folder: str = "lora
     """Python that puts the LoRA on the teacher's pipeline with plain diffusers."""
     assert export.adapter is not None and config.teacher is not None
     scheduler, teacher = type(export.adapter.scheduler).__name__, config.teacher.path
+    imports, place, where = "", f'"{public(teacher)}"', "the teacher's folder or hub id"
+    if teacher in EMBEDDED:
+        imports = "from importlib.resources import files\n\n"
+        place, where = (
+            f'files("fewstep.distill") / "teachers/{EMBEDDED[teacher].name}"',
+            f"{teacher} of fewstep",
+        )
     styled = ""
     if config.teacher.lora is not None:  # its file, wherever the reader keeps it
         place, name = lora_place(config.teacher.lora, "teacher.lora")
@@ -77,9 +87,9 @@ def adapter_loading_lines(config: RunConfig, export: Export, folder: str = "lora
             f"pipe.fuse_lora(lora_scale={config.teacher.lora_scale})\npipe.unload_lora_weights()\n"
         )
     return (
-        f"import torch\nfrom diffusers import DiffusionPipeline, {scheduler}\n\n"
-        "# the teacher's folder or hub id; without a dtype, parts stored in half precision stay so beside others\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{teacher}", dtype=torch.float32)\n'
+        f"{imports}import torch\nfrom diffusers import DiffusionPipeline, {scheduler}\n\n"
+        f"# {where}; without a dtype, parts stored in half precision stay so beside others\n"
+        f"pipe = DiffusionPipeline.from_pretrained({place}, dtype=torch.float32)\n"
         f"{styled}"
         f'pipe.scheduler = {scheduler}.from_pretrained("{folder}")\n'
         f'pipe.load_lora_weights("{folder}")\n'
@@ -118,6 +128,7 @@ def adapter_card(config: RunConfig, export: Export, step: int) -> str:
         "```python\n" + adapter_loading_lines(config, export) + "```\n",
         "## Steps\n",
         steps_table(export.sampling),
+        *checked_lines(export),
         *(
             [f"`{KOHYA}/` beside this folder holds the same LoRA in the key layout of kohya and ComfyUI.\n"]
             if export.adapter is not None and export.adapter.component == "unet"
@@ -149,9 +160,13 @@ def run_card(config: RunConfig, export: Export, step: int) -> str:
     ]
     if export.sampling:
         out += ["```python\n" + loading_lines(export) + "```\n", *package_lines(export.model)]
-        out += ["## Steps\n", steps_table(export.sampling)]
+        out += ["## Steps\n", steps_table(export.sampling), *checked_lines(export)]
     out += ["## Training\n", training_table(config, step)]
     return "\n".join(out)
+
+
+def checked_lines(export: Export) -> list[str]:
+    return [f"Checked at export: {export.checked}.\n"] if export.checked else []
 
 
 def is_quantised(pipeline: Any) -> bool:
@@ -185,7 +200,7 @@ def search_card(
         ("student", Path(config.student.path).name),
         ("found for", f"{config.steps} network evaluations; for no other number"),
         *notes,
-        ("searched on", f"{config.data.name}, split {config.data.split}, seed {config.seed}"),
+        ("searched on", f"{public(config.data.name)}, split {config.data.split}, seed {config.seed}"),
         ("fitness", fitness_line(config)),
         ("made with", f"torch {torch.__version__}, diffusers {diffusers.__version__}"),
     ]
@@ -213,19 +228,33 @@ def fitness_line(config: SearchConfig) -> str:
 def training_table(config: RunConfig, step: int) -> str:
     """How the student was made."""
     method = config.method["name"]
-    teacher = teacher_line(config.teacher) if config.teacher else "none"
+    teacher = teacher_line(published(config.teacher)) if config.teacher else "none"
     rows = [
         ("method", method),
         ("teacher", teacher),
         *([("licence of the teacher", licence_line(config.teacher))] if config.teacher else []),
         ("student", config.student.kind),
-        ("data", data_line(config.data)),
+        ("data", data_line(published(config.data))),
         ("training steps", f"{step} of {config.max_train_steps}"),
         ("batch", config.train_batch_size * config.gradient_accumulation_steps),
         ("learning rate", config.learning_rate),
         ("made with", f"torch {torch.__version__}, diffusers {diffusers.__version__}"),
     ]
     return markdown(("what", "value"), rows)
+
+
+def public(name: str) -> str:
+    """What a card calls a model or data: an embedded name or hub id as it is, of what lies elsewhere the last part."""
+    place = Path(name).expanduser()
+    if name in EMBEDDED or (not place.exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)):
+        return name
+    return place.resolve().name
+
+
+def published(part: Any) -> Any:
+    """TeacherSettings or DataSettings as a card may name them."""
+    key = "path" if isinstance(part, TeacherSettings) else "name"
+    return replace(part, **{key: public(getattr(part, key))})
 
 
 def teacher_line(teacher: TeacherSettings) -> str:

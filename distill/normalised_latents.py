@@ -1,6 +1,7 @@
 """Latents of mean 0 and one standard deviation in every element (arXiv 2502.01441)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,9 @@ class NormalisedLatents(Space):
 
     def condition(self, captions: Sequence[str]) -> Condition:
         return self.inner.condition(captions)
+
+    def inputs(self, captions: Sequence[str]) -> dict[str, Any]:
+        return self.inner.inputs(captions)
 
     def told(self, batch: Batch) -> Condition:
         return self.inner.told(batch)

@@ -13,11 +13,12 @@ from .condition import Condition
 from .consistency import ConsistencyFunction, lcm_boundary
 from .denoiser import Denoiser
 from .errors import UserError
-from .families import LatentConsistency
 from .guidance import guidance_embedding
 from .network_adapters import denoiser_of, nested
+from .stock_schedulers import lcm_scheduler
 from .teacher import LatentTeacher, locate
 
+DEFAULT_GUIDANCE = 8.5  # of LatentConsistencyModelPipeline
 EMBEDDING_CHANNELS = (16, 32, 96, 256)  # of a ControlNet's condition; each but the first halves its side
 
 
@@ -81,15 +82,15 @@ def told_guidance(
                 "leave the key out"
             )
         return None, 1.0
-    own = call.get("guidance_scale", LatentConsistency.guidance)
+    own = call.get("guidance_scale", DEFAULT_GUIDANCE)
     return width, float(own if guidance_scale is None else guidance_scale)
 
 
 def consistency_of(teacher: LatentTeacher) -> tuple[LCMScheduler, ConsistencyFunction]:
     """The function that LCMScheduler steps with for this network, and that scheduler."""
-    scheduler = LCMScheduler.from_config(
-        teacher.pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False
-    )
+    config = teacher.pipeline.scheduler.config
+    own = {k: config[k] for k in ("timestep_scaling", "original_inference_steps") if k in config}
+    scheduler = lcm_scheduler(teacher.noise, teacher.denoiser.kind, **own)
     scaling = scheduler.config.timestep_scaling
     return scheduler, ConsistencyFunction(teacher.denoiser, lambda t: lcm_boundary(t, scaling))
 

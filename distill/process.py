@@ -74,10 +74,15 @@ class VP(NoiseProcess):
     """Discrete variance-preserving process (DDPM, arXiv 2006.11239): alpha^2 = abar, sigma^2 = 1 - abar.
 
     t counts the network's training steps, 0 .. T-1; between them the log signal-to-noise ratio is interpolated
-    linearly. abar (T,) decreases; a final abar of 0 is taken as 2^-24, as diffusers' Euler scheduler does.
+    linearly. abar (T,) decreases; below 2^-24 it is taken as that, as diffusers' Euler scheduler takes a final 0.
+
+    ends_in_noise  whether the final abar is 0: no x0 follows from a noise prediction there
     """
 
-    def __init__(self, abar: Tensor):
+    def __init__(self, abar: Tensor, betas: Mapping[str, Any] | None = None):
+        """betas: keys of a scheduler's configuration that give this abar."""
+        whole = bool(abar[-1] >= 2.0**-24)
+        self.ends_in_noise, self.betas = bool(abar[-1] <= 0), betas if whole else None
         abar = abar.double().clamp(min=2.0**-24)
         self.table = abar.log() - (-abar).log1p()
         self.abar = abar
@@ -93,7 +98,21 @@ class VP(NoiseProcess):
             )
         keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
         chosen = {k: config[k] for k in (*keys, "rescale_betas_zero_snr") if config.get(k) is not None}
-        return cls(DDPMScheduler(**chosen).alphas_cumprod)
+        try:
+            scheduler = DDPMScheduler(**chosen)
+        except NotImplementedError:
+            raise UserError(
+                f"teacher: its scheduler has beta_schedule {config['beta_schedule']}, which is not known here; give "
+                "trained_betas"
+            ) from None
+        return cls(scheduler.alphas_cumprod, {k: scheduler.config[k] for k in keys})
+
+    def scheduler_keys(self) -> dict[str, Any]:
+        """Keys of a scheduler's configuration that give this process: those that it was read from, else every beta."""
+        if self.betas is not None:
+            return dict(self.betas)
+        before = torch.cat([torch.ones_like(self.abar[:1]), self.abar[:-1]])
+        return {"num_train_timesteps": len(self.abar), "trained_betas": (1 - self.abar / before).tolist()}
 
     def log_snr(self, t: Tensor) -> Tensor:
         low, weight = self._cell(t)

@@ -39,6 +39,7 @@ from .config import RunConfig, as_tree
 from .draws import mix
 from .ema import EMA
 from .errors import UserError
+from .export_check import check_export
 from .finite import Blame, check_saved
 from .frozen import Offloaded
 from .grid import save_rows
@@ -397,7 +398,9 @@ class Runner:
         if self.accelerator.is_main_process:
             self._check_finite(self._state())
             with self._averaged():
-                names = write_exports(self.run, self.config, self.method.export(), self.step)
+                export = self.method.export()
+                export.checked = check_export(self.method, export, self.batches.data.captions)
+                names = write_exports(self.run, self.config, export, self.step)
             self.folder.record_export(self.step, names, self._cost())
             self._say(f"exported {', '.join(str(self.run / name) for name in names)}")
         self.accelerator.wait_for_everyone()

@@ -34,6 +34,11 @@ class Space(ABC):
         """The batch's own condition."""
         return batch.condition or Condition({}, {})
 
+    def inputs(self, captions: Sequence[str]) -> dict[str, Any]:
+        """The arguments by which a pipeline's call is told these captions."""
+        labels = self.condition(captions).arguments.get("class_labels")
+        return {"batch_size": len(captions), **({} if labels is None else {"class_labels": labels})}
+
     @abstractmethod
     def decode(self, x0: Tensor) -> Tensor:
         """RGB pictures (B, 3, H', W'), about [-1, 1]."""
@@ -53,6 +58,9 @@ class LatentSpace(Space):
 
     def condition(self, captions: Sequence[str]) -> Condition:
         return self.teacher.condition(captions)
+
+    def inputs(self, captions: Sequence[str]) -> dict[str, Any]:
+        return {"prompt": list(captions)}
 
     def decode(self, x0: Tensor) -> Tensor:
         return self.teacher.decode(x0)
@@ -161,6 +169,11 @@ def space_of(network: Any, parts: Parts) -> Space:
         raise UserError(
             f"student.network: in_channels {config.in_channels}, sample_size {config.sample_size}, but the latents of "
             f"{parts.resolution} px are {shape[0]} x {shape[1]} x {shape[2]}; make them equal"
+        )
+    if codec.units() != Codec.units(codec):
+        raise UserError(
+            f"teacher.path: {codec.path}: its pipeline scales latents by another rule than shift_factor and "
+            "scaling_factor, which are all that this method's exported pipeline knows; use another teacher"
         )
     count = fitting_classes(config.num_class_embeds, parts.classes)
     return ClassLatentSpace(codec, shape, parts.classes if count else (), count)

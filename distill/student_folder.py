@@ -10,8 +10,11 @@ from diffusers import DiffusionPipeline
 
 from .checkpoint import write_folder
 from .errors import UserError
+from .lora_files import fuse_lora
 from .search.config import StudentFolder
-from .teacher import EMBEDDED, fuse_lora
+from .stock_schedulers import exchanged
+from .teacher import EMBEDDED
+from .weight_files import only_variant
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def downloaded(path: str) -> Path:
 
 def adapted(folder: Path, student: StudentFolder) -> Any:
     """The pipeline with the LoRA in its weights and the scheduler in place of its own. UserError if they do not fit."""
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, variant=only_variant(folder))
     if student.lora is not None:
         fuse_lora(pipe, student.lora, key="student.lora")
     if student.scheduler is not None:
@@ -79,5 +82,5 @@ def adapted(folder: Path, student: StudentFolder) -> Any:
             raise UserError(
                 f"student.scheduler: diffusers has no {student.scheduler!r}; name one of its schedulers"
             )
-        pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        pipe.scheduler = exchanged(pipe.scheduler, kind, timestep_spacing="trailing")
     return pipe

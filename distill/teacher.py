@@ -13,17 +13,20 @@ from torch import Tensor
 
 from ..pipelines.export import Adapter, in_float32
 from ..pipelines.pipeline_edm import EDMPipeline
-from .codec import Codec, vae_scale_factor
+from .codec import Codec, Units, vae_scale_factor
 from .condition import Condition
 from .denoiser import Denoiser
 from .errors import UserError
 from .families import FAMILY_NAMES, family_of
 from .frozen import move_frozen
 from .hub import refusal
+from .lora_files import fuse_lora
 from .network_adapters import UNet2DDenoiser
 from .process import EDM, VP
 from .quantise import quantise_base
 from .settings import TeacherSettings
+from .teacher_parts import check_parts, settle_side
+from .weight_files import refuse_variant
 
 TEACHERS = Path(__file__).parent / "teachers"
 EMBEDDED = {"emoji-sd": TEACHERS / "emoji_sd", "fashion-edm": TEACHERS / "fashion_edm"}
@@ -41,6 +44,11 @@ def locate(path: str) -> str:
         if not (folder / "model_index.json").is_file():
             raise UserError(f"teacher.path: {path} has no model_index.json; give a diffusers pipeline folder")
         return str(folder)
+    if folder.is_file() or folder.suffix in (".safetensors", ".ckpt"):
+        raise UserError(
+            f"teacher.path: {path}: single files are not supported; convert it with diffusers' from_single_file and "
+            "save_pretrained, and give that folder"
+        )
     if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
         known = ", ".join(EMBEDDED)
         raise UserError(
@@ -71,31 +79,6 @@ def load_pipeline(
             f"{key}: {path} could not be fetched from the hub ({reason}); check the name and the network, "
             "or give a local pipeline folder"
         ) from error
-
-
-def lora_place(lora: str, key: str) -> tuple[str, str]:
-    """The folder or hub id of a LoRA, and its file in it. Raises UserError where neither can be meant."""
-    file, (owner, _, rest) = Path(lora).expanduser(), lora.partition("/")
-    if file.is_file():
-        return str(file.parent), file.name
-    name, _, inside = rest.partition("/")
-    if file.is_absolute() or owner.startswith((".", "~")) or not inside:
-        raise UserError(f"{key}: no file {lora}; give a .safetensors file, or owner/name/file of the hub")
-    return f"{owner}/{name}", inside
-
-
-def fuse_lora(pipeline: Any, lora: str, scale: float = 1.0, *, key: str) -> None:
-    """Adds `scale` times a LoRA to the weights that it is of. Raises UserError where it does not fit."""
-    place, name = lora_place(lora, key)
-    try:
-        pipeline.load_lora_weights(place, weight_name=name)
-        if not pipeline.get_active_adapters():
-            raise ValueError("no key of it belongs to this pipeline")
-        pipeline.fuse_lora(lora_scale=scale)
-        pipeline.unload_lora_weights()
-    except Exception as error:  # of diffusers, peft, safetensors or the network
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{key}: {lora} cannot be added ({reason}); give a LoRA of this network") from error
 
 
 def load_edm(folder: str, **kwargs: Any) -> EDMPipeline:
@@ -147,6 +130,7 @@ class Teacher(ABC):
         Raises UserError for a path, class, scheduler or resolution that will not do.
         """
         folder = locate(settings.path)
+        refuse_variant(Path(folder), settings.variant)
         options = {k: v for k in ("variant", "revision") if (v := getattr(settings, k)) is not None}
         if class_of(folder) == EDMPipeline.__name__:
             for key in ("lora", "quantisation"):
@@ -182,12 +166,17 @@ class LatentTeacher(Teacher, Codec):
         if family is None:
             raise UserError(f"teacher.path: {path} is a {type(pipeline).__name__}; {KNOWN_CLASSES}")
         self.family, self.vae = family, pipeline.vae
+        settle_side(family.network, self.vae, resolution, path)
         super().__init__(pipeline, path, family.denoiser())
+        check_parts(family, path, self.latent_shape(0)[0])
         self.resolution = resolution or family.resolution()
         self.shape = self.latent_shape(self.resolution)
         unit = vae_scale_factor(self.vae) * family.patch
         if self.resolution % unit:
             raise UserError(f"resolution: {self.resolution} is no multiple of {unit}, which {path} needs")
+
+    def units(self) -> Units:
+        return self.family.units()
 
     def quantise(self, dtype: torch.dtype) -> None:
         """Integers of 8 bits in the network's linear layers, the others in `dtype`."""

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler, SCMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, SCMScheduler
 from torch import Tensor
 
 from ..pipelines.export import Export, in_float32
@@ -17,6 +17,7 @@ from .errors import UserError
 from .process import VP, RectifiedFlow, TrigFlow
 from .settings import StudentSettings
 from .space import ClassLatentSpace, LatentSpace, Space
+from .stock_schedulers import lcm_scheduler
 from .student import Student
 from .teacher import LatentTeacher
 
@@ -68,10 +69,9 @@ class TrigSampling:
             return {str(n): {"sigmas": sigmas[:n]} for n in counts}
         return {str(n): {"timesteps": self.times[:n]} for n in counts}
 
-    def scheduler(self, teacher_config: Any) -> Any:
-        """teacher_config: of the teacher's scheduler, whose betas and prediction type stay."""
-        if self.whole:
-            return LCMScheduler.from_config(teacher_config, clip_sample=False, set_alpha_to_one=False)
+    def scheduler(self) -> Any:
+        if isinstance(self.own, VP):
+            return lcm_scheduler(self.own, self.kind)
         if isinstance(self.own, RectifiedFlow):
             return FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
         return SCMScheduler(sigma_data=self.process.sigma_data)
@@ -87,14 +87,14 @@ class TrigSampling:
         vae = {} if codec is None else in_float32({"vae": codec.vae})
         prediction = "edm" if self.kind == "edm" else "trigflow"
         pipeline = TrigFlowPipeline(
-            student.network, self.scheduler({}), prediction=prediction, times=tuple(self.times), **vae
+            student.network, self.scheduler(), prediction=prediction, times=tuple(self.times), **vae
         )
         return Export(pipeline, sampling=self.calls())
 
     def _in_teachers_pipeline(
         self, student: Student, teacher: LatentTeacher, settings: StudentSettings
     ) -> Export:
-        scheduler, calls = self.scheduler(teacher.pipeline.scheduler.config), self.calls()
+        scheduler, calls = self.scheduler(), self.calls()
         if not teacher.family.takes_times:
             scheduler = FewSigmasScheduler(few_sigmas=tuple(self._own_times(self.times)))
             calls = {n: {"num_inference_steps": int(n)} for n in calls}

@@ -44,12 +44,14 @@ class Adapter:
 class Export:
     """model: a pipeline, or a single model with save_pretrained, None where the adapter is all; beside: what is saved
     into the same folder (a tokenizer). sampling: exact call arguments per number of steps, as strings, or under
-    "default" for any number. adapter: a LoRA, which gets a folder of its own."""
+    "default" for any number. adapter: a LoRA, which gets a folder of its own. checked: a sentence for the card on
+    how it agrees with the sampler of training."""
 
     model: Any
     beside: Sequence[Any] = ()
     sampling: dict[str, dict[str, Any]] = field(default_factory=dict)
     adapter: Adapter | None = None
+    checked: str = ""
 
 
 def in_float32(components: Mapping[str, Any]) -> dict[str, Any]:

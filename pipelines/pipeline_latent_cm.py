@@ -87,7 +87,7 @@ class LatentCMPipeline(DiffusionPipeline):
             images = x
         else:
             z = x if self.statistics is None else self.statistics.restored(x)
-            z = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+            z = z / self.vae.config.scaling_factor
             images = self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0]
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()

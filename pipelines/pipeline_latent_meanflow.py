@@ -83,7 +83,7 @@ class LatentMeanFlowPipeline(DiffusionPipeline):
         if output_type == "latent":
             images = x
         else:
-            z = x / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+            z = x / self.vae.config.scaling_factor
             images = self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0]
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()

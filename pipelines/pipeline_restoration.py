@@ -111,8 +111,8 @@ class RestorationPipeline(DiffusionPipeline):
         if output_type == "latent":
             images = x0
         else:
-            shift, factor = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
-            images = self.vae.decode((x0 / factor + shift).to(self.vae.dtype), return_dict=False)[0]
+            z = x0 / self.vae.config.scaling_factor
+            images = self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0]
             images = colour_fixed(images.float(), seen, colour_fix)
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
@@ -121,7 +121,7 @@ class RestorationPipeline(DiffusionPipeline):
     def latents(self, seen: torch.Tensor) -> torch.Tensor:
         """The mean of the autoencoder's posterior, in the diffusion model's units."""
         mean = self.vae.encode(seen.to(self.vae.dtype)).latent_dist.mean
-        return (mean - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        return mean * self.vae.config.scaling_factor
 
     def encode(
         self, seen: torch.Tensor, prompt: str | list[str] | None, device: torch.device

@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from fewstep.distill.cli import main
 from fewstep.distill.config import load_config
 from fewstep.distill.errors import UserError
 from fewstep.distill.generator import seeded
+from fewstep.distill.lora_files import fuse_lora
 from fewstep.distill.planning.dry_run import describe
 from fewstep.distill.runner import Runner
 from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.student import Student
 from fewstep.distill.teacher import LatentTeacher, Teacher
 from fewstep.pipelines.export import Export, write_adapter
+from safetensors.torch import save_file
 
 PROMPTS = ["red cat", "dog"]
 
@@ -100,9 +103,10 @@ def test_a_student_of_a_styled_teacher(
     ours = (trained / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()[0]
     for folder in ("pipeline", "lora"):
         card = (runner.run / folder / "README.md").read_text()
-        assert f"| teacher | {tiny_pipeline} with 0.5 x style.safetensors |" in card
-        assert str(style.parent) not in card
+        assert f"| teacher | {tiny_pipeline.name} with 0.5 x style.safetensors |" in card
+        assert str(style.parent) not in card and str(tiny_pipeline.parent) not in card
         code = card.split("```python\n")[1].split("```")[0].replace("seed(0)", "seed(0), output_type='np'")
+        code = code.replace('from_pretrained("pipeline", dtype', f'from_pretrained("{tiny_pipeline}", dtype')
         code = code.replace(f'("{folder}")', f'("{runner.run / folder}")')
         code += "import numpy as np\nnp.save('picture.npy', image)\n"
         done = subprocess.run(
@@ -128,6 +132,89 @@ def test_mistakes(tiny_pipeline: Path, tmp_path: Path, tiny_families: Callable[[
         load(str(style_of(tiny_families("sd3"), tmp_path / "other")))
     with pytest.raises(UserError, match=r"teacher\.lora: fashion-edm works on pixels"):
         load(str(tmp_path / "cut.safetensors"), "fashion-edm")
+
+
+def lora_of(module: torch.nn.Module, ends: tuple[str, ...], rank: int = 4) -> dict[str, list[torch.Tensor]]:
+    """A and B of linear layers by name."""
+    found = [(n, m.weight) for n, m in module.named_modules() if n.endswith(ends)]
+    return {n: [torch.randn(rank, w.shape[1]), torch.randn(w.shape[0], rank)] for n, w in found}
+
+
+def kohya(part: str, layers: dict[str, list[torch.Tensor]], **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        f"lora_{part}_{name.replace('.', '_')}.{k}": v.clone()
+        for name, (a, b) in layers.items()
+        for k, v in {"lora_down.weight": a, "lora_up.weight": b, **more}.items()
+    }
+
+
+@pytest.mark.parametrize(("layout", "alpha"), [("kohya", None), ("kohya", 2.0), ("dora", None)])
+def test_weights_by_hand(layout: str, alpha: float | None, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """W + scale alpha/rank B A in network and text encoder, alpha = rank where the file has none; of peft's DoRA rows
+    of the magnitude's length (arXiv 2402.09353, eq. 5)."""
+    pipe: Any = StableDiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
+    unet, texts = (
+        lora_of(pipe.unet, ("to_q", "to_v")),
+        lora_of(pipe.text_encoder, ("q_proj", "out_proj", "fc1")),
+    )
+    if layout == "dora":
+        length, texts = torch.rand(64) + 0.5, {}
+        rows = {n: length[: len(b)] for n, (a, b) in unet.items()}
+        weights = {f"unet.{n}.lora_A.weight": a for n, (a, _) in unet.items()}
+        weights |= {f"unet.{n}.lora_B.weight": b for n, (_, b) in unet.items()}
+        weights |= {f"unet.{n}.lora_magnitude_vector": v.clone() for n, v in rows.items()}
+    else:
+        scale = {} if alpha is None else {"alpha": torch.tensor(alpha)}
+        weights = kohya("unet", unet, **scale) | kohya("te_text_model", texts, **scale)
+    save_file(weights, tmp_path / "style.safetensors")
+    before = {
+        id(m): {k: v.clone() for k, v in m.state_dict().items()} for m in (pipe.unet, pipe.text_encoder)
+    }
+    fuse_lora(pipe, str(tmp_path / "style.safetensors"), 0.5, key="teacher.lora")
+    for module, layers in ((pipe.unet, unet), (pipe.text_encoder, texts)):
+        for name, (a, b) in layers.items():
+            wanted = before[id(module)][f"{name}.weight"] + 0.5 * (alpha or 4) / 4 * b @ a
+            if layout == "dora":
+                wanted = rows[name][:, None] * wanted / wanted.norm(dim=1, keepdim=True)
+            assert torch.allclose(module.get_submodule(name).weight, wanted, atol=1e-5), name
+
+
+def test_files_that_would_be_used_in_part(
+    tiny_pipeline: Path,
+    tmp_path: Path,
+    tiny_families: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Counted and named, in every way a LoRA comes in; diffusers alone leaves a line in its log."""
+    pipe: Any = StableDiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
+    unet, texts = lora_of(pipe.unet, ("to_q", "to_v")), lora_of(pipe.text_encoder, ("q_proj", "fc1"))
+
+    def refused(weights: dict[str, torch.Tensor], folder: Path = tiny_pipeline) -> str:
+        save_file(weights, tmp_path / "style.safetensors")
+        with pytest.raises(UserError) as caught:
+            Teacher.load(TeacherSettings(str(folder), lora=str(tmp_path / "style.safetensors")))
+        assert "\n" not in str(caught.value) and str(caught.value).startswith("teacher.lora: ")
+        return str(caught.value)
+
+    half = {("unet." if i % 2 else "unet.other.") + n: ab for i, (n, ab) in enumerate(unet.items())}
+    peft = {f"{n}.lora_{k}.weight": v for n, ab in half.items() for k, v in zip("AB", ab, strict=True)}
+    count = len(unet)
+    said = (
+        f"{count // 2} of {count} layers of {tmp_path}/style.safetensors fit no layer of UNet2DConditionModel"
+    )
+    assert said in refused(peft) and f"first: {next(iter(half))})" in refused(peft)
+    second = kohya("unet", unet) | kohya("te2_text_model", texts)
+    assert f"{len(texts)} of {count + len(texts)} layers" in refused(second)
+    third = kohya("unet", unet) | kohya("te_text_model", texts)  # not enough of them for diffusers
+    assert "(first: text_encoder.encoder.layers.0.self_attn.q_proj)" in refused(third)
+    scales = kohya("unet", unet, dora_scale=torch.ones(1))
+    assert f"is a DoRA: diffusers would leave out the magnitudes of {count} layers (first: " in refused(
+        scales
+    )
+    save_file(peft, tmp_path / "style.safetensors")
+    source = f"{tiny_pipeline}+{tmp_path}/style.safetensors"
+    assert main(["evaluate", source, "--data", "emoji-noto", "--num_images", "2", "--steps", "1"]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_the_dry_run_looks_for_the_file(tiny_pipeline: Path, style: Path) -> None:

@@ -58,7 +58,7 @@ def test_recorded_sigmas_and_the_stock_flow_matching_schedulers() -> None:
     assert sampling.calls()["2"] == {"sigmas": sigmas[:2]}
     noise, *fresh = drawn(0, 4)
     network, found = Wave(), ours(noise, 4, fresh)
-    for stock in (sampling.scheduler({}), FlowMatchLCMScheduler(shift=1.0)):
+    for stock in (sampling.scheduler(), FlowMatchLCMScheduler(shift=1.0)):
         stock.set_timesteps(sigmas=sigmas)
         x, generator = noise, torch.Generator().manual_seed(0)
         torch.randn(noise.shape, generator=generator)
@@ -73,7 +73,7 @@ def test_recorded_sigmas_and_the_stock_flow_matching_schedulers() -> None:
         x = x + b * left.pop(0) if b else x
     scaled = ours(tau[0] * noise.double(), 4, fresh)
     torch.testing.assert_close(scaled, x, rtol=1e-7, atol=1e-7)
-    assert isinstance(sampling.scheduler({}), FlowMatchEulerDiscreteScheduler)
+    assert isinstance(sampling.scheduler(), FlowMatchEulerDiscreteScheduler)
 
 
 @pytest.mark.parametrize("sigma_data", [1.0, 0.5])
@@ -82,7 +82,7 @@ def test_the_scm_scheduler(kind: str, sigma_data: float) -> None:
     outer = TrigFlow(sigma_data)
     inner = EDM(1e-3, 300, sigma_data) if kind == "edm" else outer
     sampling, ours = sampler(inner, kind, TIMES, outer)
-    stock = sampling.scheduler({})
+    stock = sampling.scheduler()
     assert isinstance(stock, SCMScheduler)
     times = sampling.calls()["4"]["timesteps"]
     stock.set_timesteps(4, [*times, 0.0], max_timesteps=None, intermediate_timesteps=None)
@@ -104,7 +104,7 @@ def test_the_lcm_scheduler_at_whole_steps(kind: str) -> None:
     assert sampling.calls()["4"] == {"timesteps": [999, 719, 488, 245]}
     back = vp.time_of(TrigFlow().log_snr(torch.tensor(sampling.times, dtype=torch.float64)))
     torch.testing.assert_close(back, torch.tensor([999, 719, 488, 245]).double(), rtol=0, atol=1e-6)
-    stock = sampling.scheduler({**SD, "prediction_type": kind})
+    stock = sampling.scheduler()
     assert isinstance(stock, LCMScheduler)
     boundary = [stock.get_scalings_for_boundary_condition_discrete(t) for t in (719, 488, 245)]
     assert all(abs(skip) < 1e-6 and abs(out - 1) < 1e-6 for skip, out in boundary)

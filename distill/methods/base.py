@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ...pipelines.export import Export
@@ -46,6 +47,19 @@ class Progress:
     iteration: int
     total: int
     updates: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the exported pipeline's call must give: x0 (B, C, H, W) of the method's own sampler, for comparison.
+
+    inputs  the call's arguments beside those of sampling.json, its generators and its output_type
+    pixels  whether the pipeline gives no raw samples, but pictures in [0, 1]
+    """
+
+    x0: Tensor
+    inputs: dict[str, Any]
+    pixels: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,6 +183,12 @@ class Method(nn.Module, ABC):
     def pictures(self, captions: list[str], seed: int) -> dict[str, Tensor]:
         """Rows of validation pictures (N, 3, H, W) in [-1, 1] by title, from the same noise every time."""
         return {}
+
+    def rehearsal(
+        self, captions: list[str], num_steps: int, generators: list[torch.Generator]
+    ) -> Rehearsal | None:
+        """The method's own samples in as many steps as a call of sampling.json has; None where there is no sampler."""
+        return None
 
     @abstractmethod
     def export(self) -> Export:

@@ -24,7 +24,7 @@ from ..patch_discriminator import PatchDiscriminator, PatchSettings
 from ..restoration import Restorer
 from ..settings import settings
 from ..vision import DistanceName, ImageEncoder
-from .base import Batch, Method, Parts, Progress, Published
+from .base import Batch, Method, Parts, Progress, Published, Rehearsal
 
 TABLE = "DMDP-FR's README, which measured it again; the paper's own table was not read"
 PUBLISHED = tuple(
@@ -196,6 +196,22 @@ class InterLCM(Method):
         clean = self.teacher.decode(sample).float().clamp(-1, 1)
         degraded = self.settings.degradation(clean, Draws(seed, 0, range(count), device))
         return {"student": clean, "degraded": degraded, "restored": self.restored(degraded, fresh)}
+
+    @torch.no_grad()
+    def rehearsal(self, captions: list[str], num_steps: int, generators: list[torch.Generator]) -> Rehearsal:
+        """Of a picture whose values rise evenly."""
+        side, device = self.teacher.resolution, self.teacher.vae.device
+        picture = torch.linspace(0, 1, 3 * side**2, device=device).view(1, 3, side, side)
+        seen = 2 * picture - 1
+        x0 = self.restorer(
+            self.restorer.latents(seen),
+            self.condition(seen),
+            fresh_from(generators),
+            self.settings.start_index,
+            self.spatial,
+            seen,
+        )
+        return Rehearsal(x0, {"image": picture})
 
     def export(self) -> Export:
         """RestorationPipeline; its controlnet/ and visual_encoder/ are what was trained."""

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -20,8 +19,9 @@ from ..generator import Generator, chosen_times, fresh_from, lcm_timesteps, seed
 from ..guidance import guidance_embedding, guided_x0_eps
 from ..losses import Distance, distance
 from ..settings import settings
+from ..stock_schedulers import lcm_scheduler
 from ..student import Student
-from .base import Batch, Method, Parts, Progress
+from .base import Batch, Method, Parts, Progress, Rehearsal
 
 EXPORTED_STEPS = (1, 2, 3, 4, 6, 8)
 
@@ -92,6 +92,12 @@ class LatentConsistency(Method):
         except ValueError as error:
             raise UserError(f"method.sampling_power: {error}; lower it") from None
         lora = parts.student.kind == "lora"
+        width = self.teacher.family.network.config.time_cond_proj_dim
+        if not lora and width not in (None, s.guidance_dim):
+            raise UserError(
+                f"method.guidance_dim: {s.guidance_dim}, but the teacher's network embeds the guidance scale in "
+                f"{width} numbers; set it to {width}"
+            )
         self.student = Student(
             self.teacher.denoiser, parts.student, guidance_dim=None if lora else s.guidance_dim
         )
@@ -183,14 +189,17 @@ class LatentConsistency(Method):
                 rows[f"{n} steps"] = self.teacher.decode(z)
         return rows
 
+    def rehearsal(self, captions: list[str], num_steps: int, generators: list[torch.Generator]) -> Rehearsal:
+        x0 = self.sample(captions, num_steps, self.settings.w_export, generators)
+        return Rehearsal(x0, {"prompt": captions})
+
     def export(self) -> Export:
         s = self.settings
-        scheduler = LCMScheduler.from_config(
-            self.teacher.pipeline.scheduler.config,
+        scheduler = lcm_scheduler(
+            self.process,
+            self.teacher.denoiser.kind,
             timestep_scaling=s.timestep_scaling,
             original_inference_steps=len(self.grid),
-            clip_sample=False,
-            set_alpha_to_one=False,
         )
         assembled = partial(self.teacher.assembled, scheduler=scheduler)
         if not self.student.lora:
@@ -198,7 +207,8 @@ class LatentConsistency(Method):
             return Export(pipeline, sampling=self.calls(s.w_export + 1))
         pipeline = assembled(self.student.fused()) if self.parts.student.export_fused else None
         adapter = self.teacher.adapter(self.student.lora_weights(), scheduler)
-        return Export(pipeline, sampling=self.calls(1.0), adapter=adapter)
+        own = self.teacher.family.unguided()["guidance_scale"]
+        return Export(pipeline, sampling=self.calls(own), adapter=adapter)
 
     def calls(self, guidance_scale: float) -> dict[str, dict[str, Any]]:
         """sampling.json: the stock scheduler finds LCM's even times by itself, others are named."""

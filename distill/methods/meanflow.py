@@ -26,7 +26,7 @@ from ..space import ClassLatentSpace, LatentSpace, PixelSpace, space_of
 from ..span_targets import alpha_target, annealed_alpha, split_target
 from ..spans import SpanLaw, draw_spans
 from ..student import Student, start_of
-from .base import Batch, Method, Parts, Progress, Published
+from .base import Batch, Method, Parts, Progress, Published, Rehearsal
 
 EXPORTED_STEPS = (1, 2, 4)
 ALPHA_KEYS = ("alpha_start", "alpha_end", "alpha_gamma", "alpha_clip", "target_clip")
@@ -290,6 +290,9 @@ class MeanFlow(Method):
             with torch.no_grad():
                 rows[f"{n} steps"] = self.space.decode(z)
         return rows
+
+    def rehearsal(self, captions: list[str], num_steps: int, generators: list[torch.Generator]) -> Rehearsal:
+        return Rehearsal(self.sample(captions, num_steps, generators), self.space.inputs(captions))
 
     def export(self) -> Export:
         s, network = self.settings, self.student.network

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...pipelines.export import Export
 from ..condition import Condition
-from ..control_adapters import adapter_of
+from ..control_adapters import ControlNetAdapter, adapter_of
 from ..controls import Control
 from ..draws import Draws
 from ..frozen import weights_hash
@@ -25,7 +25,7 @@ from ..noise_consistency import (
 from ..notes import Notes
 from ..one_step import OneStep
 from ..settings import settings
-from .base import Batch, Method, Parts, Progress, Published
+from .base import Batch, Method, Parts, Progress, Published, Rehearsal
 
 TABLE = "NCT paper, results (Diff-Instruct generator of SD 1.5); read in its stored text"
 SETTING = "internal prompts, FID to the uncontrolled base model"
@@ -157,6 +157,20 @@ class NCT(Method):
             "condition": 2 * shown - 1,
             "1 step": self.teacher.decode(self.adapter(other, told, seen)),
         }
+
+    @torch.no_grad()
+    def rehearsal(
+        self, captions: list[str], num_steps: int, generators: list[torch.Generator]
+    ) -> Rehearsal | None:
+        """None of an IP-Adapter, which the pipeline gets from the folder alone."""
+        if not isinstance(self.adapter, ControlNetAdapter):
+            return None
+        device = next(self.adapter.module.parameters()).device
+        noise = fresh_from(generators)(torch.empty(len(captions), *self.teacher.shape, device=device))
+        told = self.teacher.condition(captions).to(device)
+        draws = Draws(0, 0, range(len(captions)), device)
+        _, seen = self.sampled(torch.ones_like(noise), told, draws)
+        return Rehearsal(self.adapter(noise, told, seen), {"prompt": captions, "image": seen})
 
     def export(self) -> Export:
         """The generator with its adapter, as diffusers opens them; controlnet/ or ip_adapter/ alone is the adapter."""

@@ -21,7 +21,7 @@ from ..space import LatentSpace, Space, space_of
 from ..student import Student, start_of
 from ..teacher import LatentTeacher
 from ..trig_sampling import TrigSampling
-from .base import Method, Parts
+from .base import Method, Parts, Rehearsal
 
 Views = tuple[Tensor, Tensor]  # x0 and eps
 
@@ -134,6 +134,9 @@ class ScoreDistillation(Method):
             with torch.no_grad():
                 rows[f"{n} steps"] = self.space.decode(x0)
         return rows
+
+    def rehearsal(self, captions: list[str], num_steps: int, generators: list[torch.Generator]) -> Rehearsal:
+        return Rehearsal(self.sample(captions, num_steps, generators), self.space.inputs(captions))
 
     def export(self) -> Export:
         return self.sampling.export(self.student, self.space, self.parts.student)

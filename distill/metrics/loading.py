@@ -13,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..data.cache import cache_directory
 from ..errors import UserError
+from ..weight_files import only_variant
 from .remote_code import may_run
 from .source import first_line
 
@@ -27,7 +28,11 @@ def load_pipeline(pipeline: str, trust_remote_code: bool) -> tuple[Any, dict[str
     try:
         with _one_at_a_time() if trust else nullcontext():
             pipe = DiffusionPipeline.from_pretrained(
-                pipeline, local_files_only=local, dtype=torch.float32, trust_remote_code=trust
+                pipeline,
+                local_files_only=local,
+                dtype=torch.float32,
+                trust_remote_code=trust,
+                variant=only_variant(Path(pipeline)) if local else None,
             )
     except Exception as error:  # whatever diffusers, transformers or safetensors say about these files
         if not trust and "trust_remote_code" in str(error):

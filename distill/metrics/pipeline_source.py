@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from ...pipelines.ip_adapter import FILE, FOLDER
 from ..errors import UserError
-from ..teacher import fuse_lora
+from ..lora_files import fuse_lora
 from .conditions import control_in
 from .inputs import Inputs
 from .loading import load_pipeline

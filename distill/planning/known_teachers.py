@@ -1,7 +1,8 @@
 """What a teacher consists of, without its weights: component configurations from a folder, the hub, or known facts."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,19 @@ from ..families import FAMILIES
 from ..hub import refusal
 from ..settings import TeacherSettings
 from ..teacher import EMBEDDED, KNOWN_CLASSES, LatentTeacher, PixelTeacher, Teacher, class_of, locate
+from ..weight_files import component_sizes, refuse_variant, variants_in
 from .published_teachers import KNOWN_TEACHERS, Architecture
-
-WEIGHTS = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """missing: components whose weights are not on this machine; origin: where the configurations were read."""
+    """missing: components whose weights are not on this machine; origin: where the configurations were read; sizes:
+    bytes of the components' weight files, where the hub was asked."""
 
     architecture: Architecture
     missing: tuple[str, ...]
     origin: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 def blueprint(settings: TeacherSettings) -> Blueprint:
@@ -39,6 +41,7 @@ def blueprint(settings: TeacherSettings) -> Blueprint:
             "`python scripts/train_teacher.py configs/emoji/teacher.yaml` or give another pipeline folder"
         )
     if Path(place).is_dir():
+        refuse_variant(Path(place), settings.variant)
         return _drawn(_read_folder(Path(place), settings.path), Path(place), settings, "its folder")
     cached = _snapshot(settings)
     if cached is not None and _is_whole(cached):
@@ -46,7 +49,7 @@ def blueprint(settings: TeacherSettings) -> Blueprint:
     if settings.path in KNOWN_TEACHERS:
         return _drawn(KNOWN_TEACHERS[settings.path], cached, settings, "its published configuration")
     found = _read_folder(_fetch_configurations(settings), settings.path)
-    return _drawn(found, cached, settings, "the hub")
+    return replace(_drawn(found, cached, settings, "the hub"), sizes=_sizes(settings))
 
 
 def meta_teacher(
@@ -135,8 +138,7 @@ def _without_weights(folder: Path | None, parts: dict[str, Any], variant: str | 
     """Components with no weight file of the variant below `folder`."""
     lacking = []
     for name in parts:
-        files = [f.name for f in (folder / name).glob("*") if f.suffix in WEIGHTS] if folder else []
-        if name != "scheduler" and not any(variant is None or f".{variant}." in f for f in files):
+        if name != "scheduler" and not (folder and variants_in(folder / name) & {None, variant}):
             lacking.append(name)
     return tuple(lacking)
 
@@ -149,6 +151,19 @@ def _snapshot(settings: TeacherSettings) -> Path | None:
         return Path(snapshot_download(settings.path, revision=settings.revision, local_files_only=True))
     except (OSError, ValueError):
         return None
+
+
+def _sizes(settings: TeacherSettings) -> dict[str, int]:
+    """Bytes that each component's weights have on the hub, in the variant's files where it has some."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = (
+            HfApi().model_info(settings.path, revision=settings.revision, files_metadata=True).siblings or []
+        )
+    except (OSError, ValueError):
+        return {}
+    return component_sizes({file.rfilename: file.size or 0 for file in found}, settings.variant)
 
 
 def _fetch_configurations(settings: TeacherSettings) -> Path:

@@ -17,10 +17,11 @@ from ..draws import Draws
 from ..ema import EMA
 from ..errors import UserError
 from ..launch import num_processes
+from ..lora_files import lora_place
 from ..methods.base import Batch, Method, Parts, Progress
 from ..rewards import Reward, UnloadedReward
 from ..runner import DTYPES, Carry
-from ..teacher import LatentTeacher, Teacher, lora_place
+from ..teacher import LatentTeacher, Teacher
 from ..teacher_data import NAME as TAUGHT
 from ..teacher_data import captions_of, check_keys, open_data
 from ..vision import PlannedVision
@@ -94,9 +95,9 @@ class Plan:
         c = self.config.teacher
         if c is None or self.blueprint is None or self.teacher is None:
             return {}
-        item = 2 if c.variant in ("fp16", "bf16") else 4
-        parts = components(self.teacher)
-        return {k: item * count(without_training(parts[k])) for k in self.blueprint.missing}
+        item = 2 if c.variant in ("fp16", "bf16") else self.blueprint.architecture.item
+        parts, known = components(self.teacher), self.blueprint.sizes
+        return {k: known.get(k) or item * count(without_training(parts[k])) for k in self.blueprint.missing}
 
 
 def planned(config: RunConfig) -> Plan:

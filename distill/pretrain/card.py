@@ -1,19 +1,21 @@
-"""The model card of an embedded teacher: what it scores, beside what real pictures score."""
+"""The model card of a teacher that was trained here: what it scores, beside what real pictures score."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 
-from ...pipelines.export import sampling_of
+from ...pipelines.export import Export, sampling_of
 from ..checkpoint import write_file
+from ..config import DataSettings
 from ..data import load_data
 from ..metrics.evaluate import caption_match, evaluate, real_floor
 from ..metrics.protocol import Score
 from ..metrics.report import write_report
 from ..metrics.table import markdown_table, rows_of
-from ..model_card import markdown
+from ..model_card import data_line, loading_lines, markdown, published
 
 STEPS, NUM_IMAGES = 50, 500
 PIXEL_STEPS, PIXEL_IMAGES = (1, 2, 4, 18), 10_000
@@ -66,6 +68,55 @@ Trained by `scripts/train_teacher.py configs/fashion/teacher.yaml` on the 60,000
 (MIT, Zalando SE). Classes 0 to 9: {classes}.
 
 """
+
+
+OWN_HEAD = """---
+library_name: diffusers
+tags: [fewstep]
+---
+# {name}
+
+A {kind} of {parameters:.1f} M parameters, trained by fewstep on {data}.
+
+```python
+{lines}```
+
+"""
+
+
+def write_own_card(
+    folder: Path,
+    name: str,
+    data: DataSettings,
+    *,
+    steps: Sequence[int],
+    num_images: int = NUM_IMAGES,
+    device: str | None = None,
+) -> list[dict[str, Any]]:
+    """Score a teacher of one's own to the data that it was trained on; README.md and report.json go into `folder`.
+
+    Nothing is said of a licence, which is its owner's to choose. Returns the report's rows.
+    """
+    options = {k: getattr(data, k) for k in ("center_crop", "image_column", "caption_column")}
+    report = evaluate(
+        str(folder), data=data.name, split=data.split, holdout=None, num_images=num_images, steps=steps,
+        data_options=options, device=device,
+    )  # fmt: skip
+    write_report(report, folder / "report.json")
+    own = any(folder.glob("*.py"))
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=own)
+    parts = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
+    call = {**sampling_of(folder).get("default", {}), "num_inference_steps": max(steps)}
+    export = Export(pipeline, sampling={"default": call})
+    text = OWN_HEAD.format(
+        name=name,
+        kind=type(pipeline).__name__,
+        parameters=sum(p.numel() for m in parts for p in m.parameters()) / 1e6,
+        data=data_line(published(data)),
+        lines=loading_lines(export, folder.name, own=own, options=", dtype=torch.float32"),
+    )
+    write_file(folder / "README.md", text + markdown_table(rows_of(name, report)))
+    return report["rows"]
 
 
 def write_pixel_card(

@@ -10,17 +10,19 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ...pipelines.export import Export, sampling_of, write_export
 from ...pipelines.pipeline_edm import EDMPipeline
 from ..checkpoint import recover, write_folder
-from ..config import RunConfig, load_config
+from ..config import RunConfig, load_config, read_yaml
 from ..data import load_data
 from ..errors import UserError
 from ..run_folder import RunFolder
 from ..run_lock import locked
 from ..runner import Runner
 from ..teacher import class_of, load_edm
-from .card import write_card, write_pixel_card
+from .card import PIXEL_STEPS, STEPS, write_card, write_own_card, write_pixel_card
 
 STAGES = ("autoencoder", "text_encoder", "diffusion")
 PIXEL_STAGES = ("pixels",)
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = {"emoji": write_card, "fashion": write_pixel_card}  # of the embedded teachers
 
 
 def train(tree: dict[str, Any]) -> Path:
@@ -46,8 +48,19 @@ def train(tree: dict[str, Any]) -> Path:
         recover(root)
         last = root / (_train_pixels if pixels else _train_latents)(root, tree, stages)
         pipeline = halve(last / "pipeline", root / "pipeline")
-        (write_pixel_card if pixels else write_card)(pipeline)
+        name = next((recipe for recipe in RECIPES if is_recipe(tree, recipe)), None)
+        if name is not None:
+            RECIPES[name](pipeline)
+        else:
+            stage = stages["pixels" if pixels else "diffusion"]
+            write_own_card(pipeline, root.name, stage.data, steps=PIXEL_STEPS if pixels else (STEPS,))
     return pipeline
+
+
+def is_recipe(tree: dict[str, Any], name: str) -> bool:
+    """Whether this is an embedded teacher's own configuration, wherever it is written to."""
+    file = CONFIGS / name / "teacher.yaml"
+    return file.is_file() and {**read_yaml(file), "output_dir": None} == {**tree, "output_dir": None}
 
 
 def _stages(root: Path, trees: dict[str, Any]) -> dict[str, RunConfig]:

@@ -60,6 +60,7 @@ for name, run, folder in (("full", full, "pipeline"), ("fused", lora, "pipeline"
     os.chdir(run)
     with open(folder + "/README.md") as file:
         lines = re.search("```python\\n(.*?)```", file.read(), re.DOTALL)[1]
+    lines = lines.replace(f'("{os.path.basename(teacher)}", dtype', f'("{teacher}", dtype')
     found = {}
     exec(lines, found)
     images[f"card {name}"] = np.asarray(found["image"])

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from fewstep.distill.config import read_yaml
 from fewstep.distill.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.pretrain import teacher as trainer
-from fewstep.distill.pretrain.card import write_pixel_card
+from fewstep.distill.pretrain.card import write_own_card, write_pixel_card
 from fewstep.distill.pretrain.edm import EDMSettings, EDMTraining
 from fewstep.distill.run_lock import locked
 from fewstep.distill.settings import StudentSettings, TeacherSettings
@@ -99,8 +100,8 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     data.mkdir()
     write_idx(data, "train", 20)
     write_idx(data, "t10k", 12)
-    card = partial(write_pixel_card, steps=(1, 2), num_images=6, data=str(data))
-    monkeypatch.setattr(trainer, "write_pixel_card", card)
+    monkeypatch.setattr(trainer, "write_own_card", partial(write_own_card, num_images=6))
+    monkeypatch.setattr(trainer, "PIXEL_STEPS", (1, 2))
     pixels = {
         "method": {"name": "edm", "num_inference_steps": 3},
         "data": {"name": str(data), "random_flip": True},
@@ -123,7 +124,13 @@ def test_a_pixel_teacher_is_trained_halved_scored_and_can_be_loaded(tree: dict[s
     assert [(row["steps"], row["nfe"]) for row in rows] == [(1, 1), (2, 3)]
     assert {s["protocol"]["conditioning"] for row in rows for s in row["scores"]} == {"class"}
     card = (folder / "README.md").read_text()
-    assert "ankle boot" in card and "| pipeline | 2 |" in card
+    assert "| teacher | 2 |" in card and "trained by fewstep on fashion, split train" in card
+    lines: dict[str, Any] = {}
+    code = card.split("```python\n")[1].split("```")[0].replace(f'("{folder.name}"', f'("{folder}"')
+    exec(code, lines)
+    assert lines["image"].size == (32, 32)
+    private = str(folder.parents[1])
+    assert not any(word in card for word in ("fashion-edm", "license", "Fashion-MNIST", private))
     loaded = Teacher.load(TeacherSettings(str(folder)))
     assert isinstance(loaded, PixelTeacher)
     assert loaded.shape == (1, 32, 32) and loaded.process.t_range == (0.002, 80.0)
@@ -170,3 +177,17 @@ def test_one_training_of_a_teacher_at_a_time(tree: dict[str, Any]) -> None:
     ):
         trainer.train(tree)
     assert not Path(tree["output_dir"]).exists()
+
+
+def test_the_card_of_an_embedded_teacher_is_its_own_configurations_alone(tree: dict[str, Any]) -> None:
+    configs = Path(__file__).parents[2] / "configs"
+    for name in ("emoji", "fashion"):
+        own = read_yaml(configs / name / "teacher.yaml")
+        assert trainer.is_recipe({**own, "output_dir": "elsewhere"}, name)
+        stage = next(iter(own["stages"]))
+        changed = {**own["stages"][stage], "data": {"name": "mine"}}
+        assert not trainer.is_recipe({**own, "stages": {**own["stages"], stage: changed}}, name)
+    folder = trainer.train(tree)
+    data = tree["stages"]["pixels"]["data"]["name"]
+    write_pixel_card(folder, steps=(1,), num_images=6, data=data)
+    assert "ankle boot" in (folder / "README.md").read_text()
