@@ -1,4 +1,4 @@
-"""Every text, JSON and YAML file that is read: what is wrong with one becomes a line that names it.
+"""Every file of text, JSON, YAML or tensors that is read: what is wrong with one becomes a line that names it.
 
 Files of a run folder, of a user and of other programs are damaged in the same few ways: cut short, not UTF-8, with the
 byte-order mark of Windows editors, nested without an end, of another shape than expected. A reader of one kind of file
@@ -7,7 +7,8 @@ a damaged one; the rest is here.
 """
 
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,42 @@ def fitting(value: Any, name: Path | str, kind: Any, *, remedy: str = "mend it")
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "its value"
         raise Unreadable(f"{name}: {place}: {first['msg'].lower()}: {remedy}") from error
+
+
+def read_tensors(path: Path | str, *, remedy: str = "make or fetch it again") -> dict[str, Any]:
+    """The tensors of a safetensors file by name, on the CPU. Raises FileNotFoundError, else Unreadable."""
+    from safetensors.torch import load_file
+
+    with _of_tensors(path, "safetensors file", remedy):
+        return load_file(path)
+
+
+def open_tensors(path: Path | str, *, remedy: str = "make or fetch it again") -> Any:
+    """An open safetensors file, of which tensors are read one at a time. Errors as in `read_tensors`."""
+    from safetensors import safe_open
+
+    with _of_tensors(path, "safetensors file", remedy):
+        return safe_open(path, framework="pt")
+
+
+def read_objects(path: Path | str, kind: Any = Any, *, remedy: str = "make or fetch it again") -> Any:
+    """What torch.save wrote, without running code of the file, as the type `kind`, on the CPU. Errors alike."""
+    import torch
+
+    with _of_tensors(path, "file of torch.save", remedy):
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    return fitting(value, path, kind, remedy=remedy)
+
+
+@contextmanager
+def _of_tensors(path: Path | str, what: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # safetensors, pickle, zipfile and torch have many classes for a damaged file
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise Unreadable(f"{path}: is not a readable {what} ({reason}): {remedy}") from error
 
 
 class _Loader(yaml.SafeLoader):
