@@ -7,6 +7,7 @@ a damaged one; the rest is here.
 """
 
 import json
+import re
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .errors import UserError
 
+SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 MAX_DEPTH = 64
 MAX_VALUES = 1_000_000  # of a YAML file, whose aliases can stand for more than memory holds
 
@@ -41,7 +43,11 @@ def read_text(path: Path | str, *, remedy: str = "save it again as UTF-8 text") 
 def parse_json(text: str | bytes, name: Path | str, kind: Any = Any, *, remedy: str = "mend it") -> Any:
     """A JSON value of the type `kind` (pydantic checks it, extra keys are allowed). Raises Unreadable."""
     try:
-        return fitting(json.loads(text), name, kind, remedy=remedy)
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(text)
+        if SURROGATE.search(text):  # half a character, which nothing can write
+            json.dumps(value, ensure_ascii=False).encode()
+        return fitting(value, name, kind, remedy=remedy)
     except RecursionError as error:
         raise Unreadable(f"{name}: is nested too deeply: {remedy}") from error
     except ValueError as error:
@@ -94,6 +100,14 @@ def fitting(value: Any, name: Path | str, kind: Any, *, remedy: str = "mend it")
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "its value"
         raise Unreadable(f"{name}: {place}: {first['msg'].lower()}: {remedy}") from error
+
+
+def check_finite(value: Any, name: Path | str, *, remedy: str = "mend it") -> None:
+    """Unreadable where a value of JSON holds NaN or an infinity, which Python reads and no other program does."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"{name}: holds a number that is not finite: {remedy}") from error
 
 
 def read_tensors(path: Path | str, *, remedy: str = "make or fetch it again") -> dict[str, Any]:
@@ -162,5 +176,7 @@ def _check_size(tree: Any) -> None:
             raise ValueError(f"it stands for more than {MAX_VALUES} values")
         if isinstance(node, dict):
             open_nodes += [(value, depth + 1) for value in node.values()]
+        elif isinstance(node, str):
+            node.encode()
         elif isinstance(node, list | tuple | set):
             open_nodes += [(value, depth + 1) for value in node]

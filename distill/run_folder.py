@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from .checkpoint import write_file, writing
 from .config import RunConfig, as_tree, read_yaml, with_defaults
 from .errors import UserError
+from .readers import Unreadable, check_finite, parse_json, read_json, read_text
 from .search.config import SearchConfig
 
 CONFIG, LOG, EXPORTED = "config.yaml", "log.jsonl", "exported.json"
@@ -17,6 +20,35 @@ FREE_KEYS = {
     "output_dir", "report_to", "logging_steps", "resume_from_checkpoint", "checkpoints_total_limit",
     "validation_steps", "validation_prompts", "student.export_fused",
 }  # fmt: skip
+
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Training(TypedDict, total=False):
+    """What a run or a search took."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    steps: Count
+    images: Count
+    seconds: Seconds
+    trained_parameters: Count
+    device: str
+
+
+class Exported(TypedDict):
+    """exported.json: the step, the folders and the cost of the last export."""
+
+    step: Count
+    folders: list[str]
+    training: Training
+
+
+class LogRow(TypedDict):
+    """A line of log.jsonl."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    step: Count
 
 
 class RunFolder:
@@ -49,11 +81,11 @@ class RunFolder:
             f.write(json.dumps(row) + "\n")
 
     def cut_log(self, step: int) -> None:
-        """Drop the lines after `step`, and one that was cut short: the run writes them again."""
+        """Drop the lines after `step`, and a last one that was cut short: the run writes them again."""
         path = self.path / LOG
-        if path.is_file():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            write_file(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        if path.exists():
+            kept = [line for line, row in log_lines(path) if row["step"] <= step]
+            write_file(path, "".join(line + "\n" for line in kept))
 
     def record_export(self, step: int, folders: list[str], training: dict[str, Any]) -> None:
         """What was exported after which step, and what the training took."""
@@ -63,15 +95,42 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the folder holds what this configuration's last step exports."""
         self.compare_config()
-        record = self.path / EXPORTED
-        if not record.is_file():
+        exported = read_exported(self.path)
+        if exported is None:
             return False
-        exported = json.loads(record.read_text())
         whole = all((self.path / name).is_dir() for name in exported["folders"])
         if isinstance(self.config, SearchConfig):  # exports at its end alone
             return whole
         wanted = "pipeline" in exported["folders"] or not self.config.student.export_fused
         return exported["step"] >= self.config.max_train_steps and whole and wanted
+
+
+def read_exported(run: Path) -> Exported | None:
+    """The record of a run's last export, None before the first. Raises Unreadable for a damaged one."""
+    path, remedy = run / EXPORTED, "delete it and repeat the run's command, which exports again"
+    try:
+        exported: Exported = read_json(path, Exported, remedy=remedy)
+    except FileNotFoundError:
+        return None
+    check_finite(exported, path, remedy=remedy)
+    return exported
+
+
+def log_lines(path: Path) -> list[tuple[str, LogRow]]:
+    """The lines of a log and what they say, but for a last one that an interrupted write left unfinished.
+
+    Raises FileNotFoundError, else Unreadable with the number of the line.
+    """
+    remedy = "mend or delete the line"
+    found: list[tuple[str, LogRow]] = []
+    *lines, last = read_text(path, remedy=remedy).split("\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            found.append((line, parse_json(line, f"{path}: line {number}", LogRow, remedy=remedy)))
+    try:
+        return [*found, (last, parse_json(last, path, LogRow))]
+    except Unreadable:
+        return found
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
