@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import UserError
+from .readers import read_json, read_objects, read_tensors
 
 STATE, OPTIMISERS, PROGRESS = "state.safetensors", "optimizers.pt", "progress.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -68,7 +69,7 @@ def write_file(path: Path, text: str) -> None:
     """Replace a small text file in one rename."""
     scratch = path.with_name(f".{path.name}.partial")
     with writing(path):
-        scratch.write_text(text)
+        scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
 
 
@@ -132,9 +133,8 @@ class Checkpoints:
     def load(self, folder: Path) -> tuple[dict[str, Tensor], Any, dict[str, Any]]:
         """Weights, optimisers and progress of a checkpoint, of this run or of another."""
         try:
-            state = load_file(folder / STATE)
-            optimisers = torch.load(folder / OPTIMISERS, map_location="cpu", weights_only=True)
-            return state, optimisers, json.loads((folder / PROGRESS).read_text())
+            state, optimisers = read_tensors(folder / STATE), read_objects(folder / OPTIMISERS)
+            return state, optimisers, read_json(folder / PROGRESS, dict[str, Any])
         except Exception as error:
             if folder.parent != self.run:
                 remedy = "choose another checkpoint"

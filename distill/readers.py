@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def read_yaml_file(path: Path | str, *, remedy: str = "mend it") -> Any:
 def fitting(value: Any, name: Path | str, kind: Any, *, remedy: str = "mend it") -> Any:
     """`value` as the type `kind`, or Unreadable that names the first place that does not fit."""
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return _adapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "its value"
@@ -144,6 +145,11 @@ def _of_tensors(path: Path | str, what: str, remedy: str) -> Iterator[None]:
     except Exception as error:  # safetensors, pickle, zipfile and torch have many classes for a damaged file
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise Unreadable(f"{path}: is not a readable {what} ({reason}): {remedy}") from error
+
+
+@lru_cache(maxsize=128)
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 class _Loader(yaml.SafeLoader):

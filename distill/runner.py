@@ -31,6 +31,7 @@ from .grid import save_rows
 from .measure import processor, seconds
 from .methods.base import Method, Parts, Progress
 from .model_card import adapter_card, run_card
+from .resume import progress_of, restore_average, restore_optimisers
 from .run_folder import RunFolder, flat
 from .teacher import LatentTeacher, Teacher
 from .teacher_data import open_data
@@ -329,14 +330,9 @@ class Runner:
             p: {k[len(p) :]: v for k, v in state.items() if k.startswith(p)} for p in ("method.", "ema.")
         }
         restore_state(self.method, split["method."], source)
-        if self.ema is not None:
-            self.ema.load_state_dict(split["ema."])
-        for k, o in self.optimisers.items():
-            o.load_state_dict(optimisers["players"][k])
-            self.schedules[k].load_state_dict(optimisers["schedules"][k])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(optimisers["scaler"])
-        self.updates, self.earlier_seconds = dict(progress["updates"]), progress["seconds"]
+        restore_average(self.ema, split["ema."], source)
+        restore_optimisers(self.optimisers, self.schedules, self.accelerator.scaler, optimisers, source)
+        self.updates, self.earlier_seconds = progress_of(progress, self.players.keys(), source)
 
     def _save_raw(self) -> None:
         if not self.accelerator.is_main_process:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -78,11 +79,11 @@ class Report(TypedDict):
 
 def check_writable(path: Path) -> None:
     """Make the folder of `path` and try a file in it, before the long work. UserError if that fails."""
-    probe = _beside(path)
     try:
         if path.is_dir():
             raise IsADirectoryError("this is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
+        probe = scratch_of(path)
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
@@ -91,7 +92,7 @@ def check_writable(path: Path) -> None:
 
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Write JSON beside `path`, then rename; on failure, a UserError, what was there stays intact."""
-    part = _beside(path)
+    part = scratch_of(path)
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     try:
         with part.open("w", encoding="utf-8") as file:
@@ -125,8 +126,23 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def _beside(path: Path) -> Path:
+def scratch_of(path: Path) -> Path:
+    """Where this process writes what will be renamed to `path`; what killed ones left there is removed."""
+    for part in path.parent.glob(f".{escape(path.name)}.*.part"):
+        process = part.name.split(".")[-2]
+        if process.isdigit() and not _runs(int(process)):
+            part.unlink(missing_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def _not_writable(path: Path, error: OSError) -> UserError:

@@ -1,8 +1,10 @@
 """A folder of pictures that a pipeline makes from the captions or classes of a data set, or from prompts: a data set in
 its turn."""
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,18 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..checkpoint import write_file
 from ..controls import Control
 from ..data.prompts import read_prompts
 from ..errors import UserError
+from ..readers import Unreadable, read_json
 from .evaluate import choose_device, open_source
 from .inputs import Inputs
 from .judges import DataJudge, inputs_for
+from .pipeline_source import SEED_STRIDE
 from .protocol import hash_prompts
 
 SEED_BLOCK = 1000  # noise that no score of fewer seeds has seen
+SEED_BLOCKS = 2**63 // SEED_STRIDE - 1_000_000  # torch's seeds have 64 bits
 NUM_IMAGES = 500
 RECORD = "sample.json"
 
@@ -62,6 +66,8 @@ def sample(
             raise UserError("prompts: a control needs pictures beside them; give --data in its place")
         inputs = Inputs.of_captions(read_prompts(prompts))
         count = len(inputs.captions) if num_images is None else num_images
+    if not 0 <= seed_block <= SEED_BLOCKS:
+        raise UserError(f"seed_block: {seed_block}; give 0 to {SEED_BLOCKS}")
     if count < 1 or batch_size < 1:
         raise UserError(f"num_images, batch_size: {count}, {batch_size}; give 1 or more")
     ((_, call),) = source.calls([steps], 1, guidance_scale, count).items()
@@ -85,20 +91,40 @@ def sample(
             bar.update(len(rows))
     told = [inputs.captions[i % len(inputs.captions)] if inputs.captions else "" for i in range(count)]
     lines = [json.dumps({"file_name": _name(i), "text": text}) for i, text in enumerate(told)]
-    write_file(output / "metadata.jsonl", "\n".join(lines) + "\n")
+    _write(output / "metadata.jsonl", "\n".join(lines) + "\n")
     return output
 
 
 def _claim(output: Path, record: dict[str, Any]) -> None:
     """Refuses a folder that holds anything but pictures of the same call."""
     note = output / RECORD
-    text = json.dumps(record, indent=2) + "\n"
-    if output.exists() and any(output.iterdir()) and not (note.is_file() and note.read_text() == text):
+    with _written(output):
+        output.mkdir(parents=True, exist_ok=True)
+        held = any(output.iterdir())
+    if held and not (note.is_file() and _same(note, record)):
         raise UserError(
             f"output: {output} holds other files or the pictures of another call; name a new folder"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    write_file(note, text)
+    _write(note, json.dumps(record, indent=2) + "\n")
+
+
+def _same(note: Path, record: dict[str, Any]) -> bool:
+    try:
+        return read_json(note) == json.loads(json.dumps(record))
+    except Unreadable:
+        return False
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """A write that fails within becomes one line that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"output: {path} cannot be written ({error.strerror or error}); free space or name another folder; "
+            "what was made before is kept"
+        ) from error
 
 
 def _name(i: int) -> str:
@@ -106,7 +132,17 @@ def _name(i: int) -> str:
 
 
 def _save(image: Image.Image, file: Path) -> None:
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    _write(file, data.getvalue())
+
+
+def _write(file: Path, content: bytes | str) -> None:
     """Whole or not at all."""
     part = file.with_suffix(".part")
-    image.save(part, format="PNG")
-    part.replace(file)
+    with _written(file):
+        try:
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
 """A number keeps its protocol, and numbers of different protocols are never put together."""
 
 import json
+import os
+import subprocess
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -134,6 +136,22 @@ def test_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_report({**SMALL, "rows": [float("nan")]}, path)
     assert read_report(path) == SMALL
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    path, own = tmp_path / "a[1].json", os.getpid()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (
+        f".a[1].json.{dead.pid}.part",
+        f".a[1].json.{own}.part",
+        ".a[1].json.x.part",
+        ".a1.json.1.part",
+    ):
+        (tmp_path / name).touch()
+    write_report(SMALL, path)
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == [".a1.json.1.part", ".a[1].json.x.part", "a[1].json"]
 
 
 def test_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
