@@ -29,7 +29,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,10 +89,11 @@ class Target:
 
 @dataclass
 class Watched:
-    """How a child ended: its exit code, None if it was killed, and the longest time in each phase that it left."""
+    """How a child ended: its exit code, None if it was killed; entries into each phase, and the longest time there."""
 
     code: int | None
-    seconds: dict[str, float] = field(default_factory=dict)
+    entries: Counter[str]
+    seconds: dict[str, float]
 
 
 class Work:
@@ -167,7 +168,7 @@ class Work:
                             os.killpg(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         killed = os.WIFSIGNALED(status)
-        return Watched(None if killed else os.waitstatus_to_exitcode(status), seconds)
+        return Watched(None if killed else os.waitstatus_to_exitcode(status), count, seconds)
 
     def _inside(self, verb: str, tell: int) -> None:
         """The child's whole life."""
@@ -297,27 +298,33 @@ def finish(work: Work, verb: str) -> Watched:
     return watched
 
 
+def moment(undisturbed: Watched, phase: str, draw: random.Random) -> Target:
+    """In one of the first two entries into a phase, as far into it as it may last; "start" ends at the first phase."""
+    lasts = dict(undisturbed.seconds)
+    whole = lasts.pop("start")
+    length = min(whole / 4, *lasts.values()) if phase == "start" else lasts[phase]
+    return Target(phase, draw.randint(1, min(2, undisturbed.entries[phase])), draw.random() * length)
+
+
 def trials(root: Path, wanted: int, seed: int) -> dict[str, Any]:
     """Counts of kills by command and phase, and of trials that did not end like the undisturbed run."""
     draw = random.Random(seed)
     in_a_fork(lambda: write_data(root / "data"))
     reference = Work(root / "reference", root / "data", root / "reference" / "run")
-    lengths = {verb: finish(reference, verb).seconds for verb in PHASES}
+    undisturbed = {verb: finish(reference, verb) for verb in PHASES}
     expected = {verb: reference.result(verb) for verb in PHASES}
     kills = {verb: Counter[str]() for verb in PHASES}
-    count, differing, left = 0, [], reference.unfinished()
+    count, differing, left = 0, [], list[str]()
     while sum(c.total() for c in kills.values()) < wanted:
         for verb in PHASES:
             work = Work(root / f"trial-{count}", root / "data", reference.folder / "run")
             for phase in ("start", *PHASES[verb]):
                 if sum(c.total() for c in kills.values()) >= wanted:
                     break
-                first = min(lengths[verb].values()) if phase == "start" else lengths[verb][phase]
-                target = Target(
-                    phase, draw.choice((1, 1, 2)) if phase != "start" else 1, draw.random() * first
-                )
-                watched = work.run(verb, target)
-                kills[verb][phase] += watched.code is None
+                watched = work.run(verb, moment(undisturbed[verb], phase, draw))
+                if watched.code is not None:
+                    break
+                kills[verb][phase] += 1
             finish(work, verb)
             found = work.result(verb)
             if found != expected[verb]:
@@ -328,6 +335,7 @@ def trials(root: Path, wanted: int, seed: int) -> dict[str, Any]:
             count += 1
             if found == expected[verb] and not work.unfinished():
                 shutil.rmtree(work.folder)
+    left += reference.unfinished()
     return {
         "kills": {verb: dict(c) for verb, c in kills.items()},
         "total": sum(c.total() for c in kills.values()),

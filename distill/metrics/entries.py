@@ -136,7 +136,8 @@ def kind_of(folder: Path) -> str | None:
 
 
 def size_of(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    """Bytes of its files, but for the model card, which grows when the pipeline is scored."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p != folder / "README.md")
 
 
 def offered(model: Entry, steps: Sequence[int]) -> list[int]:
