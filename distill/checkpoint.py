@@ -14,13 +14,13 @@ from typing import Any, NotRequired
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from .errors import UserError
 from .launch import rank
-from .readers import Unreadable, read_json
+from .readers import Unreadable, read_json, read_objects, read_tensors
 
 STATE, OPTIMISERS, PROGRESS = "state.safetensors", "optimizers.pt", "progress.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -95,12 +95,20 @@ def recover(parent: Path, name: str | None = None) -> None:
             scratch.unlink(missing_ok=True)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Replace a small text file in one rename."""
+def write_file(path: Path, text: str, key: str = "output_dir") -> None:
+    """Replace a small text file in one rename; `key` names the remedy of a write that fails."""
+    write_bytes(path, text.encode(), key)
+
+
+def write_bytes(path: Path, content: bytes, key: str = "output_dir") -> None:
+    """Replace a small file in one rename."""
     scratch = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        scratch.write_text(text)
-        os.replace(scratch, path)
+    with writing(path, key):
+        try:
+            scratch.write_bytes(content)
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def kept_state(method: nn.Module) -> dict[str, Tensor]:
@@ -212,12 +220,11 @@ class Checkpoints:
                 file=sys.stderr,
             )
 
-    def load(self, folder: Path) -> tuple[dict[str, Tensor], Any, ProgressFile]:
+    def load(self, folder: Path) -> tuple[dict[str, Tensor], Any, dict[str, Any]]:
         """Weights, optimisers and progress of a checkpoint, of this run or of another."""
         try:
-            state = load_file(folder / STATE)
-            optimisers = torch.load(folder / OPTIMISERS, map_location="cpu", weights_only=True)
-            return state, optimisers, read_json(folder / PROGRESS, ProgressFile)
+            state, optimisers = read_tensors(folder / STATE), read_objects(folder / OPTIMISERS)
+            return state, optimisers, read_json(folder / PROGRESS, dict[str, Any])
         except Exception as error:
             if folder.parent != self.run:
                 remedy = "choose another checkpoint"

@@ -1,4 +1,4 @@
-"""Every text, JSON and YAML file that is read: what is wrong with one becomes a line that names it.
+"""Every file of text, JSON, YAML or tensors that is read: what is wrong with one becomes a line that names it.
 
 Files of a run folder, of a user and of other programs are damaged in the same few ways: cut short, not UTF-8, with the
 byte-order mark of Windows editors, nested without an end, of another shape than expected. A reader of one kind of file
@@ -7,7 +7,10 @@ a damaged one; the rest is here.
 """
 
 import json
-from collections.abc import Hashable
+import re
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .errors import UserError
 
+SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 MAX_DEPTH = 64
 MAX_VALUES = 1_000_000  # of a YAML file, whose aliases can stand for more than memory holds
 
@@ -40,7 +44,11 @@ def read_text(path: Path | str, *, remedy: str = "save it again as UTF-8 text") 
 def parse_json(text: str | bytes, name: Path | str, kind: Any = Any, *, remedy: str = "mend it") -> Any:
     """A JSON value of the type `kind` (pydantic checks it, extra keys are allowed). Raises Unreadable."""
     try:
-        return fitting(json.loads(text), name, kind, remedy=remedy)
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(text)
+        if SURROGATE.search(text):  # half a character, which nothing can write
+            json.dumps(value, ensure_ascii=False).encode()
+        return fitting(value, name, kind, remedy=remedy)
     except RecursionError as error:
         raise Unreadable(f"{name}: is nested too deeply: {remedy}") from error
     except ValueError as error:
@@ -88,11 +96,60 @@ def read_yaml_file(path: Path | str, *, remedy: str = "mend it") -> Any:
 def fitting(value: Any, name: Path | str, kind: Any, *, remedy: str = "mend it") -> Any:
     """`value` as the type `kind`, or Unreadable that names the first place that does not fit."""
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return _adapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "its value"
         raise Unreadable(f"{name}: {place}: {first['msg'].lower()}: {remedy}") from error
+
+
+def check_finite(value: Any, name: Path | str, *, remedy: str = "mend it") -> None:
+    """Unreadable where a value of JSON holds NaN or an infinity, which Python reads and no other program does."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"{name}: holds a number that is not finite: {remedy}") from error
+
+
+def read_tensors(path: Path | str, *, remedy: str = "make or fetch it again") -> dict[str, Any]:
+    """The tensors of a safetensors file by name, on the CPU. Raises FileNotFoundError, else Unreadable."""
+    from safetensors.torch import load_file
+
+    with _of_tensors(path, "safetensors file", remedy):
+        return load_file(path)
+
+
+def open_tensors(path: Path | str, *, remedy: str = "make or fetch it again") -> Any:
+    """An open safetensors file, of which tensors are read one at a time. Errors as in `read_tensors`."""
+    from safetensors import safe_open
+
+    with _of_tensors(path, "safetensors file", remedy):
+        return safe_open(path, framework="pt")
+
+
+def read_objects(path: Path | str, kind: Any = Any, *, remedy: str = "make or fetch it again") -> Any:
+    """What torch.save wrote, without running code of the file, as the type `kind`, on the CPU. Errors alike."""
+    import torch
+
+    with _of_tensors(path, "file of torch.save", remedy):
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    return fitting(value, path, kind, remedy=remedy)
+
+
+@contextmanager
+def _of_tensors(path: Path | str, what: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # safetensors, pickle, zipfile and torch have many classes for a damaged file
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise Unreadable(f"{path}: is not a readable {what} ({reason}): {remedy}") from error
+
+
+@lru_cache(maxsize=128)
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 class _Loader(yaml.SafeLoader):
@@ -125,5 +182,7 @@ def _check_size(tree: Any) -> None:
             raise ValueError(f"it stands for more than {MAX_VALUES} values")
         if isinstance(node, dict):
             open_nodes += [(value, depth + 1) for value in node.values()]
+        elif isinstance(node, str):
+            node.encode()
         elif isinstance(node, list | tuple | set):
             open_nodes += [(value, depth + 1) for value in node]

@@ -4,16 +4,17 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
 import yaml
+from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from .checkpoint import Checkpoints, progress_of, write_file, writing
 from .config import RunConfig, as_tree, read_yaml, with_defaults
 from .errors import UserError
 from .launch import num_processes, rank
-from .readers import Unreadable, read_json
+from .readers import Unreadable, check_finite, parse_json, read_json, read_text
 from .search.config import SearchConfig
 
 CONFIG, LOG, EXPORTED = "config.yaml", "log.jsonl", "exported.json"
@@ -27,13 +28,37 @@ FREE_KEYS = {
 SPLIT_KEYS = {"train_batch_size", "gradient_accumulation_steps"}
 
 
-class ExportRecord(TypedDict):
-    """step: after which it was exported; files: bytes of each file but the cards, by its path in the run folder."""
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-    step: int
+
+class Training(TypedDict, total=False):
+    """What a run or a search took."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    steps: Count
+    images: Count
+    seconds: Seconds
+    trained_parameters: Count
+    device: str
+    batch: Count
+
+
+class Exported(TypedDict):
+    """exported.json: the step, the folders and the cost of the last export; files: bytes of each file but the cards, by
+    its path in the run folder."""
+
+    step: Count
     folders: list[str]
-    training: dict[str, Any]
-    files: NotRequired[dict[str, int]]
+    training: Training
+    files: NotRequired[dict[str, Count]]
+
+
+class LogRow(TypedDict):
+    """A line of log.jsonl."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    step: Count
 
 
 class RunFolder:
@@ -100,13 +125,11 @@ class RunFolder:
             f.write(json.dumps(row) + "\n")
 
     def cut_log(self, step: int) -> None:
-        """Drop the lines after `step`, and what cannot be read: the run writes them again."""
+        """Drop the lines after `step`, and a last one that was cut short: the run writes them again."""
         path = self.path / LOG
-        if path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
-            kept = "".join(line + "\n" for line in text.split("\n") if -1 < _step_of(line) <= step)
-            if kept != text:
-                write_file(path, kept)
+        if path.exists():
+            kept = [line for line, row in log_lines(path) if row["step"] <= step]
+            write_file(path, "".join(line + "\n" for line in kept))
 
     def record_export(self, step: int, folders: list[str], training: dict[str, Any]) -> None:
         """What was exported after which step, and what the training took."""
@@ -140,19 +163,15 @@ class RunFolder:
         _warn(f"{damaged}; it is exported again")
         return False
 
-    def _exported(self) -> ExportRecord | None:
+    def _exported(self) -> Exported | None:
+        """As `read_exported`, of a damaged one None with a warning: a run exports again."""
         try:
-            record: ExportRecord = read_json(
-                self.path / EXPORTED, ExportRecord, remedy="what it names is exported again"
-            )
-        except FileNotFoundError:
-            return None
+            return read_exported(self.path)
         except Unreadable as error:
             _warn(str(error))
             return None
-        return record
 
-    def _damaged(self, record: ExportRecord) -> str | None:
+    def _damaged(self, record: Exported) -> str | None:
         """The first file of an export that is missing, of another length or no JSON; None where all are whole."""
         for name in record["folders"]:
             if not (self.path / name).is_dir():
@@ -184,6 +203,34 @@ def check_batch(config: RunConfig, batch: int, folder: Path) -> None:
     )
 
 
+def read_exported(run: Path) -> Exported | None:
+    """The record of a run's last export, None before the first. Raises Unreadable for a damaged one."""
+    path, remedy = run / EXPORTED, "delete it and repeat the run's command, which exports again"
+    try:
+        exported: Exported = read_json(path, Exported, remedy=remedy)
+    except FileNotFoundError:
+        return None
+    check_finite(exported, path, remedy=remedy)
+    return exported
+
+
+def log_lines(path: Path) -> list[tuple[str, LogRow]]:
+    """The lines of a log and what they say, but for a last one that an interrupted write left unfinished.
+
+    Raises FileNotFoundError, else Unreadable with the number of the line.
+    """
+    remedy = "mend or delete the line"
+    found: list[tuple[str, LogRow]] = []
+    *lines, last = read_text(path, remedy=remedy).split("\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            found.append((line, parse_json(line, f"{path}: line {number}", LogRow, remedy=remedy)))
+    try:
+        return [*found, (last, parse_json(last, path, LogRow))]
+    except Unreadable:
+        return found
+
+
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; lists become text."""
     out: dict[str, Any] = {}
@@ -199,14 +246,6 @@ def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ, in order."""
     a, b = flat(before), flat(after)
     return [k for k in {**a, **b} if a.get(k) != b.get(k)]
-
-
-def _step_of(line: str) -> int:
-    """The step of a line of the log, -1 of one that was cut short."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return -1
 
 
 def _warn(line: str) -> None:

@@ -48,7 +48,8 @@ from .launch import check_accelerator, check_launcher, join_on_cpus
 from .measure import processor, seconds
 from .memory_savers import save_memory, waiting
 from .methods.base import Method, Parts, Progress
-from .optimisers import optimiser, restore
+from .optimisers import optimiser
+from .resume import progress_of, restore_average, restore_optimisers
 from .run_export import write_exports
 from .run_folder import RunFolder, flat
 from .run_lock import locked
@@ -372,13 +373,9 @@ class Runner:
             p: {k[len(p) :]: v for k, v in state.items() if k.startswith(p)} for p in ("method.", "ema.")
         }
         restore_state(self.method, split["method."], source)
-        if self.ema is not None:
-            self.ema.load_state_dict(split["ema."])
-        for k, o in self.optimisers.items():
-            restore(o, self.schedules[k], optimisers["players"][k], optimisers["schedules"][k])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(optimisers["scaler"])
-        self.updates, self.earlier_seconds = dict(progress["updates"]), progress["seconds"]
+        restore_average(self.ema, split["ema."], source)
+        restore_optimisers(self.optimisers, self.schedules, self.accelerator.scaler, optimisers, source)
+        self.updates, self.earlier_seconds = progress_of(progress, self.players.keys(), source)
 
     def _save_raw(self) -> None:
         if not self.accelerator.is_main_process:

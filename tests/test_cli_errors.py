@@ -16,6 +16,7 @@ import yaml
 from fewstep.distill.cli import main
 from fewstep.distill.runner import Runner
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 Refused = Callable[..., str]
 
@@ -215,6 +216,30 @@ def test_a_checkpoint_cut_short(
     assert main(["distill", str(config), "--output_dir", str(run)]) == 0
     weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
     assert hashes(run)[weights] == hashes(finished)[weights]
+
+
+def test_a_checkpoint_of_a_run_with_or_without_averages(
+    refused: Refused, finished: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(finished / "checkpoint-2", tmp_path / "checkpoint-2")
+    line = refused("--resume_from_checkpoint", str(source), "--use_ema", "true")
+    assert line.startswith(f"use_ema: true, but {source} holds no averages; set it to false, or ")
+    state = load_file(source / "state.safetensors")
+    save_file({**state, "ema.updates": torch.tensor(2)}, source / "state.safetensors")
+    line = refused("--resume_from_checkpoint", str(source), output_dir=tmp_path / "other")
+    assert line.startswith(f"use_ema: false, but {source} was trained with averages; set it to true, or ")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"step": 4', b"\xff", b"null", b"{}", b"[" * 100_000, b'{"step": -1}']
+)
+def test_a_damaged_record_of_what_was_exported(
+    content: bytes, refused: Refused, finished: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "exported.json").write_bytes(content)
+    line = refused()
+    assert line.startswith(f"{run}/exported.json: ") and line.endswith("run's command, which exports again")
 
 
 @pytest.mark.parametrize("moment", ["_save", "_save_raw", "_log", "_pictures", "_export"])

@@ -1,15 +1,20 @@
 """Damaged text, JSON and YAML files: each is one line that names the file and the place."""
 
 import pytest
+import torch
 from fewstep.distill.readers import (
     Unreadable,
+    open_tensors,
     parse_json,
     parse_yaml,
     read_json,
     read_json_lines,
+    read_objects,
+    read_tensors,
     read_text,
     read_yaml_file,
 )  # fmt: skip
+from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
 
@@ -31,7 +36,9 @@ def test_only_a_newline_ends_a_line(tmp_path):
 
 
 def test_missing_stays_missing(tmp_path):
-    for read in (read_text, read_json, read_json_lines, read_yaml_file):
+    for read in (
+        read_text, read_json, read_json_lines, read_yaml_file, read_tensors, open_tensors, read_objects,
+    ):  # fmt: skip
         with pytest.raises(FileNotFoundError):
             read(tmp_path / "none")
 
@@ -103,3 +110,32 @@ def test_anchors_and_merged_keys_are_yaml():
 
 def test_extra_keys_are_allowed():
     assert parse_json('{"step": 1, "folders": [], "more": 2}', "x", Shape)["step"] == 1
+
+
+@pytest.mark.parametrize("size", [0, 9, 60, -1])
+def test_tensors_cut_short(tmp_path, size):
+    tensors, objects = tmp_path / "a.safetensors", tmp_path / "a.pt"
+    save_file({"a": torch.arange(6.0)}, tensors)
+    torch.save({"a": torch.arange(6.0)}, objects)
+    assert torch.equal(read_tensors(tensors)["a"], open_tensors(tensors).get_tensor("a"))
+    assert torch.equal(read_objects(objects)["a"], torch.arange(6.0))
+    for path, readers in ((tensors, (read_tensors, open_tensors)), (objects, (read_objects,))):
+        path.write_bytes(path.read_bytes()[:size])
+        for read in readers:
+            with pytest.raises(Unreadable) as error:
+                read(path, remedy="train again")
+            assert str(error.value).startswith(f"{path}: is not a readable ")
+            assert str(error.value).endswith(": train again") and "\n" not in str(error.value)
+
+
+def test_objects_of_another_shape_or_with_code(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"step": "x", "folders": []}, path)
+    with pytest.raises(Unreadable, match=r"a\.pt: step: input should be a valid integer"):
+        read_objects(path, Shape)
+    torch.save({"step": test_missing_stays_missing}, path)
+    with pytest.raises(Unreadable, match=r"a\.pt: is not a readable file of torch\.save"):
+        read_objects(path)
+    for read in (read_tensors, open_tensors, read_objects):
+        with pytest.raises(Unreadable):
+            read(tmp_path)

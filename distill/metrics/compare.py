@@ -3,102 +3,22 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ..catalog import METHODS
 from ..checkpoint import write_file
 from ..errors import UserError
 from ..interrupts import run_child
-from ..run_folder import CONFIG, EXPORTED
-from ..teacher import EMBEDDED
+from .entries import Entry, offered, read_entry
 from .evaluate import choose_device, open_source
-from .loading import read_sampling
+from .markup import markdown_text
 from .page import page
 from .pipeline_source import quiet
-from .remote_code import own_code
 from .report import check_writable, read_report, write_report
 from .strips import check_data, draw_conditions, draw_strips, strip_inputs
 from .table import by_column, by_steps, columns_of, markdown, protocol_notes
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One model of a comparison.
-
-    name      what it is called in the table
-    pipeline  what `evaluate` scores: a pipeline folder or a hub id; None for a report made before
-    report    that report; one that `compare` made says the rest too
-    method, export, training   what the run folder says of how it was made; export is stock, LoRA or remote code
-    bytes     of the files that a user needs to fetch beside the teacher's, None where they are not at hand
-    """
-
-    name: str
-    pipeline: str | None
-    report: Path | None = None
-    method: str | None = None
-    export: str | None = None
-    training: Mapping[str, Any] = field(default_factory=dict)
-    teacher: str | None = None
-    bytes: int | None = None
-
-
-def read_entry(text: str) -> Entry:
-    """`[NAME=]PATH`: a run folder, a pipeline folder, an embedded teacher, a hub id, or a report of `evaluate`.
-
-    Raises UserError where there is nothing of the kind.
-    """
-    name, place = "", text
-    if text not in EMBEDDED and not Path(text).exists() and "=" in text:
-        name, _, place = text.partition("=")
-    path = Path(place)
-    if place in EMBEDDED:
-        folder = EMBEDDED[place]
-        return Entry(name or place, place, export=kind_of(folder), bytes=size_of(folder))
-    if path.suffix == ".json":
-        known = {"name": path.stem, **read_report(path).get("model", {})}
-        return Entry(**{**known, "name": name or known["name"]}, pipeline=None, report=path)
-    if (path / CONFIG).is_file():
-        return _read_run(name or path.name, path)
-    if path.is_dir():
-        own = path.parent.name if path.name == "pipeline" else path.name
-        return Entry(name or own, place, export=kind_of(path), bytes=size_of(path))
-    return Entry(name or place, place)
-
-
-def _read_run(name: str, run: Path) -> Entry:
-    config = yaml.safe_load((run / CONFIG).read_text())
-    pipeline = run / "pipeline"
-    if not (pipeline / "model_index.json").is_file():
-        raise UserError(f"{run}: holds no pipeline to score; finish the run, for a LoRA with export_fused on")
-    exported = json.loads((run / EXPORTED).read_text()) if (run / EXPORTED).is_file() else {}
-    lora = (run / "lora").is_dir()
-    student = config.get("student", {}).get("kind", "full")
-    return Entry(
-        name,
-        str(pipeline),
-        method=config["method"]["name"] + ("" if student == "full" else f", {student}"),
-        export="LoRA" if lora else kind_of(pipeline),
-        training=exported.get("training", {}),
-        teacher=(config.get("teacher") or {}).get("path"),
-        bytes=size_of(run / "lora" if lora else pipeline),
-    )
-
-
-def kind_of(folder: Path) -> str | None:
-    """ "stock" if only classes of diffusers and transformers are needed, else "remote code"; None for images."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        return None
-    own = isinstance(json.loads(index.read_text()).get("_class_name"), list) or own_code(folder)
-    return "remote code" if own else "stock"
-
-
-def size_of(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def compare(
@@ -127,18 +47,21 @@ def compare(
     from the cache. The record of compare.json is returned. Raises UserError for whatever the caller can mend, among
     it numbers of different protocols.
     """
+    for text in (*entries, data, *options, title or "", teacher or ""):
+        if not _writable(text):
+            raise UserError(f"{text!r}: is not UTF-8 text; give names and folders that are")
     models = [read_entry(e) for e in entries]
     origin = _teacher_of(models, teacher)
     slugs = [_slug(m.name) for m in (*models, *([origin] if origin else []))]
     if len(set(slugs)) < len(slugs):
         twice = next(s for s in slugs if slugs.count(s) > 1)
         raise UserError(f"{twice}: two entries have this name; give one as NAME=PATH")
+    jobs = [(m, offered(m, steps)) for m in models]
+    if origin is not None:
+        jobs.insert(0, (origin, offered(origin, teacher_steps)))
     check_data(data, options)  # before the long work
     check_writable(output / "compare.json")
     quiet()
-    jobs = [(m, _offered(m, steps)) for m in models]
-    if origin is not None:
-        jobs.insert(0, (origin, _offered(origin, teacher_steps)))
     rows: list[dict[str, Any]] = []
     shared = ["--num_images", str(num_images), "--seeds", str(seeds), *options]
     shared += [] if "--protocol" in options else ["--data", data]
@@ -156,10 +79,14 @@ def compare(
         ),
         "published": published(rows),
     }
-    write_file(output / "compare.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
-    tables = f"{by_steps(rows)}\n{markdown(rows)}\n{protocol_notes(rows)}"
-    write_file(output / "compare.md", f"# {record['title']}\n\n{tables}")
-    write_file(output / "compare.html", page(record, output))
+    notes = markdown_text(protocol_notes(rows))
+    texts = {
+        "compare.json": json.dumps(record, indent=1, allow_nan=False) + "\n",
+        "compare.md": f"# {markdown_text(record['title'])}\n\n{by_steps(rows)}\n{markdown(rows)}\n{notes}\n",
+        "compare.html": page(record, output),
+    }
+    for name, text in texts.items():
+        write_file(output / name, text)
     return record
 
 
@@ -201,18 +128,6 @@ def _made(model: Entry) -> dict[str, Any]:
         "training": dict(model.training),
         "bytes": model.bytes,
     }
-
-
-def _offered(model: Entry, steps: Sequence[int]) -> list[int]:
-    """Those of `steps` that the model can be called with; none for a report, which is taken as it is."""
-    if model.pipeline is None:
-        return []
-    sampling = EMBEDDED.get(model.pipeline, Path(model.pipeline)) / "sampling.json"
-    calls = read_sampling(sampling) if sampling.is_file() else {"default": {}}
-    found = [n for n in steps if str(n) in calls or "default" in calls]
-    if not found:
-        raise UserError(f"steps: {model.name} offers {', '.join(calls)}; add one of them to --steps")
-    return found
 
 
 def _rows(model: Entry, report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -269,6 +184,14 @@ def published(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if here:
                 out.append({"method": name, **asdict(paper), "here": here, "same_protocol": all(same)})
     return out
+
+
+def _writable(text: str) -> bool:
+    """False for arguments whose bytes are no UTF-8, which Python holds as lone surrogates."""
+    try:
+        return bool(text.encode()) or True
+    except UnicodeEncodeError:
+        return False
 
 
 def _slug(name: str) -> str:

@@ -10,14 +10,21 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from ..config import parse_value, validate
 from ..controls import Control, ImagePrompt, View
 from ..data import ImageData, load_data
 from ..draws import Draws
 from ..errors import UserError
+from ..readers import read_json
 from ..settings import settings
 from ..vision import Vision
+
+
+class _Notes(TypedDict):
+    control: dict[str, Any]
+
 
 MASK_SEED = 0
 Place = tuple[str, str, int]
@@ -117,9 +124,14 @@ def control_of(tree: Any) -> Control:
 def control_in(folder: Path) -> Control | None:
     """That of an exported folder's control.json, with its own copy of a network; None without."""
     notes = folder / "control.json"
-    if not notes.is_file():
+    if not notes.exists():
         return None
-    control = control_of(json.loads(notes.read_text())["control"])
+    remedy = "export the pipeline again"
+    tree = read_json(notes, _Notes, remedy=remedy)["control"]
+    try:
+        control = control_of(tree)
+    except UserError as error:
+        raise UserError(f"{notes}: {error}: {remedy}") from None
     if isinstance(control, ImagePrompt) and (folder / control.encoder).is_dir():
         return control_of({"name": "image", "encoder": str(folder / control.encoder)})
     return control

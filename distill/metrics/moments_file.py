@@ -1,6 +1,5 @@
 """Means and covariances of reference features on disk, with what they are of."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from .features import Extractor, extract
 from .frechet import Accumulator, Moments
 from .inception import RESIZES, SHA256, InceptionFID, sha256_of
 from .pictures import batches
+from .report import scratch_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def moments_of(
 
 def save_statistics(path: Path, moments: Moments, statistics_id: str) -> Statistics:
     """Writes n, mu, sigma and the id, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = scratch_of(path)
     with part.open("wb") as file:
         np.savez(file, n=moments.n, mu=moments.mean.numpy(), sigma=moments.matrix.numpy(), id=statistics_id)
     part.replace(path)

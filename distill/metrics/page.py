@@ -1,12 +1,13 @@
 """The comparison as one HTML file that needs nothing beside it."""
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..readers import read_text
+from .markup import filled, script_json
 from .protocol import Score
 from .table import BEST, SCORES, Column, by_column, columns_of, protocol_notes, shown
 
@@ -18,18 +19,15 @@ def page(record: Mapping[str, Any], folder: Path) -> str:
     rows = record["rows"]
     fields = {
         "title": escape(record["title"]),
-        "summary": escape(protocol_notes(rows).strip()),
+        "summary": escape(protocol_notes(rows)),
         "table": table(columns_of(rows), rows),
         "pictures": pictures(record, folder),
         "published": published(record["published"]),
         "protocols": protocols(rows),
         "origin": origin(record),
-        "data": json.dumps(plot_data(rows)).replace("<", "\\u003c"),
+        "data": script_json(plot_data(rows)),
     }
-    text = TEMPLATE.read_text()
-    for key, value in fields.items():
-        text = text.replace("{{" + key + "}}", value)
-    return text
+    return filled(read_text(TEMPLATE), fields)
 
 
 def table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -100,7 +98,7 @@ def protocols(rows: Sequence[Mapping[str, Any]]) -> str:
 def _details(key: str, record: Mapping[str, Any]) -> str:
     fields = record["protocol"].items()
     body = "".join(f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in fields)
-    title = f"{escape(key)} <code>{record['protocol_id']}</code>"
+    title = f"{escape(key)} <code>{escape(record['protocol_id'])}</code>"
     return f"<details><summary>{title}</summary><table>{body}</table></details>"
 
 

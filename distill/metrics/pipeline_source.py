@@ -131,13 +131,17 @@ class PipelineSource(Source):
         start = time.perf_counter()
         try:
             made = [pictures_of(self.pipe(**call)) for call in calls]
-        except (ValueError, TypeError, IndexError) as error:  # the last: a label beyond the network's
-            kind = type(self.pipe).__name__
-            raise UserError(f"{self.name}: {kind} refuses the call ({first_line(error)})") from error
+        except Exception as error:  # of the pipeline, its own code and the libraries below it
+            raise UserError(self._reason(error)) from error
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         seconds = time.perf_counter() - start
-        pictures = self._quantise(torch.cat(made) if self.prompted else made[0])
+        pictures = self._quantise(torch.cat([self._tensor(images) for images in made]))
+        if len(pictures) != len(rows):
+            kind = type(self.pipe).__name__
+            raise UserError(
+                f"{self.name}: {kind} gives {len(pictures)} pictures for {len(rows)} inputs; nothing to score"
+            )
         side(self.name, pictures)
         return pictures, seconds
 
@@ -189,12 +193,29 @@ class PipelineSource(Source):
         inputs = (*args, kwargs.get("sample"), kwargs.get("hidden_states"))
         self.evaluated += next(x for x in inputs if x is not None).shape[0]
 
-    def _quantise(self, images: Any) -> Tensor:
-        if isinstance(images, np.ndarray) and images.ndim == 4:  # DDPMPipeline and its kin know no "pt"
-            images = torch.from_numpy(images).permute(0, 3, 1, 2)
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
+    def _reason(self, error: Exception) -> str:
+        """The line about an error of the pipeline's call."""
+        kind, said = type(self.pipe).__name__, first_line(error)
+        if isinstance(error, ValueError | TypeError | IndexError):  # the last: a label beyond the network's
+            return f"{self.name}: {kind} refuses the call ({said})"
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in said:
+            return f"{self.name}: {kind} needs more memory than there is ({said}); lower --batch_size"
+        named = said if said == type(error).__name__ else f"{type(error).__name__}: {said}"
+        return f"{self.name}: {kind} fails ({named}); it must make pictures with diffusers alone first"
+
+    def _tensor(self, images: Any) -> Tensor:
+        """Pictures of a call as float (B, C, H, W). Raises UserError for anything else."""
+        if isinstance(images, np.ndarray) and images.ndim == 4 and images.dtype.kind == "f":
+            images = torch.from_numpy(images).permute(0, 3, 1, 2)  # DDPMPipeline and its kin know no "pt"
+        pictures = isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4
+        if not pictures or images.shape[1] not in (1, 3):
             kind = type(self.pipe).__name__
-            raise UserError(f"{self.name}: {kind} gives neither RGB nor grey pictures; nothing to score")
+            raise UserError(
+                f"{self.name}: {kind} gives neither RGB nor grey pictures in [0, 1]; nothing to score"
+            )
+        return images
+
+    def _quantise(self, images: Tensor) -> Tensor:
         if not images.isfinite().all():
             raise NotFinite(
                 f"{self.name}: the pictures hold NaN or infinity; its weights or precision are unfit"

@@ -94,7 +94,7 @@ class Score:
             raise UserError(f"report: not a score ({error}); evaluate the pipeline again") from None
         if stored != protocol.id:
             raise UserError(
-                f"report: {score.name}: protocol_id {stored}, but its fields give {protocol.id}; redo it"
+                f"report: {score.name}: protocol_id {stored}, but its fields give {protocol.id}; evaluate again"
             )
         return score
 

@@ -1,28 +1,44 @@
 """Pipelines that bring code of their own: ours runs unasked, others' when the user says so."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Len
 
 from ...pipelines import export
 from ..errors import UserError
+from ..readers import fitting, read_json
 from .lite import hash_file
 
 OURS = Path(export.__file__).parent
+INDEX = "model_index.json"
+REMEDY = "export or fetch the pipeline again"
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json, whose `_class_name` is a class, or [file, class] of a pipeline with its own code.
+
+    Raises FileNotFoundError, and UserError for anything else that cannot be used.
+    """
+    index: dict[str, Any] = read_json(folder / INDEX, dict[str, Any], remedy=REMEDY)
+    named = index.get("_class_name")
+    kind = Annotated[list[str], Len(2, 2)] if isinstance(named, list) else str
+    fitting(named, f"{folder / INDEX}: _class_name", kind, remedy=REMEDY)
+    return index
 
 
 def own_code(folder: Path) -> list[Path]:
     """The files in a pipeline folder that diffusers runs to load it, as model_index.json names them; most have none.
 
-    Raises UserError if the one with the pipeline's class is missing.
+    Raises UserError if the one with the pipeline's class is missing, and for an index that cannot be read.
     """
     try:
-        index: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
-    except (OSError, ValueError):
-        return []  # diffusers says what is wrong with it
-    named, files = index.get("_class_name"), []
+        index = read_index(folder)
+    except FileNotFoundError:
+        return []
+    named, files = index["_class_name"], []
     if isinstance(named, list):
         files.append(folder / f"{named[0]}.py")
         if not files[0].is_file():
@@ -30,7 +46,7 @@ def own_code(folder: Path) -> list[Path]:
                 f"{folder}: its class is in {named[0]}.py, which is not there; copy it beside the index"
             )
     for part, value in index.items():
-        if isinstance(value, list) and part[0] != "_":
+        if isinstance(value, list) and value and not part.startswith("_"):
             files.append(folder / part / f"{value[0]}.py")
     return [file for file in files if file.is_file()]
 

@@ -3,28 +3,87 @@
 import json
 import os
 import platform
+from glob import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import torch
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from ..errors import UserError
 from ..measure import commit, processor
+from ..readers import Unreadable, check_finite, fitting, read_json
+from ..run_folder import Count, Seconds, Training
+from .protocol import Protocol, Score
 
 LIBRARIES = ("torch", "diffusers", "transformers", "timm", "torch-fidelity", "pillow")
 ROOT = Path(__file__).resolve().parents[2]
-REPORT_KEYS = ("device", "versions", "batch_size")
-ROW_KEYS = ("steps", "nfe", "seeds", "seconds_per_image", "peak_memory", "arguments", "scores")
+REMEDY = "give the file that evaluate wrote, or evaluate again"
+OPEN = ConfigDict(extra="allow")
+Positive = Annotated[int, Field(ge=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Score(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    name: str
+    value: Finite
+    sd: Finite | None
+    interval: Annotated[list[Finite], Field(min_length=2, max_length=2)] | None
+    values: NotRequired[list[Finite]]
+    protocol: dict[str, Any]
+    protocol_id: str
+
+
+class _Memory(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    bytes: Count | None
+
+
+class _Row(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    steps: Positive | None
+    nfe: Positive | None
+    seeds: Positive
+    seconds_per_image: Seconds | None
+    peak_memory: _Memory
+    arguments: dict[str, Any]
+    scores: Annotated[list[_Score], Field(min_length=1)]
+
+
+class _Model(TypedDict):
+    """What `compare` adds to the report of a model."""
+
+    name: str
+    method: NotRequired[str | None]
+    export: NotRequired[str | None]
+    training: NotRequired[Training]
+    bytes: NotRequired[Count | None]
+
+
+class Report(TypedDict):
+    """A report of `evaluate`: what tables and pages need of it."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    device: str
+    versions: dict[str, str]
+    batch_size: Positive
+    rows: Annotated[list[_Row], Field(min_length=1)]
+    pipeline_sha256: NotRequired[str | None]
+    commit: NotRequired[str]
+    verified: NotRequired[str | None]
+    model: NotRequired[_Model]
 
 
 def check_writable(path: Path) -> None:
     """Make the folder of `path` and try a file in it, before the long work. UserError if that fails."""
-    probe = _beside(path)
     try:
         if path.is_dir():
             raise IsADirectoryError("this is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
+        probe = scratch_of(path)
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
@@ -33,10 +92,10 @@ def check_writable(path: Path) -> None:
 
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Write JSON beside `path`, then rename; on failure, a UserError, what was there stays intact."""
-    part = _beside(path)
+    part = scratch_of(path)
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     try:
-        with part.open("w") as file:
+        with part.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -49,20 +108,41 @@ def write_report(report: dict[str, Any], path: Path) -> None:
 def read_report(path: Path) -> dict[str, Any]:
     """A report written by write_report. Raises UserError if it is missing, cut short or something else."""
     try:
-        report = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable report ({error}); evaluate the pipeline again") from None
-    rows = report.get("rows") if isinstance(report, dict) else None
-    whole = isinstance(rows, list) and all(
-        isinstance(row, dict) and row.keys() >= {*ROW_KEYS} for row in rows
-    )
-    if not whole or not report.keys() >= {*REPORT_KEYS}:
-        raise UserError(f"{path}: not a report; give the file written by evaluate, or evaluate again")
+        report: dict[str, Any] = read_json(path, Report, remedy=REMEDY)
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing: {REMEDY}") from None
+    check_finite(report, path, remedy=REMEDY)
+    for i, row in enumerate(report["rows"]):
+        for record in row["scores"]:
+            fitting(record["protocol"], f"{path}: rows.{i}.scores.protocol", Protocol, remedy=REMEDY)
+            try:
+                Score.from_json(record)
+            except UserError as error:
+                raise Unreadable(f"{path}: rows.{i}: {str(error).removeprefix('report: ')}") from None
+        if not any(record["protocol"]["metric"] == "FD" for record in row["scores"]):
+            raise Unreadable(
+                f"{path}: rows.{i}: holds no FD, whose reference is the training split: {REMEDY}"
+            )
     return report
 
 
-def _beside(path: Path) -> Path:
+def scratch_of(path: Path) -> Path:
+    """Where this process writes what will be renamed to `path`; what killed ones left there is removed."""
+    for part in path.parent.glob(f".{escape(path.name)}.*.part"):
+        process = part.name.split(".")[-2]
+        if process.isdigit() and not _runs(int(process)):
+            part.unlink(missing_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def _not_writable(path: Path, error: OSError) -> UserError:

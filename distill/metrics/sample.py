@@ -1,6 +1,7 @@
 """A folder of pictures that a pipeline makes from the captions or classes of a data set, or from prompts: a data set in
 its turn."""
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,17 +11,20 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..checkpoint import write_file
+from ..checkpoint import write_bytes, write_file
 from ..controls import Control
 from ..data.prompts import read_prompts
 from ..errors import UserError
+from ..readers import Unreadable, read_json
 from ..run_lock import LOCK, locked
 from .evaluate import choose_device, open_source
 from .inputs import Inputs
 from .judges import DataJudge, inputs_for
+from .pipeline_source import SEED_STRIDE
 from .protocol import hash_prompts
 
 SEED_BLOCK = 1000  # noise that no score of fewer seeds has seen
+SEED_BLOCKS = 2**63 // SEED_STRIDE - 1_000_000  # torch's seeds have 64 bits
 NUM_IMAGES = 500
 RECORD = "sample.json"
 
@@ -63,6 +67,8 @@ def sample(
             raise UserError("prompts: a control needs pictures beside them; give --data in its place")
         inputs = Inputs.of_captions(read_prompts(prompts))
         count = len(inputs.captions) if num_images is None else num_images
+    if not 0 <= seed_block <= SEED_BLOCKS:
+        raise UserError(f"seed_block: {seed_block}; give 0 to {SEED_BLOCKS}")
     if count < 1 or batch_size < 1:
         raise UserError(f"num_images, batch_size: {count}, {batch_size}; give 1 or more")
     ((_, call),) = source.calls([steps], 1, guidance_scale, count).items()
@@ -77,29 +83,36 @@ def sample(
     }
     note = json.dumps(record, indent=2) + "\n"
     with locked(output, "output"), tqdm(total=count, unit="image", disable=not progress) as bar:
-        _check_claim(output, note)
+        _check_claim(output, record)
         for first in range(0, count, batch_size):
             rows = range(first, min(first + batch_size, count))
             if not all((output / _name(i)).is_file() for i in rows):
                 images, _ = source.pictures(rows, inputs, seed_block, call)
-                write_file(output / RECORD, note)
+                write_file(output / RECORD, note, "output")
                 for i, image in zip(rows, images, strict=True):
                     _save(Image.fromarray(image.permute(1, 2, 0).numpy()), output / _name(i))
             bar.update(len(rows))
         told = [inputs.captions[i % len(inputs.captions)] if inputs.captions else "" for i in range(count)]
         lines = [json.dumps({"file_name": _name(i), "text": text}) for i, text in enumerate(told)]
-        write_file(output / "metadata.jsonl", "\n".join(lines) + "\n")
+        write_file(output / "metadata.jsonl", "\n".join(lines) + "\n", "output")
     return output
 
 
-def _check_claim(output: Path, note: str) -> None:
+def _check_claim(output: Path, record: dict[str, Any]) -> None:
     """Refuses a folder that holds anything but pictures of the same call, or its note without a picture."""
     held = {p.name for p in output.iterdir()} - {LOCK, RECORD, f".{RECORD}.partial"}
-    path = output / RECORD
-    if held and not (path.is_file() and path.read_bytes() == note.encode()):
+    note = output / RECORD
+    if held and not (note.is_file() and _same(note, record)):
         raise UserError(
             f"output: {output} holds other files or the pictures of another call; name a new folder"
         )
+
+
+def _same(note: Path, record: dict[str, Any]) -> bool:
+    try:
+        return bool(read_json(note) == json.loads(json.dumps(record)))
+    except Unreadable:
+        return False
 
 
 def _name(i: int) -> str:
@@ -107,7 +120,6 @@ def _name(i: int) -> str:
 
 
 def _save(image: Image.Image, file: Path) -> None:
-    """Whole or not at all."""
-    part = file.with_suffix(".part")
-    image.save(part, format="PNG")
-    part.replace(file)
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    write_bytes(file, data.getvalue(), "output")

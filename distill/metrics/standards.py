@@ -3,7 +3,6 @@
 `Protocol` is the record of one number; a `Standard` is the recipe that such numbers are made by.
 """
 
-import json
 import random
 import zipfile
 from collections.abc import Callable
@@ -12,12 +11,29 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from ..errors import UserError
+from ..readers import parse_json, read_json, read_text
 from .files import RemoteFile
 from .pictures import Crop
 
 T = TypeVar("T")
+GIVE = "give --prompts PATH"
+
+
+class _Mjhq(TypedDict):
+    prompt: str
+
+
+class _CocoCaption(TypedDict):
+    id: int
+    image_id: int
+    caption: str
+
+
+class _Coco(TypedDict):
+    annotations: list[_CocoCaption]
 
 
 @dataclass(frozen=True)
@@ -44,32 +60,33 @@ QUANTISATIONS: dict[str, Callable[[Tensor], Tensor]] = {"round": round_pixels, "
 
 def caption_lines(path: Path, count: int) -> list[str]:
     """The first `count` lines."""
-    return _enough(path, path.read_text().split("\n")[:-1], count)
+    return _enough(path, read_text(path, remedy=GIVE).split("\n")[:-1], count)
 
 
 def mjhq_names(path: Path, count: int) -> list[str]:
     """`count` keys of MJHQ-30K's meta_data.json: random.Random(0).shuffle, cut, sort (Q-Sched src/MJHQ.py)."""
-    names = list(_json(path, path.read_text()))
+    names = list(read_json(path, dict[str, _Mjhq], remedy=GIVE))
     random.Random(0).shuffle(names)
     return sorted(_enough(path, names, count))
 
 
 def mjhq_prompts(path: Path, count: int) -> list[str]:
     """Prompts of `mjhq_names`, in that order."""
-    rows = _json(path, path.read_text())
-    return [str(rows[name]["prompt"]) for name in mjhq_names(path, count)]
+    rows = read_json(path, dict[str, _Mjhq], remedy=GIVE)
+    return [rows[name]["prompt"] for name in mjhq_names(path, count)]
 
 
 def coco_captions(path: Path, count: int) -> list[str]:
     """In COCO's annotation archive: of each val2017 image by rising id, the caption of the smallest id."""
     try:
         with zipfile.ZipFile(path) as archive:
-            rows = _json(path, archive.read("annotations/captions_val2017.json"))["annotations"]
+            text = archive.read("annotations/captions_val2017.json")
+        rows = parse_json(text, path, _Coco, remedy=GIVE)["annotations"]
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not COCO's 2017 annotations ({error}); give --prompts PATH") from None
     first: dict[int, tuple[int, str]] = {}
     for row in rows:
-        image, caption = int(row["image_id"]), (int(row["id"]), str(row["caption"]))
+        image, caption = row["image_id"], (row["id"], row["caption"])
         first[image] = min(first.get(image, caption), caption)
     return _enough(path, [first[image][1] for image in sorted(first)], count)
 
@@ -180,13 +197,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, RemoteFile):
         return value.address or f"no address known: {value.remedy}"
     return value if isinstance(value, int | str) else str(value)
-
-
-def _json(path: Path, text: str | bytes) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); give --prompts PATH") from None
 
 
 def _enough(path: Path, rows: list[str], count: int) -> list[str]:

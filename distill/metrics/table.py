@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .image_text import CLIP_SCORE, CLIP_SCORE_HESSEL, COSINE
+from .markup import markdown_text
 from .protocol import Score, comparable
 
 SCORES = {  # metric: digits
@@ -112,7 +113,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
         *score_columns(rows),
         Column("seconds", "s/image", seconds, str),
     ]
-    return f"{_table(columns, rows)}\n{protocol_notes(rows)}"
+    return f"{_table(columns, rows)}\n{markdown_text(protocol_notes(rows))}\n"
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -134,7 +135,8 @@ def by_steps(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def protocol_notes(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The line below a table: how many pictures, seeds, made from what, which reference, each column's protocol."""
+    """The plain text below a table: how many pictures, seeds, made from what, which reference, each column's
+    protocol."""
     columns = score_columns(rows)
     seeds = sorted({row["seeds"] for row in rows})
     repeats = " to ".join(str(s) for s in dict.fromkeys((seeds[0], seeds[-1])))
@@ -145,7 +147,7 @@ def protocol_notes(rows: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"{first.n_gen} pictures a value (precision, recall, coverage: at most as many as the reference), "
         f"{repeats} seed{plural} (mean ± sd), conditioning: {'; '.join(dict.fromkeys(law(r) for r in rows))}; "
-        f"reference {first.reference} ({first.n_ref}); KID not x1000. Protocols: {ids}.\n"
+        f"reference {first.reference} ({first.n_ref}); KID not x1000. Protocols: {ids}."
     )
 
 
@@ -181,7 +183,7 @@ def _table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _lines(cells: Sequence[Sequence[str]]) -> str:
-    return "".join("| " + " | ".join(c.replace("|", r"\|") for c in line) + " |\n" for line in cells)
+    return "".join("| " + " | ".join(markdown_text(c) for c in line) + " |\n" for line in cells)
 
 
 def _score_of(key: str) -> Callable[[Mapping[str, Any]], Score | None]:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
 from ..errors import UserError
+from ..readers import read_json
 from . import checks as checks_module
 from . import features, frechet, inception, pictures
 from .checks import Check, Side
@@ -24,6 +26,19 @@ from .standards_table import STANDARDS
 NOT_VERIFIED = "protocol not verified here"
 PACKAGES = ("torch", "torch-fidelity", "numpy", "pillow")
 CODE = (features, frechet, inception, pictures)
+
+
+class Stamp(TypedDict):
+    """What verified.json says of an Outcome."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    check: str
+    extractor_id: str
+    expected: float
+    value: float
+    published: bool
+    passed: bool
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -202,10 +217,8 @@ def _stamp(root: Path, outcomes: list[Outcome]) -> None:
     part.replace(_path(root))
 
 
-def _read(root: Path) -> list[dict[str, Any]]:
+def _read(root: Path) -> list[Stamp]:
     try:
-        return json.loads(_path(root).read_text())
+        return read_json(_path(root), list[Stamp], remedy="delete it and run `fewstep verify-metrics`")
     except FileNotFoundError:
         return []
-    except ValueError:
-        raise UserError(f"{_path(root)}: unreadable; delete it and run `fewstep verify-metrics`") from None

@@ -1,6 +1,5 @@
 """What a teacher consists of, without its weights: component configurations from a folder, the hub, or known facts."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -15,6 +14,7 @@ from ...pipelines.pipeline_edm import EDMPipeline
 from ..errors import UserError
 from ..families import FAMILIES
 from ..hub import refusal
+from ..readers import Unreadable, read_json
 from ..settings import TeacherSettings
 from ..teacher import EMBEDDED, KNOWN_CLASSES, LatentTeacher, PixelTeacher, Teacher, class_of, locate
 from ..weight_files import component_sizes, refuse_variant, variants_in
@@ -106,7 +106,7 @@ def _is_whole(folder: Path) -> bool:
     if not (folder / "model_index.json").is_file():
         return False
     index = _read_json(folder / "model_index.json", str(folder))
-    parts = [p for p in _parts_of(class_of(str(folder))) if None not in (index.get(p) or [None])]
+    parts = [p for p in _parts_of(class_of(str(folder))) if _named(index, p)]
     return bool(parts) and all((folder / p / _file_of(p)).is_file() for p in parts)
 
 
@@ -117,7 +117,7 @@ def _read_folder(folder: Path, path: str) -> Architecture:
         raise UserError(f"teacher.path: {path} is a {kind}; {KNOWN_CLASSES}")
     parts = {}
     for name in names:
-        if None in (index.get(name) or [None]):
+        if not _named(index, name):
             if name == "text_encoder_3":  # Stable Diffusion 3 runs without its T5
                 continue
             raise UserError(f"teacher.path: {path} has no {name}; save the pipeline with its {name}")
@@ -126,10 +126,16 @@ def _read_folder(folder: Path, path: str) -> Architecture:
     return Architecture(kind, parts, options)
 
 
+def _named(index: dict[str, Any], part: str) -> bool:
+    """Whether model_index.json names a class for a component."""
+    value = index.get(part)
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
+
+
 def _read_json(file: Path, path: str) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        return read_json(file, dict[str, Any], remedy="save the pipeline again")
+    except (FileNotFoundError, Unreadable) as error:
         name = f"{file.parent.name}/{file.name}" if file.name != "model_index.json" else file.name
         raise UserError(f"teacher.path: {path}: {name} cannot be read ({error}); save it again") from error
 

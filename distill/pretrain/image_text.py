@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ from ..data.images import ImageData
 from ..errors import UserError
 from ..metrics.image_text import full_float32
 from ..metrics.lite_minilm import PICTURE_RULE, SHIPPED, heads_of, load_heads, sentences, towers
+from ..readers import read_tensors
 from ..settings import settings
 
 
@@ -192,7 +193,7 @@ def features(network: Any, trunk: str, rows: ImageData, folder: Path, batch_size
     key = hashlib.sha256(f"{trunk} {PICTURE_RULE} {rows.fingerprint}".encode()).hexdigest()
     path = folder / f"{key[:32]}.safetensors"
     if path.is_file():
-        kept = load_file(path)
+        kept = read_tensors(path, remedy="delete it and repeat the command")
     else:
         pictures = []
         for start in tqdm(range(0, len(rows), batch_size), desc="features", unit="batch"):

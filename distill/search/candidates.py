@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import stdev
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from ..metrics.protocol import Score
 
@@ -21,6 +23,18 @@ class Trial:
 
     candidate: Candidate
     fitness: float | None
+
+
+class TrialRow(TypedDict):
+    """A line of a search's log, beside the terms of the fitness."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    step: int
+    subject: str
+    phase: str
+    fitness: Annotated[float, Field(allow_inf_nan=False)] | None
+    candidate: dict[str, list[Annotated[float, Field(allow_inf_nan=False)]]]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:

@@ -1,19 +1,21 @@
 """The raw weights that a run kept, read one tensor at a time."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
 from torch import Tensor
 
 from ..errors import UserError
-from ..run_folder import LOG
+from ..readers import fitting, open_tensors
+from ..run_folder import LOG, log_lines
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,7 @@ class CheckpointSet:
     @cached_property
     def files(self) -> list[Any]:
         """Open files, of which nothing is in memory but what is asked for."""
-        try:
-            return [safe_open(self.path(i), framework="pt") for i in range(len(self))]
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"student.path: raw weights unreadable ({error}); train again") from None
+        return [open_tensors(self.path(i), remedy="train again") for i in range(len(self))]
 
     def check(self) -> None:
         first, *others = (self.layout(i) for i in range(len(self)))
@@ -90,12 +89,21 @@ class CheckpointSet:
 
     def losses(self) -> list[float]:
         """Mean of the logged losses since the checkpoint before, of each. Raises UserError where none was logged."""
-        rows = [json.loads(line) for line in (self.run / LOG).read_text().splitlines()]
+        log = self.run / LOG
+        try:
+            rows = [row for _, row in log_lines(log)]
+        except FileNotFoundError:
+            raise UserError(f"method.metric: {log} is missing; restore it, or use metric step") from None
         spacing = self.steps[1] - self.steps[0]
         out = []
         for before, step in zip((self.steps[0] - spacing, *self.steps), self.steps, strict=False):
             within = (r for r in rows if before < r["step"] <= step)
-            logged = [r[k] for r in within for k in ("loss", "student/loss") if k in r]
+            logged = [
+                fitting(r[k], f"{log}: step {r['step']}: {k}", Finite, remedy="use metric step")
+                for r in within
+                for k in ("loss", "student/loss")
+                if k in r
+            ]
             if not logged:
                 raise UserError(
                     f"method.metric: {self.run}/{LOG} has no loss between steps {before} and {step}; train with "

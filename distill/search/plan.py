@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..catalog import SEARCHES
-from ..metrics.compare import size_of
+from ..metrics.entries import size_of
 from ..metrics.lite_minilm import SHIPPED
 from ..planning.dry_run import gib, missing_data
 from ..student_folder import located

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_file
-from ..metrics.compare import kind_of, size_of
+from ..metrics.entries import kind_of, size_of
 from ..metrics.evaluate import evaluate
+from ..metrics.markup import markdown_text
 from ..metrics.protocol import Score
 from ..metrics.table import by_column, markdown, protocol_notes
 from ..model_card import markdown as plain_table
@@ -73,7 +74,7 @@ def report(
         text = "\n".join(
             [
                 markdown(scored),
-                protocol_notes(scored),
+                markdown_text(protocol_notes(scored)) + "\n",
                 memory,
                 *(f"- {v}" for v in record["verdicts"]),
                 apart(config),
@@ -90,8 +91,8 @@ def apart(config: SearchConfig) -> str:
     """What the search saw and what the report saw."""
     assert config.report is not None
     d, r = config.data, config.report
-    return (
-        f"\nSearched on prompts and pictures of {d.name}/{d.split} and noise of its own (seed {config.seed}, "
+    return "\n" + markdown_text(
+        f"Searched on prompts and pictures of {d.name}/{d.split} and noise of its own (seed {config.seed}, "
         f"{config.num_images} pictures, finalists {config.final_images}); reported on {r.name or d.name}/{r.split}, "
         f"{r.num_images} pictures, {r.seeds} other seeds. The deviation of a difference is that of its values seed by "
         "seed: all rows have the same prompts and noise."

@@ -1,6 +1,5 @@
 """The loop of searches: candidates on fixed noise, a log to resume from, export, and a report on fresh noise."""
 
-import json
 import math
 import shutil
 import signal
@@ -27,10 +26,11 @@ from ..metrics.pipeline_source import NotFinite, PipelineSource, quiet
 from ..metrics.remote_code import own_code
 from ..model_card import search_card
 from ..quantise import held_bytes
-from ..run_folder import LOG, RunFolder
+from ..readers import fitting
+from ..run_folder import LOG, RunFolder, log_lines
 from ..run_lock import locked
 from ..student_folder import StudentFiles
-from .candidates import Candidate, Search, SearchParts, Trial, ranked
+from .candidates import Candidate, Search, SearchParts, Trial, TrialRow, ranked
 from .config import SearchConfig
 from .fitness import Fitness
 from .report import Cell, report
@@ -191,7 +191,12 @@ class SearchRunner:
 
     def _rows(self) -> list[dict[str, Any]]:
         path = self.run / LOG
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        if not path.exists():
+            return []
+        remedy = "delete it and repeat the command, the search then starts anew"
+        return [
+            fitting(row, f"{path}: step {row['step']}", TrialRow, remedy=remedy) for _, row in log_lines(path)
+        ]
 
     def _trials(self, subject: str, phase: str) -> list[Trial]:
         rows = (r for r in self._rows() if (r["subject"], r["phase"]) == (subject, phase))

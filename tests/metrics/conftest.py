@@ -1,11 +1,9 @@
 import contextlib
 import io
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,23 +16,18 @@ from PIL import Image
 CAPTIONS = ["cat", "dog", "red", "red cat", "red dog", "cat dog"]
 
 
-class InThisProcess:
-    """What compare.py uses of `subprocess`: the same command lines, without the imports of a new process."""
-
-    DEVNULL = subprocess.DEVNULL
-
-    @staticmethod
-    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        assert command[:3] == [sys.executable, "-m", "fewstep.distill.cli"]
-        with contextlib.redirect_stdout(io.StringIO()):
-            return subprocess.CompletedProcess(command, main(command[3:]))
+def here(command: list[str]) -> int:
+    """`run_child` of the same command line, without the imports of a new process."""
+    assert command[:3] == [sys.executable, "-m", "fewstep.distill.cli"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return main(command[3:])
 
 
 @pytest.fixture(scope="module")
 def scored_here() -> Iterator[None]:
     """`compare` scores its models in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparing, "subprocess", InThisProcess)
+        patch.setattr(comparing, "run_child", here)
         yield
 
 

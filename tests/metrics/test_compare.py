@@ -11,9 +11,10 @@ import pytest
 import yaml
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
+from fewstep.distill.interrupts import run_child
 from fewstep.distill.metrics import compare as comparing
-from fewstep.distill.metrics.compare import compare, kind_of, read_entry
-from fewstep.distill.metrics.page import page
+from fewstep.distill.metrics.compare import compare
+from fewstep.distill.metrics.entries import kind_of, read_entry
 from fewstep.distill.metrics.table import by_column
 from PIL import Image
 
@@ -126,7 +127,7 @@ def test_markdown_and_page_hold_the_numbers(made: tuple[Path, dict]) -> None:
     assert [[c.partition(" ±")[0] for c in line] for line in first if "---" not in line] == pivot(
         record["rows"]
     )
-    assert text.startswith("# A <tiny> comparison\n") and "A &lt;tiny&gt; comparison" in html
+    assert text.startswith("# A &lt;tiny&gt; comparison\n") and "A &lt;tiny&gt; comparison" in html
     assert html.count("data:image/png;base64,") == 8
     assert "{{" not in html and not re.search(r"(src|href)=[\"']?http", html)
     assert "1 min 01 s" in text and "0.12 M" in text
@@ -187,12 +188,16 @@ def test_a_report_of_another_protocol_is_refused(
 def test_what_cannot_be_compared(
     runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparing, "subprocess", subprocess)  # whose words come through
+    monkeypatch.setattr(comparing, "run_child", run_child)  # whose words come through
     full = str(runs / "full")
+    cut = shutil.copytree(runs / "foreign", tmp_path / "cut")
+    weights = cut / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
     for entries, flags, message in (
         ([full, full], [], "full: two entries have this name; give one as NAME=PATH"),
         ([full], ["--steps", "4"], "offers 1, 2; add one of them to --steps"),
-        ([str(tmp_path / "nowhere")], ["--teacher", "none", "--num_images", "4"], "could not be scored"),
+        ([str(cut)], ["--teacher", "none", "--num_images", "4"], "cut could not be scored"),
+        ([b"a\xff".decode(errors="surrogateescape")], [], "is not UTF-8 text"),
     ):
         output = str(tmp_path / "out")
         assert main(["compare", *entries, "--output", output, "--teacher_steps", "1", *flags]) == 2
@@ -225,7 +230,9 @@ def test_entries_by_name_and_path(runs: Path, tmp_path: Path, made: tuple[Path, 
     assert (read_entry(str(odd)).name, read_entry(f"a={odd}").name) == ("lr=1e-4", "a")
     assert read_entry(f"a={odd}").pipeline == str(odd / "pipeline")
     output, _ = made
-    with pytest.raises(UserError, match=r"compare\.json: not a report; give the file written by evaluate"):
+    with pytest.raises(
+        UserError, match=r"compare\.json: device: field required: give the file that evaluate wrote"
+    ):
         compare([str(output / "compare.json")], tmp_path / "out", teacher="none")
     with pytest.raises(UserError, match="a-b: two entries have this name"):
         compare([f"a b={odd}", f"a-b={odd}"], tmp_path / "out", teacher="none")
@@ -258,10 +265,3 @@ def test_pictures_are_those_of_the_scored_calls(
         compare([str(runs / "foreign")], tmp_path / scale, options=["--guidance_scale", scale], **arguments)
     one, other = (tmp_path / s / "pictures" / "foreign-1.png" for s in ("1.0", "8.0"))
     assert one.read_bytes() != other.read_bytes()
-
-
-def test_page_escapes_names(made: tuple[Path, dict]) -> None:
-    output, record = made
-    rows = [{**row, "model": "</script><b>"} for row in record["rows"]]
-    html = page({**record, "rows": rows}, output)
-    assert "</script><b>" not in html and "&lt;/script&gt;&lt;b&gt;" in html

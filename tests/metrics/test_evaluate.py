@@ -186,10 +186,10 @@ def test_sampling_json_decides_the_call(folder: Path) -> None:
     assert teacher.arguments(1, 3.0) == {"guidance_scale": 3.0, "num_inference_steps": 2}
     with pytest.raises(UserError, match="takes no 'stride'"):
         source({"default": {"stride": 2}}).arguments(1, None)
-    with pytest.raises(UserError, match="must map a number of steps"):
+    with pytest.raises(UserError, match=r"sampling\.json: .*: export the pipeline again"):
         source([1, 2])
     (folder / "sampling.json").write_text("{")
-    with pytest.raises(UserError, match=r"sampling\.json: unreadable"):
+    with pytest.raises(UserError, match=r"sampling\.json: is not JSON"):
         PipelineSource(str(folder), CPU)
 
 

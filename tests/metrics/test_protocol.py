@@ -1,6 +1,8 @@
 """A number keeps its protocol, and numbers of different protocols are never put together."""
 
 import json
+import os
+import subprocess
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -121,31 +123,48 @@ def test_table_refuses_other_protocols_and_names_other_machines() -> None:
     assert markdown_table(rows).splitlines()[3].endswith("| - |")
 
 
-EMPTY = {"device": "cpu", "versions": {}, "batch_size": 1, "rows": []}
+ROW = {**row("a", 1, [score(metric="FD")]), "nfe": 1, "peak_memory": {"bytes": None}, "arguments": {}}
+SMALL = json.loads(json.dumps({"device": "cpu", "versions": {}, "batch_size": 1, "rows": [ROW]}))
 
 
 def test_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.json"
     check_writable(path)
-    write_report(EMPTY, path)
-    assert read_report(path) == EMPTY
+    write_report(SMALL, path)
+    assert read_report(path) == SMALL
     with pytest.raises(ValueError):
-        write_report({**EMPTY, "rows": [float("nan")]}, path)
-    assert read_report(path) == EMPTY
+        write_report({**SMALL, "rows": [float("nan")]}, path)
+    assert read_report(path) == SMALL
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    path, own = tmp_path / "a[1].json", os.getpid()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (
+        f".a[1].json.{dead.pid}.part",
+        f".a[1].json.{own}.part",
+        ".a[1].json.x.part",
+        ".a1.json.1.part",
+    ):
+        (tmp_path / name).touch()
+    write_report(SMALL, path)
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == [".a1.json.1.part", ".a[1].json.x.part", "a[1].json"]
 
 
 def test_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.json"
-    write_report(EMPTY, path)
+    write_report(SMALL, path)
 
     def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match=r"report\.json: cannot be written \(No space left on device\)"):
-        write_report({**EMPTY, "rows": [2]}, path)
-    assert read_report(path) == EMPTY
+        write_report({**SMALL, "rows": [2]}, path)
+    assert read_report(path) == SMALL
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
 
@@ -155,10 +174,12 @@ def test_places_that_cannot_be_written_or_read(tmp_path: Path) -> None:
         check_writable(tmp_path / "file" / "report.json")
     with pytest.raises(UserError, match="this is a folder"):
         check_writable(tmp_path)
-    with pytest.raises(UserError, match="unreadable report"):
+    with pytest.raises(
+        UserError, match=r"file: is not JSON .*: give the file that evaluate wrote, or evaluate again"
+    ):
         read_report(tmp_path / "file")
     (tmp_path / "file").write_text("[]")
-    with pytest.raises(UserError, match="not a report"):
+    with pytest.raises(UserError, match="file: its value: input should be a valid dictionary: give the file"):
         read_report(tmp_path / "file")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from fewstep.distill.errors import UserError
 from fewstep.distill.metrics import compare as comparing
 from fewstep.distill.metrics import loading, reference, remote_code
 from fewstep.distill.metrics.compare import compare
+from fewstep.distill.metrics.conditions import control_in
 from fewstep.distill.metrics.evaluate import evaluate, open_source
 from fewstep.distill.metrics.inputs import Inputs
 from fewstep.distill.metrics.pipeline_source import PipelineSource
@@ -249,3 +251,69 @@ def test_compare_hands_the_trust_on(
     record = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert [p["file"] for p in record["strips"][0]["pictures"]] == ["pictures/own-1.png"]
     assert record["strips"][0]["captions"] == [{"text": "", "seen": True}] * 8
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ('RuntimeError("first line\\nsecond")', "fails (RuntimeError: first line)"),
+        ("AttributeError()", "fails (AttributeError)"),
+        ("AssertionError()", "fails (AssertionError)"),
+        ('KeyError("prompt")', "fails (KeyError: 'prompt')"),
+        ("StopIteration()", "fails (StopIteration)"),
+        ('OSError(28, "No space left")', "fails (OSError: [Errno 28] No space left)"),
+        ('ValueError("odd")', "refuses the call (odd)"),
+        ("MemoryError()", "needs more memory than there is (MemoryError); lower --batch_size"),
+        ('torch.OutOfMemoryError("CUDA")', "needs more memory than there is (CUDA); lower --batch_size"),
+        ('RuntimeError("can\'t allocate memory: 9")', "needs more memory than there is"),
+        ('type("Own", (Exception,), {})("mine")', "fails (Own: mine)"),
+    ],
+)
+def test_a_pipeline_that_raises_anything_is_one_line(
+    raised: str, said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = CODE.replace("side = self", f"raise {raised}\n        side = self")
+    (folder / "pipeline_tiny.py").write_text(code)
+    flags = ["--data", "classes", "--num_images", "4", "--steps", "1", "--device", "cpu"]
+    for verb in ("evaluate", "sample"):
+        output = tmp_path / "out" / verb
+        command = [verb, str(folder), *flags, "--output", str(output), "--trust_remote_code"]
+        assert main(command) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"fewstep: error: {folder}: TinyPipeline {said}"), line
+        assert not list(output.glob("*.png")) and not output.is_file()
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        ("None", "gives neither RGB nor grey pictures"),
+        ("'x'", "gives neither RGB nor grey pictures"),
+        ("(sample * 255).byte()", "gives neither RGB nor grey pictures in [0, 1]"),
+        ("sample.permute(0, 2, 3, 1).byte().numpy()", "gives neither RGB nor grey pictures in [0, 1]"),
+        ("sample.permute(0, 2, 3, 1).numpy().astype(object)", "gives neither RGB nor grey pictures"),
+        ("sample.expand(-1, 2, -1, -1)", "gives neither RGB nor grey pictures"),
+        ("sample[:1]", "gives 1 pictures for 2 inputs"),
+        ("sample / 0", "the pictures hold NaN or infinity"),
+        ("sample[..., 1:]", "scores need square ones"),
+    ],
+)
+def test_what_a_pipeline_gives_is_checked(images: str, said: str, folder: Path) -> None:
+    code = CODE.replace("images=(sample / 2 + 0.5).clamp(0, 1)", f"images={images}")
+    (folder / "pipeline_tiny.py").write_text(code)
+    source = open_source(str(folder), CPU, trust_remote_code=True)
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        source.pictures(range(2), Inputs("class", [1, 2]), 0, {"num_inference_steps": 1})
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"control"', b"\xff", b"null", b"{}", b'{"control": "canny"}', b"[" * 100_000]
+)
+def test_damaged_notes_of_a_control(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "control.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"control\.json: .*: export the pipeline again"):
+        control_in(tmp_path)
+    (tmp_path / "control.json").write_text('{"control": {"name": "nothing"}}')
+    with pytest.raises(UserError, match=r"control\.json: control.*: export the pipeline again"):
+        control_in(tmp_path)

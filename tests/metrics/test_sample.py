@@ -1,5 +1,6 @@
 """A folder of samples: the pictures that `evaluate` would see, readable as data, of captions or of prompts."""
 
+import resource
 from contextlib import suppress
 from pathlib import Path
 
@@ -107,3 +108,36 @@ def test_pictures_of_prompts_by_a_model_with_a_lora(
         assert main(["sample", pipeline, "--prompts", str(prompts), "--steps", "2", "--output", out]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_places_and_numbers_that_cannot_be(
+    tiny_pipeline: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file in the folder's place, below a file, a note that is damaged, a full disk, noise beyond 64 bits."""
+    call = ["sample", str(tiny_pipeline), "--data", str(data_folder), "--steps", "1", "--num_images", "2"]
+    call += ["--guidance_scale", "1.0"]
+
+    def refused(output: Path, *flags: str) -> str:
+        assert main([*call, "--output", str(output), *flags]) == 2
+        return capsys.readouterr().err.splitlines()[-1].removeprefix("fewstep: error: ")
+
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert refused(output).startswith(f"output: {output} cannot be written (")
+    out = tmp_path / "out"
+    for block in ("-1", str(2**63), str(10**13)):
+        assert refused(out, "--seed_block", block).startswith(f"seed_block: {block}; give 0 to 92233")
+    assert not out.exists()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (650, before[1]))
+    try:
+        line = refused(out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert line.startswith(f"output: {out}/") and "(File too large); free space or name another" in line
+    assert not list(out.glob("*.part"))
+    assert main([*call, "--output", str(out)]) == 0 and len(list(out.glob("*.png"))) == 2
+    capsys.readouterr()
+    for content in (b"", b"\xff", b"[" * 100_000, b"null"):
+        (out / "sample.json").write_bytes(content)
+        assert "holds other files or the pictures of another call" in refused(out)

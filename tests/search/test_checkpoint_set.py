@@ -87,5 +87,36 @@ def test_the_newest_alone(tmp_path: Path) -> None:
 def test_damaged_files(tmp_path: Path) -> None:
     write(tmp_path, [{"w": torch.zeros(3)}] * 2)
     (tmp_path / "raw_weights" / "step-00000002.safetensors").write_bytes(b"short")
-    with pytest.raises(UserError, match="raw weights unreadable"):
+    with pytest.raises(UserError, match=r"step-00000002\.safetensors: is not a readable .*: train again"):
         CheckpointSet.of(tmp_path)
+
+
+LOG = '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 3.0}\n'
+
+
+def test_losses_of_a_log_whose_last_line_was_cut(tmp_path: Path) -> None:
+    checkpoints = write(tmp_path, [{"w": torch.zeros(3)}] * 2)
+    (tmp_path / "log.jsonl").write_text(LOG + '{"step": 3, "lo')
+    assert checkpoints.losses() == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"log\.jsonl is missing; restore it, or use metric step"),
+        ('{"step": 1, \n' + LOG, r"log\.jsonl: line 1: is not JSON .*: mend or delete the line"),
+        ('{"loss": 1.0}\n' + LOG, r"log\.jsonl: line 1: step: field required"),
+        ('{"step": -1}\n' + LOG, r"log\.jsonl: line 1: step: input should be greater"),
+        ("[" * 100_000 + "\n" + LOG, r"log\.jsonl: line 1: is nested too deeply"),
+        ("null\n" + LOG, r"log\.jsonl: line 1: its value: input should be a valid dictionary"),
+        (LOG.replace("3.0", "NaN"), r"log\.jsonl: step 2: loss: .* finite number: use metric step"),
+        (LOG.replace("3.0", '"x"'), r"log\.jsonl: step 2: loss: .* valid number"),
+        ("", r"has no loss between steps 0 and 1; train with --logging_steps 1"),
+    ],
+)
+def test_a_damaged_log(tmp_path: Path, text: str | None, message: str) -> None:
+    checkpoints = write(tmp_path, [{"w": torch.zeros(3)}] * 2)
+    if text is not None:
+        (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        checkpoints.losses()

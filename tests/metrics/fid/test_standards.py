@@ -89,9 +89,10 @@ def test_mjhq_selection_is_the_shuffle_with_seed_0_then_sorted(tmp_path: Path) -
     assert mjhq_prompts(path, 4) == ["of b", "of c", "of e", "of i"]
     with pytest.raises(UserError, match="10 prompts, 11 are needed"):
         mjhq_names(path, 11)
-    path.write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
-        mjhq_names(path, 1)
+    for text in ("{", "[]", '{"a": {}}', '{"a": {"prompt": 1}}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"meta_data\.json: .*: give --prompts PATH"):
+            mjhq_names(path, 1)
 
 
 def test_coco_takes_the_first_caption_of_each_image_by_id(tmp_path: Path) -> None:

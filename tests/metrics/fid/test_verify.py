@@ -175,9 +175,12 @@ def test_nothing_prepared_is_said_with_its_remedy(
         verify_metrics(["folders"], extractor=inception, checks=known, directory=tmp_path)
     with pytest.raises(UserError, match="no check 'fid'; available: folders"):
         verify_metrics(["fid"], checks=known, directory=tmp_path)
-    (tmp_path / "verified.json").write_text("{")
-    with pytest.raises(UserError, match="unreadable; delete it and run `fewstep verify-metrics`"):
-        is_verified(inception, directory=tmp_path)
+    for text in ("{", "null", '[{"check": "folders"}]', "[" * 100_000):
+        (tmp_path / "verified.json").write_text(text)
+        with pytest.raises(
+            UserError, match=r"verified\.json: .*: delete it and run `fewstep verify-metrics`"
+        ):
+            is_verified(inception, directory=tmp_path)
 
 
 def test_protocol_names_ask_for_their_extractor(
