@@ -123,7 +123,7 @@ def test_places_and_numbers_that_cannot_be(
 
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert refused(output).startswith(f"output: {output} cannot be written (")
+        assert refused(output).startswith(f"output: {output} could not be written (")
     out = tmp_path / "out"
     for block in ("-1", str(2**63), str(10**13)):
         assert refused(out, "--seed_block", block).startswith(f"seed_block: {block}; give 0 to 92233")
@@ -134,8 +134,8 @@ def test_places_and_numbers_that_cannot_be(
         line = refused(out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert line.startswith(f"output: {out}/") and "(File too large); free space or name another" in line
-    assert not list(out.glob("*.part"))
+    assert line.startswith(f"output: {out}/") and "(File too large); free space or choose another --output" in line
+    assert not list(out.glob(".*.partial"))
     assert main([*call, "--output", str(out)]) == 0 and len(list(out.glob("*.png"))) == 2
     capsys.readouterr()
     for content in (b"", b"\xff", b"[" * 100_000, b"null"):
