@@ -5,13 +5,13 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from glob import escape, glob
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..nearest import nearest
 from .embedded import STYLES
 from .named import NAMED
 
@@ -168,8 +168,8 @@ def _offline() -> Iterator[None]:
 
 
 def _not_local(name: str) -> str:
-    near = get_close_matches(name, (*STYLES, *NAMED), n=1)
-    return "no local folder" + (f" (did you mean {near[0]}?)" if near else "")
+    near = nearest(name, (*STYLES, *NAMED))
+    return "no local folder" + (f" (did you mean {near}?)" if near else "")
 
 
 def _load(builder: str, name: str, split: str = "train", **files: Any) -> Any:

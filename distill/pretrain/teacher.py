@@ -1,5 +1,6 @@
 """Trains an embedded teacher stage by stage: autoencoder, text encoder, then the diffusion network."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ...pipelines.export import Export, sampling_of, write_export
 from ...pipelines.pipeline_edm import EDMPipeline
 from ..checkpoint import write_folder
-from ..config import RunConfig, load_config
+from ..config import RunConfig, load_config, shown
 from ..data import load_data
 from ..errors import UserError
+from ..nearest import hint
 from ..runner import Runner
 from ..teacher import class_of, load_edm
 from .card import write_card, write_pixel_card
@@ -34,15 +36,37 @@ def train(tree: dict[str, Any]) -> Path:
                 f"{key}: missing; see configs/emoji/teacher.yaml and configs/fashion/teacher.yaml"
             )
     if not isinstance(tree["stages"], dict):
-        raise UserError(f"stages: {tree['stages']!r} has no keys; write `stages: {{pixels: ...}}`")
+        raise UserError(f"stages: {shown(tree['stages'])} has no keys; write `stages: {{pixels: ...}}`")
     pixels = "pixels" in tree["stages"]
     _check_keys("", tree, ("output_dir", "stages", *(() if pixels else ("network", "scheduler"))))
     _check_keys("stages.", tree["stages"], PIXEL_STAGES if pixels else STAGES)
-    root = Path(tree["output_dir"])
-    last = root / (_train_pixels if pixels else _train_latents)(root, tree)
+    root = Path(str(tree["output_dir"]))
+    if not pixels:
+        _check_arguments("network", UNet2DConditionModel, tree["network"])
+        _check_arguments("scheduler", DDIMScheduler, tree["scheduler"])
+    stages = _stages(root, tree["stages"])
+    last = root / (_train_pixels if pixels else _train_latents)(root, tree, stages)
     pipeline = halve(last / "pipeline", root / "pipeline")
     (write_pixel_card if pixels else write_card)(pipeline)
     return pipeline
+
+
+def _stages(root: Path, trees: dict[str, Any]) -> dict[str, RunConfig]:
+    """The configuration of every stage, before the first of them takes its hours."""
+    out = {}
+    for name, tree in trees.items():
+        if not isinstance(tree, dict):
+            raise UserError(
+                f"stages.{name}: {shown(tree)} has no keys; write `stages: {{{name}: {{method: ...}}}}`"
+            )
+        placed: dict[str, Any] = {"output_dir": str(root / name)}
+        if name == "diffusion":
+            placed["teacher"] = {"path": str(root / "start")}
+        for key in placed:
+            if key in tree:
+                raise UserError(f"stages.{name}.{key}: follows from output_dir; leave it out")
+        out[name] = load_config({**tree, **placed}, f"stages.{name}.")
+    return out
 
 
 def _check_keys(prefix: str, tree: dict[str, Any], wanted: tuple[str, ...]) -> None:
@@ -53,27 +77,33 @@ def _check_keys(prefix: str, tree: dict[str, Any], wanted: tuple[str, ...]) -> N
             )
     for key in tree:
         if key not in wanted:
-            raise UserError(f"{prefix}{key}: no such key; there are {', '.join(wanted)}")
+            raise UserError(f"{prefix}{key}: no such key; {hint(str(key), wanted)}")
 
 
-def _train_pixels(root: Path, tree: dict[str, Any]) -> str:
-    finish(load_config({**tree["stages"]["pixels"], "output_dir": str(root / "pixels")}))
+def _check_arguments(key: str, cls: Any, given: Any) -> None:
+    """UserError for what the class does not take."""
+    if not isinstance(given, dict):
+        raise UserError(f"{key}: {shown(given)} has no keys; give the arguments of diffusers' {cls.__name__}")
+    known = [name for name in signature(cls).parameters if not name.startswith("_")]
+    for name in given:
+        if name not in known:
+            raise UserError(f"{key}.{name}: {cls.__name__} takes no such argument; {hint(str(name), known)}")
+
+
+def _train_pixels(root: Path, tree: dict[str, Any], stages: dict[str, RunConfig]) -> str:
+    finish(stages["pixels"])
     return "pixels"
 
 
-def _train_latents(root: Path, tree: dict[str, Any]) -> str:
-    runs = {s: load_config({**tree["stages"][s], "output_dir": str(root / s)}) for s in STAGES[:2]}
-    for config in runs.values():
-        finish(config)
+def _train_latents(root: Path, tree: dict[str, Any], stages: dict[str, RunConfig]) -> str:
+    for name in STAGES[:2]:
+        finish(stages[name])
     start = root / "start"
     if not start.is_dir():
-        write_folder(start, lambda folder: assemble(runs["autoencoder"], root, tree).save_pretrained(folder))
-    stage = {
-        **tree["stages"]["diffusion"],
-        "output_dir": str(root / "diffusion"),
-        "teacher": {"path": str(start)},
-    }
-    finish(load_config(stage))
+        write_folder(
+            start, lambda folder: assemble(stages["autoencoder"], root, tree).save_pretrained(folder)
+        )
+    finish(stages["diffusion"])
     return "diffusion"
 
 
