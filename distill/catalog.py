@@ -1,6 +1,5 @@
 """The list of methods: one line each."""
 
-import difflib
 from typing import Any
 
 from .errors import UserError
@@ -17,6 +16,7 @@ from .methods.q_sched import QSched
 from .methods.rcm import RCM
 from .methods.rg_lcd import RGLCD
 from .methods.scott import SCott
+from .nearest import hint
 from .pretrain.autoencoder import Autoencoder
 from .pretrain.controlnet import ControlNetTraining
 from .pretrain.diffusion import Diffusion
@@ -49,9 +49,12 @@ SEARCHES: dict[str, type[Search]] = {
 
 
 def method_named(name: str) -> type[Method]:
+    if name in SEARCHES:
+        raise UserError(
+            f"method.name: {name} is a search and trains nothing; give a method that does: {', '.join(METHODS)}"
+        )
     if name not in METHODS:
-        near = difflib.get_close_matches(str(name), [*METHODS, *SEARCHES], n=1, cutoff=0.0)[0]
-        raise UserError(f"method.name: there is no method {name!r}; the nearest is {near}")
+        raise UserError(f"method.name: there is no method {name!r}; {hint(name, [*METHODS, *SEARCHES])}")
     return METHODS[name]
 
 

@@ -3,16 +3,18 @@
 A user's mistake is one line on stderr and exit code 2; a signal ends a command with 128 + its number.
 """
 
-import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from .arguments import MOST_IMAGES, MOST_STEPS, Parser, scale, whole
 from .errors import UserError
 from .interrupts import exit_code, terminations_raised
 from .metrics.commands import prepare_data_command, verify_metrics_command
+from .nearest import hint
 
 if TYPE_CHECKING:
     from .search.config import SearchConfig
@@ -67,12 +69,11 @@ def _search(config: "SearchConfig", dry: bool) -> int:
 
 def turbo(arguments: list[str]) -> int:
     """turbo MODEL --prompts FILE [--lora STYLE.safetensors] [--method lcd] [--dry_run] [--key.sub value ...]"""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fewstep turbo",
         description="Distil a few-step LoRA of your own model from prompts alone, on one device.",
         epilog="Any key of a configuration is a flag too: --max_train_steps 500, --student.rank 16, ...",
     )
-    parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument("model", help="pipeline folder, embedded teacher or hub id")
     parser.add_argument("--prompts", help="text file of one prompt a line, or a folder of such files")
     parser.add_argument("--lora", help="a style LoRA that the model shall have: file, or owner/name/file")
@@ -81,9 +82,11 @@ def turbo(arguments: list[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="print what it would take")
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the LoRA when it is finished")
     args, overrides = parser.parse_known_args(arguments)
-    from .hub import push
+    from .hub import check_name, push
     from .turbo import turbo as run
 
+    if args.push_to_hub is not None:
+        check_name(args.push_to_hub)
     config = run(
         args.model, lora=args.lora, prompts=args.prompts, method=args.method, output_dir=args.output_dir,
         overrides=overrides, dry=args.dry_run,
@@ -95,8 +98,7 @@ def turbo(arguments: list[str]) -> int:
 
 def push_to_hub(arguments: list[str]) -> int:
     """push-to-hub RUN OWNER/NAME [--private]: upload what a run exported"""
-    parser = argparse.ArgumentParser(prog="fewstep push-to-hub", description="Upload what a run exported.")
-    parser.error = _usage_error  # type: ignore[method-assign]
+    parser = Parser(prog="fewstep push-to-hub", description="Upload what a run exported.")
     parser.add_argument("run", type=Path, help="run folder; of a LoRA the file goes up, else the pipeline")
     parser.add_argument("repo_id", help="OWNER/NAME on the hub, made if it is not there")
     parser.add_argument("--private", action="store_true", help="of a repository that is made")
@@ -117,12 +119,8 @@ def train_teacher(arguments: list[str]) -> int:
     return 0
 
 
-def evaluate(arguments: list[str]) -> int:
-    """evaluate PIPELINE --data NAME_OR_FOLDER --num_images N --steps 1 2 4 [--seeds 3] [--output report.json]"""
-    parser = argparse.ArgumentParser(
-        prog="fewstep evaluate", description="Score a pipeline or a folder of pictures."
-    )
-    parser.error = _usage_error  # type: ignore[method-assign]
+def _evaluate_parser() -> Parser:
+    parser = Parser(prog="fewstep evaluate", description="Score a pipeline or a folder of pictures.")
     parser.add_argument(
         "pipeline",
         help="diffusers pipeline folder, embedded teacher, hub id, each with +LORA; or folder of images",
@@ -130,11 +128,13 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--data", help="default: emoji")
     parser.add_argument("--split", help="of real pictures and prompts, default: train")
     parser.add_argument("--holdout", help="split of unseen real pictures, or none; default: holdout, or test")
-    parser.add_argument("--num_images", type=int, default=500)
-    parser.add_argument("--steps", type=int, nargs="*", default=[])
-    parser.add_argument("--seeds", type=int, default=1, help="disjoint blocks of num_images pictures")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--num_images", type=whole(1, MOST_IMAGES), default=500)
+    parser.add_argument("--steps", type=whole(1, MOST_STEPS), nargs="*", default=[])
+    parser.add_argument(
+        "--seeds", type=whole(1, 1000), default=1, help="disjoint blocks of num_images pictures"
+    )
+    parser.add_argument("--batch_size", type=whole(1, 65536), default=64)
+    parser.add_argument("--guidance_scale", type=scale)
     parser.add_argument("--extractor", help="default: efflite0-128")
     parser.add_argument("--clip", help="also an image-text score: lite0-minilm, MODEL:TAG of open_clip, ...")
     parser.add_argument(
@@ -150,7 +150,12 @@ def evaluate(arguments: list[str]) -> int:
         "--fresh", action="store_true", help="make and time every picture anew, cached or not"
     )
     parser.add_argument("--output", type=Path)
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def evaluate(arguments: list[str]) -> int:
+    """evaluate PIPELINE --data NAME_OR_FOLDER --num_images N --steps 1 2 4 [--seeds 3] [--output report.json]"""
+    args = _evaluate_parser().parse_args(arguments)
 
     from .data import other_split
     from .metrics.conditions import read_control
@@ -190,11 +195,10 @@ def evaluate(arguments: list[str]) -> int:
 
 def sample(arguments: list[str]) -> int:
     """sample PIPELINE --data NAME_OR_FOLDER --num_images N --steps 4 --output FOLDER | --prompts FILE"""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fewstep sample",
         description="A folder of pictures, each of the caption or class of a real one, or of a line of a text file.",
     )
-    parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument("pipeline", help="as of evaluate, images apart")
     parser.add_argument(
         "--output", type=Path, required=True, help="a new folder, or one that was not finished"
@@ -202,11 +206,15 @@ def sample(arguments: list[str]) -> int:
     parser.add_argument("--data", default="emoji")
     parser.add_argument("--split", default="train")
     parser.add_argument("--prompts", help="a text file with one a line, in place of --data")
-    parser.add_argument("--num_images", type=int, help="default: one for each prompt, else 500")
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--seed_block", type=int, default=1000, help="of the noise; scores use 0, 1, ...")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument(
+        "--num_images", type=whole(1, MOST_IMAGES), help="default: one for each prompt, else 500"
+    )
+    parser.add_argument("--steps", type=whole(1, MOST_STEPS), required=True)
+    parser.add_argument(
+        "--seed_block", type=whole(0, 10**12), default=1000, help="of the noise; scores use 0, 1, ..."
+    )
+    parser.add_argument("--batch_size", type=whole(1, 65536), default=64)
+    parser.add_argument("--guidance_scale", type=scale)
     parser.add_argument("--control", help="as of evaluate")
     parser.add_argument("--device")
     parser.add_argument("--trust_remote_code", action="store_true")
@@ -224,27 +232,31 @@ def sample(arguments: list[str]) -> int:
 
 def compare(arguments: list[str]) -> int:
     """compare RUN [NAME=RUN ...] --output DIR [--num_images N] [--seeds 3] [--steps 1 2 4] [--teacher NAME]"""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fewstep compare",
         description="Score students of one teacher alike: compare.json, compare.md and compare.html.",
         epilog="Further flags go to `fewstep evaluate` (--batch_size, --clip, --trust_remote_code, ...).",
     )
-    parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument(
         "entries",
         nargs="+",
         help="[NAME=] run folder, pipeline folder, embedded teacher, hub id, each but runs with +LORA; or report.json",
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="of students")
+    parser.add_argument(
+        "--steps", type=whole(1, MOST_STEPS), nargs="+", default=[1, 2, 4], help="of students"
+    )
     parser.add_argument("--teacher", help="scored too; default: the one that the runs name; none: no row")
-    parser.add_argument("--teacher_steps", type=int, nargs="+", default=[1, 2, 4, 8, 50])
+    parser.add_argument("--teacher_steps", type=whole(1, MOST_STEPS), nargs="+", default=[1, 2, 4, 8, 50])
     parser.add_argument("--data", default="emoji")
-    parser.add_argument("--num_images", type=int, default=500)
-    parser.add_argument("--seeds", type=int, default=3, help="disjoint blocks of num_images pictures")
+    parser.add_argument("--num_images", type=whole(1, MOST_IMAGES), default=500)
+    parser.add_argument(
+        "--seeds", type=whole(1, 1000), default=3, help="disjoint blocks of num_images pictures"
+    )
     parser.add_argument("--device")
     parser.add_argument("--title")
     args, options = parser.parse_known_args(arguments)
+    _evaluate_parser().parse_args(["pipeline", *options])  # before the long work
 
     from .metrics.compare import compare as score
 
@@ -260,13 +272,12 @@ def compare(arguments: list[str]) -> int:
 
 def demo(arguments: list[str]) -> int:
     """demo [--output_dir DIR] [--key.sub value ...]: distil the embedded teacher, score both, and draw them"""
-    parser = argparse.ArgumentParser(prog="fewstep demo")
-    parser.error = _usage_error  # type: ignore[method-assign]
+    parser = Parser(prog="fewstep demo")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--config", type=Path, help="what is distilled (default: configs/emoji/demo.yaml)")
-    parser.add_argument("--num_images", type=int, default=100, help="pictures in one value")
+    parser.add_argument("--num_images", type=whole(1, MOST_IMAGES), default=100, help="pictures in one value")
     parser.add_argument(
-        "--seeds", type=int, help="values per row (default: 3; 1 at the teacher's 50 and 8 steps)"
+        "--seeds", type=whole(1, 1000), help="values per row (default: 3; 1 at the teacher's 50 and 8 steps)"
     )
     args, overrides = parser.parse_known_args(arguments)
     from .demo import CONFIGS, run_demo
@@ -274,10 +285,6 @@ def demo(arguments: list[str]) -> int:
     config = args.config or CONFIGS / "emoji" / "demo.yaml"
     run_demo(args.output_dir, overrides, config=config, num_images=args.num_images, seeds=args.seeds)
     return 0
-
-
-def _usage_error(message: str) -> NoReturn:
-    raise UserError(f"{message}; see --help")
 
 
 def _with_config(arguments: list[str], verb: Callable[[list[str]], int]) -> list[str]:
@@ -301,32 +308,62 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 
 
 def usage() -> str:
-    return "usage:\n" + "\n".join(f"  fewstep {(f.__doc__ or '').splitlines()[0]}" for f in VERBS.values())
+    verbs = "\n".join(f"  fewstep {(f.__doc__ or '').splitlines()[0]}" for f in VERBS.values())
+    return f"usage:\n{verbs}\n--traceback anywhere shows where an unexpected error comes from"
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The exit code: 2 after a user's mistake, 1 after a fault of ours or of a library's, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in arguments
+    arguments = [a for a in arguments if a != "--traceback"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
-    verb, *rest = arguments
     try:
-        if verb not in VERBS:
-            raise UserError(f"no command {verb!r}; there are: {', '.join(VERBS)}")
-        if rest[:1] in (["-h"], ["--help"]) and verb in ("distill", "train-teacher"):
-            print(f"usage: fewstep {VERBS[verb].__doc__}")
-            return 0
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            from .launch import join_on_cpus
-
-            join_on_cpus()
         with terminations_raised():
-            return VERBS[verb](rest)
+            return _run(*arguments)
     except UserError as error:
-        print(f"fewstep: error: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), 2)
     except KeyboardInterrupt as interrupt:
         return exit_code(interrupt)
+    except Exception as error:
+        if traceback:
+            raise
+        if isinstance(error, OSError) and error.filename is not None:
+            reason = error.strerror or type(error).__name__
+            return _fail(f"{error.filename}: cannot be read or written ({reason}); {_mend(error)}", 2)
+        first = " ".join((str(error).strip().splitlines() or [""])[0].split())[:200]
+        name = type(error).__name__
+        return _fail(
+            f"{name}: {first} (this is a fault of fewstep or of a library; --traceback shows where)", 1
+        )
+
+
+def _run(verb: str, *arguments: str) -> int:
+    rest = list(arguments)
+    if verb not in VERBS:
+        raise UserError(f"no command {verb!r}; {hint(verb, VERBS)}")
+    if rest[:1] in (["-h"], ["--help"]) and verb in ("distill", "train-teacher"):
+        print(f"usage: fewstep {VERBS[verb].__doc__}")
+        return 0
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        from .launch import join_on_cpus
+
+        join_on_cpus()
+    return VERBS[verb](rest)
+
+
+def _fail(line: str, code: int) -> int:
+    print(f"fewstep: error: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+def _mend(error: OSError) -> str:
+    """What to do about a file that the system refused."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free space, or write elsewhere"
+    return "check that it is there, of the right kind and open to you, or name another"
 
 
 if __name__ == "__main__":

@@ -1,19 +1,25 @@
 """The run configuration: one YAML file, dotted overrides, typed by pydantic, with errors that name the key."""
 
+import copy
 import dataclasses
-import difflib
 import json
+import math
 import re
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
+from .effects import RUN, check_effects
 from .errors import UserError
-from .settings import AutoencoderSettings, StudentSettings, TeacherSettings, settings
+from .nearest import hint
+from .readers import Unreadable, Written, WrittenFloat, WrittenInt, parse_yaml, read_yaml_file
+from .settings import COUNTS, SEEDS, AutoencoderSettings, Idle, StudentSettings, TeacherSettings, settings
+
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+LARGEST = 2**63
 
 Precision = Annotated[
     Literal["no", "fp16", "bf16"],
@@ -39,18 +45,18 @@ class DataSettings:
     center_crop: bool = True
     random_flip: bool = False
     prompts: str | None = None
-    num_inference_steps: int | None = Field(None, ge=1)
-    guidance_scale: float | None = Field(None, ge=0)
-    images_per_prompt: int | None = Field(None, ge=1)
-    seed: int | None = None
+    num_inference_steps: int | None = Field(None, ge=1, le=1000)
+    guidance_scale: float | None = Field(None, ge=0, le=1000)
+    images_per_prompt: int | None = Field(None, ge=1, le=COUNTS)
+    seed: int | None = Field(None, ge=0, lt=SEEDS)
 
 
 @settings
 class RawWeightsSettings:
     """every: steps between saves of the student's raw weights, 0 for none; keep: how many stay."""
 
-    every: int = Field(0, ge=0)
-    keep: int = Field(20, ge=1)
+    every: int = Field(0, ge=0, le=COUNTS)
+    keep: int = Field(20, ge=1, le=COUNTS)
 
 
 @settings
@@ -70,19 +76,19 @@ class RunConfig:
     teacher: TeacherSettings | None = None
     vae: AutoencoderSettings | None = None
     student: StudentSettings = Field(default_factory=StudentSettings)
-    resolution: int | None = Field(None, ge=1)
-    seed: int = 0
-    train_batch_size: int = Field(16, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    max_train_steps: int = Field(1000, ge=1)
+    resolution: int | None = Field(None, ge=1, le=16384)
+    seed: int = Field(0, ge=0, lt=SEEDS)
+    train_batch_size: int = Field(16, ge=1, le=65536)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=65536)
+    max_train_steps: int = Field(1000, ge=1, le=COUNTS)
     optimizer: Literal["adamw", "adamw_8bit", "radam"] = "adamw"
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, le=100)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
-    lr_warmup_steps: int = Field(0, ge=0)
+    lr_warmup_steps: int = Field(0, ge=0, le=COUNTS)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_weight_decay: float = Field(1e-2, ge=0)
-    adam_epsilon: float = Field(1e-8, ge=0)
+    adam_weight_decay: float = Field(1e-2, ge=0, le=1000)
+    adam_epsilon: float = Field(1e-8, ge=0, le=1)
     max_grad_norm: float | None = Field(1.0, gt=0)
     mixed_precision: Precision = "no"
     gradient_checkpointing: bool = False
@@ -93,58 +99,95 @@ class RunConfig:
     use_ema: bool = False
     ema_decay: float = Field(0.9999, gt=0, lt=1)
     ema_std: float | None = Field(None, gt=0, lt=0.28)
-    checkpointing_steps: int = Field(500, ge=1)
-    checkpoints_total_limit: int | None = Field(2, ge=1)
+    checkpointing_steps: int = Field(500, ge=1, le=COUNTS)
+    checkpoints_total_limit: int | None = Field(2, ge=1, le=COUNTS)
     resume_from_checkpoint: str | None = "latest"
     raw_weights: RawWeightsSettings = Field(default_factory=RawWeightsSettings)
-    logging_steps: int = Field(10, ge=1)
+    logging_steps: int = Field(10, ge=1, le=COUNTS)
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
-    validation_steps: int = Field(0, ge=0)
+    validation_steps: int = Field(0, ge=0, le=COUNTS)
     validation_prompts: tuple[str, ...] = ()
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys of a configuration file; numbers keep their text, for keys that want text."""
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = read_yaml_file(path, written=True)
     except FileNotFoundError:
         raise UserError(f"no configuration {path}; the ready ones are in configs/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())[:160]}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no `key: value` lines; see configs/ for examples")
     return tree
 
 
 def with_overrides(tree: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
-    """`--key.sub value` (or `--key.sub=value`) set in a copy of the tree; values are read as YAML."""
-    tree = yaml.safe_load(yaml.safe_dump(tree))
+    """`--key.sub value` (or `--key.sub=value`) set in a copy of the tree; of a flag given twice the last counts.
+
+    Values are read as YAML, those of keys that want text (`takes_text`) as they are written.
+    """
+    tree = copy.deepcopy(tree)
     items = list(arguments)
     while items:
         item = items.pop(0)
-        if not item.startswith("--"):
-            raise UserError(f"unexpected argument {item!r}; overrides are written --key.sub value")
         name, equals, value = item[2:].partition("=")
+        if not item.startswith("--") or not name:
+            raise UserError(f"unexpected argument {shown(item)}; overrides are written --key.sub value")
+        bare = not equals and (not items or items[0].startswith("--"))
+        if bare and takes_text(name):
+            raise UserError(f"--{name}: its value is missing; write --{name} TEXT")
         if not equals:
-            bare = not items or items[0].startswith("--")
             value = "true" if bare else items.pop(0)
-        if not name:
-            raise UserError(f"unexpected argument {item!r}; overrides are written --key.sub value")
         *parents, last = name.split(".")
         node = tree
         for parent in parents:
-            node = node.setdefault(parent, {})
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
             if not isinstance(node, dict):
                 raise UserError(f"--{name}: {parent} is a single value, it has no key {last}")
         try:
-            node[last] = parse_value(value)
-        except yaml.YAMLError:
-            raise UserError(f"--{name}: {value!r} is not readable YAML; write text as '\"...\"'") from None
+            node[last] = parse_text(value) if takes_text(name) else parse_value(value, written=True)
+        except Unreadable as error:
+            raise UserError(f"--{name}: {shown(value)} {error}; write text as '\"...\"'") from None
     return tree
 
 
-def parse_value(text: str) -> Any:
-    """A YAML value, 1e-4 and 1e3 included."""
-    return numbers(yaml.safe_load(text))
+def parse_value(text: str, *, written: bool = False) -> Any:
+    """A YAML value, 1e-4 and 1e3 included. Raises Unreadable, without a name."""
+    try:
+        return numbers(parse_yaml(text, "", written=written))
+    except Unreadable:
+        raise Unreadable("is not readable YAML") from None
+
+
+def parse_text(text: str) -> str | None:
+    """Text as it is written, without its quotes if it has any; null for none."""
+    if text in ("null", "~", ""):
+        return None
+    if text[0] in "\"'":
+        value = parse_value(text)
+        return value if isinstance(value, str) else text
+    return text
+
+
+def takes_text(name: str) -> bool:
+    """Whether the key `name` holds text: of a run, a search, a method or a stage of train-teacher's."""
+    from .catalog import METHODS, SEARCHES
+    from .search.config import SearchConfig
+
+    parts = name.split(".")
+    if parts[0] == "stages":
+        parts = parts[2:]
+    if parts == ["method", "name"]:
+        return True
+    owners: list[Any] = [RunConfig, SearchConfig]
+    if parts[:1] == ["method"]:
+        owners, parts = [m.Settings for m in (*METHODS.values(), *SEARCHES.values())], parts[1:]
+    kinds: list[Any] = []
+    for part in parts:
+        kinds = [f.type for o in owners for f in dataclasses.fields(o) if f.name == part]
+        owners = [owner for kind in kinds for owner in _settings_in(kind)]
+    return any(str in _options(kind) for kind in kinds)
 
 
 def validate(cls: type, tree: Any, prefix: str = "") -> Any:
@@ -152,28 +195,64 @@ def validate(cls: type, tree: Any, prefix: str = "") -> Any:
 
     Strict, so that a flag without its value (true) is no 1; by way of JSON, so that a list is a tuple.
     """
+    meant = _as_meant(tree, cls, prefix.removesuffix("."))
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(numbers(tree), default=str), strict=True)
+        return TypeAdapter(cls).validate_json(json.dumps(meant, default=str), strict=True)
     except ValidationError as error:
         raise UserError(_first_line(error, cls, prefix)) from None
 
 
-def load_config(tree: dict[str, Any]) -> RunConfig:
-    """The resolved configuration; `method` becomes the settings of the method that method.name names."""
-    return resolved(RunConfig, tree)
+def load_config(tree: dict[str, Any], prefix: str = "") -> RunConfig:
+    """The resolved configuration; `method` becomes the settings of the method that method.name names.
+
+    prefix: put before the keys in what a UserError says. Raises it also for keys that would have no effect.
+    """
+    from .catalog import method_named
+
+    name = method_name(tree, prefix)
+    try:
+        method = method_named(name)
+    except UserError as error:
+        raise UserError(f"{prefix}{error}") from None
+    config: RunConfig = resolved(RunConfig, tree, RUN, method.ignores, prefix)
+    if config.teacher is None and method.needs_teacher(config.student):
+        raise UserError(f"{prefix}teacher: missing; this method needs `teacher: {{path: ...}}`")
+    return config
 
 
-def resolved(cls: Any, tree: dict[str, Any]) -> Any:
-    """The configuration of class `cls`, `method` with the settings of the one that it names."""
+def recorded(tree: dict[str, Any]) -> RunConfig:
+    """The configuration that a run folder holds, as `load_config`; what has no effect in it is let be."""
+    return resolved(RunConfig, tree, None)
+
+
+def resolved(
+    cls: Any, tree: dict[str, Any], rows: Sequence[Idle] | None, ignores: Sequence[str] = (), prefix: str = ""
+) -> Any:
+    """The configuration of class `cls`, `method` with the settings of the one that it names; refuses the keys that are
+    idle by `rows`, the method's own rows and `ignores`, unless rows is None."""
     from .catalog import settings_of
 
-    config = validate(cls, tree)
-    method = config.method
+    name = method_name(tree, prefix)
+    config = validate(cls, tree, prefix)
+    kind = settings_of(name)
+    chosen = validate(kind, {k: v for k, v in tree["method"].items() if k != "name"}, f"{prefix}method.")
+    if rows is not None:
+        try:
+            whole = dataclasses.replace(config, method=chosen)
+            check_effects(whole, (*rows, *getattr(kind, "idle", ())), ignores, name)
+        except UserError as error:
+            raise UserError(f"{prefix}{error}") from None
+    return dataclasses.replace(config, method={"name": name, **dataclasses.asdict(chosen)})
+
+
+def method_name(tree: dict[str, Any], prefix: str = "") -> str:
+    """method.name of a tree."""
+    if "method" not in tree:
+        raise UserError(f"{prefix}method: missing; write `method: {{name: lcd}}`")
+    method = tree["method"]
     if not isinstance(method, dict) or not isinstance(method.get("name"), str):
-        raise UserError(f"method: {method!r} has no name; write `method: {{name: lcd}}`")
-    rest = {k: v for k, v in method.items() if k != "name"}
-    chosen = validate(settings_of(method["name"]), rest, "method.")
-    return dataclasses.replace(config, method={"name": method["name"], **dataclasses.asdict(chosen)})
+        raise UserError(f"{prefix}method: {shown(method)} has no name; write `method: {{name: lcd}}`")
+    return str(method["name"])
 
 
 def as_tree(config: Any) -> dict[str, Any]:
@@ -186,7 +265,7 @@ def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     from .search.config import is_search, load_search
 
     try:
-        return as_tree(load_search(tree) if is_search(tree) else load_config(tree))
+        return as_tree(load_search(tree) if is_search(tree) else recorded(tree))
     except UserError:
         return tree
 
@@ -197,10 +276,41 @@ def numbers(tree: Any) -> Any:
         return {k: numbers(v) for k, v in tree.items()}
     if isinstance(tree, list):
         return [numbers(v) for v in tree]
-    if isinstance(tree, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", tree):
+    if isinstance(tree, str) and NUMBER.fullmatch(tree):
         value = float(tree)
-        return int(value) if value.is_integer() else value
+        kept = WrittenInt(value) if value.is_integer() else WrittenFloat(value)
+        kept.text = tree
+        return kept
     return tree
+
+
+def _as_meant(tree: Any, kind: Any, key: str) -> Any:
+    """A tree for the type `kind`: text where text is meant, numbers elsewhere. Refuses what no number holds."""
+    kinds = _options(kind)
+    if isinstance(tree, dict):
+        owners = [k for k in kinds if dataclasses.is_dataclass(k)]
+        fields = {f.name: f.type for owner in owners for f in dataclasses.fields(owner)}
+        rest = next((get_args(k)[-1] for k in kinds if get_origin(k) is dict), Any)
+        return {
+            k: _as_meant(v, fields.get(k, rest), f"{key}.{k}" if key else str(k)) for k, v in tree.items()
+        }
+    if isinstance(tree, list):
+        item = next((get_args(k)[0] for k in kinds if get_origin(k) is tuple), Any)
+        return [_as_meant(v, item, f"{key}.{i}") for i, v in enumerate(tree)]
+    if str in kinds:
+        return tree.text if isinstance(tree, Written) else tree
+    value = numbers(tree)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}: {shown(value)} is not finite; give a number that is")
+    if isinstance(value, int) and int in kinds and not -LARGEST <= value < LARGEST:
+        raise UserError(f"{key}: {shown(value)} is too large; give a number below 9e18")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value for a message, at most 60 characters of one line."""
+    text = " ".join((value.text if isinstance(value, Written) else repr(value)).split())
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _first_line(error: ValidationError, cls: type, prefix: str) -> str:
@@ -213,16 +323,22 @@ def _first_line(error: ValidationError, cls: type, prefix: str) -> str:
         location += [] if tagged else [part]
     key = prefix + ".".join(str(p) for p in [*location, last])
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = [f.name for f in dataclasses.fields(owners[0])]
-        near = difflib.get_close_matches(str(last), known, n=1, cutoff=0.0)
-        return f"{key}: no such key; the nearest is {near[0]}" if near else f"{key}: no such key"
+        return f"{key}: no such key; {hint(str(last), [f.name for f in dataclasses.fields(owners[0])])}"
     if first["type"] == "missing":
         return f"{key}: missing; add it to the configuration"
-    given = textwrap.shorten(repr(first["input"]), 60)
+    given = shown(first["input"])
+    if first["type"] == "union_tag_invalid":
+        names = first["ctx"]["expected_tags"].replace("'", "").split(", ")
+        return f"{key}.name: there is no {first['ctx']['tag']!r}; {hint(first['ctx']['tag'], names)}"
     if first["type"] == "dataclass_type":
-        name = dataclasses.fields(_field_classes(cls, key)[0])[0].name
+        name = dataclasses.fields(_field_classes(cls, key.removeprefix(prefix))[0])[0].name
         return f"{key}: {given} has no keys; write `{key}: {{{name}: ...}}`"
-    return f"{key}: {given} does not fit: {first['msg'].lower()}"
+    quotes = (
+        "; write text in quotes"
+        if isinstance(first["input"], bool) and first["type"] == "string_type"
+        else ""
+    )
+    return f"{key}: {given} does not fit: {first['msg'].lower()}{quotes}"
 
 
 def _field_classes(owner: Any, name: str) -> list[Any]:
@@ -232,6 +348,15 @@ def _field_classes(owner: Any, name: str) -> list[Any]:
 
 
 def _settings_in(kind: Any) -> list[Any]:
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return [kind]
-    return [found for option in get_args(kind) for found in _settings_in(option)]
+    """The classes of settings in a type, also as values of a dict."""
+    inside = [get_args(k)[-1] if get_origin(k) is dict else k for k in _options(kind)]
+    return [k for k in inside if dataclasses.is_dataclass(k)]
+
+
+def _options(kind: Any) -> list[Any]:
+    """The types that a type may be: those of unions and annotations."""
+    if get_origin(kind) is Annotated:
+        return _options(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [option for part in get_args(kind) for option in _options(part)]
+    return [kind]

@@ -22,7 +22,7 @@ from .errors import UserError
 from .generator import Generator, fresh_from, seeded
 from .methods.base import Batch, Method, Parts, Progress, Rehearsal
 from .process import EDM
-from .settings import settings
+from .settings import Idle, settings
 from .space import PixelSpace, Space, space_of
 from .student import Student, start_of
 
@@ -56,6 +56,13 @@ class ConsistencySettings:
     sigma_data: float = Field(0.5, gt=0)
     rho: float = Field(7.0, gt=0)
     two_step_sigma: float = Field(0.821, gt=0)
+
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle("method.s0 method.s1", "method.curriculum", only=("doubling", "sqrt")),
+        Idle("method.num_points", "method.curriculum", only=("constant",)),
+        Idle("method.p_mean method.p_std", "method.noise", only=("lognormal",)),
+        Idle("method.target_decay", "method.target", only=("ema",)),
+    )
 
 
 class ConsistencyTraining(Method):

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from ..pipelines.export import KOHYA
 from .errors import UserError
@@ -30,12 +31,24 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def check_name(repo_id: str) -> None:
+    """UserError for what no repository can be called."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{repo_id[:60]!r}: is no name of a repository ({reason}); write OWNER/NAME"
+        ) from None
+
+
 def push(run: Path, repo_id: str, *, private: bool = False, api: Any = None) -> str:
     """Uploads the LoRA of a finished run, with its kohya/ file, or else its pipeline; returns the address.
 
     The card's loading lines then name the repository. Raises UserError for a run without an export, and where the hub
     does not take it.
     """
+    check_name(repo_id)
     name = next((n for n in ("lora", "pipeline") if (run / n / "README.md").is_file()), None)
     if name is None:
         raise UserError(f"{run}: holds no export to upload; finish the run")

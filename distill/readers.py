@@ -74,10 +74,13 @@ def read_json_lines(path: Path | str, kind: Any = dict[str, Any], *, remedy: str
     ]
 
 
-def parse_yaml(text: str, name: Path | str, *, remedy: str = "mend it") -> Any:
-    """A YAML value. Raises Unreadable for what is no YAML, a key given twice, and what has no end."""
+def parse_yaml(text: str, name: Path | str, *, remedy: str = "mend it", written: bool = False) -> Any:
+    """A YAML value. Raises Unreadable for what is no YAML, a key given twice, and what has no end.
+
+    written: numbers keep the text that they were written as (`Written`), and dates stay text.
+    """
     try:
-        tree = yaml.load(text, Loader=_Loader)
+        tree = yaml.load(text, Loader=_WrittenLoader if written else _Loader)
         _check_size(tree)
         return tree
     except RecursionError as error:
@@ -88,9 +91,9 @@ def parse_yaml(text: str, name: Path | str, *, remedy: str = "mend it") -> Any:
         ) from error
 
 
-def read_yaml_file(path: Path | str, *, remedy: str = "mend it") -> Any:
+def read_yaml_file(path: Path | str, *, remedy: str = "mend it", written: bool = False) -> Any:
     """The value of a YAML file, as `parse_yaml`. Raises FileNotFoundError, else Unreadable."""
-    return parse_yaml(read_text(path, remedy=remedy), path, remedy=remedy)
+    return parse_yaml(read_text(path, remedy=remedy), path, remedy=remedy, written=written)
 
 
 def fitting(value: Any, name: Path | str, kind: Any, *, remedy: str = "mend it") -> Any:
@@ -168,6 +171,40 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, Hashable):
                 seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+class Written:
+    """A number of a YAML file; text: as it was written, 007 or 1_000."""
+
+    text: str
+
+
+class WrittenInt(Written, int):
+    pass
+
+
+class WrittenFloat(Written, float):
+    pass
+
+
+class _WrittenLoader(_Loader):
+    pass
+
+
+def _written(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
+    integer = node.tag == "tag:yaml.org,2002:int"
+    value: Any = (
+        WrittenInt(loader.construct_yaml_int(node))
+        if integer
+        else WrittenFloat(loader.construct_yaml_float(node))
+    )  # type: ignore[no-untyped-call]
+    value.text = node.value
+    return value
+
+
+for _tag in ("int", "float"):
+    _WrittenLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _written)
+_WrittenLoader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: node.value)
 
 
 def _check_size(tree: Any) -> None:

@@ -1,12 +1,68 @@
 """Typed sections of a configuration that the nouns read; every method's own settings are built the same way."""
 
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-settings = partial(dataclass, frozen=True, config=ConfigDict(extra="forbid"))
+settings = partial(dataclass, frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+
+SEEDS = 2**63  # torch's generators take no seed from here on
+COUNTS = 10**9  # no run has more steps, no data set more rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Idle:
+    """When `keys`, dotted and separated by spaces, have no effect: by the value of the key `beside`.
+
+    only     values of `beside` beside which the keys have an effect, or
+    values   values beside which they have none, or
+    longer   they have none where their own value is above that of `beside`
+    where    another key and its value: else the row does not speak
+    """
+
+    keys: str
+    beside: str
+    only: tuple[Any, ...] = ()
+    values: tuple[Any, ...] = ()
+    longer: bool = False
+    where: tuple[str, Any] | None = None
+
+    def holds(self, value: Any, get: Callable[[str], Any]) -> bool:
+        """Whether a key of value `value` is idle; get: the value of any key."""
+        if self.where is not None and get(self.where[0]) != self.where[1]:
+            return False
+        beside = get(self.beside)
+        if self.longer:
+            return bool(value > beside)
+        return beside not in self.only if self.only else beside in self.values
+
+    def refusal(self, key: str, value: Any, beside: Any, default: Any) -> str:
+        if self.longer:
+            return (
+                f"{key}: {value} is longer than the run ({self.beside} {beside}); lower it, or train longer"
+            )
+        shown = f"{plain(value)} has" if len(plain(value)) < 60 else "has"
+        wanted = (
+            f"set {self.beside} to {' or '.join(map(plain, self.only))}"
+            if self.only
+            else f"change {self.beside}"
+        )
+        return (
+            f"{key}: {shown} no effect beside {self.beside}: {plain(beside)}; {wanted}, or leave the key at "
+            f"its default{'' if len(plain(default)) > 30 else f' {plain(default)}'}"
+        )
+
+
+def plain(value: Any) -> str:
+    """A value as YAML writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "[" + ", ".join(map(plain, value)) + "]" if isinstance(value, list | tuple) else str(value)
+
 
 Norm = Literal["non_scaling", "non_scaling_last", "layer", "rms", "non_scaling_group", "non_scaling_instance"]
 
@@ -29,7 +85,7 @@ class TeacherSettings:
     variant: str | None = None
     revision: str | None = None
     lora: str | None = None
-    lora_scale: float = 1.0
+    lora_scale: float = Field(1.0, ge=-100, le=100)
     quantisation: Literal["w8"] | None = None
 
 
@@ -61,8 +117,8 @@ class StudentSettings:
     network: dict[str, Any] | None = None
     dropout: float | None = Field(None, ge=0, lt=1)
     norm: Norm | None = None
-    rank: int = Field(64, ge=1)
-    lora_alpha: int = Field(64, ge=1)
+    rank: int = Field(64, ge=1, le=4096)
+    lora_alpha: int = Field(64, ge=1, le=65536)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = LORA_TARGETS
     export_fused: bool = True

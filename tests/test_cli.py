@@ -24,7 +24,10 @@ def test_evaluate_prints_a_table_and_writes_the_report(tiny_pipeline, tmp_path, 
     ("arguments", "said"),
     [
         (["distil"], "no command 'distil'"),
-        (["evaluate", "x", "--num_images", "many"], "--num_images: invalid int value: 'many'"),
+        (
+            ["evaluate", "x", "--num_images", "many"],
+            "--num_images: 'many' is no whole number; give 1 to 1000000",
+        ),
         (["evaluate", "no/such/folder", "--steps", "1"], "no/such/folder"),
         (["distill"], "which configuration?"),
         (["distill", "no.yaml"], "no configuration no.yaml"),

@@ -113,7 +113,9 @@ def test_keys_and_types(arguments: list[str], line: str, refused: Refused, tmp_p
         (["--method.w_export", "7"], "method.w_export: 7.0 is outside the trained range 1.0..3.0"),
         (["--method.num_ddim_timesteps", "7"], "method.num_ddim_timesteps: 7 does not divide"),
         (["--teacher", "null", "--resolution", "16"], "teacher: missing; this method needs `teacher: {path: ...}`"),
-        (["--teacher", "null"], "resolution: missing; without a teacher"),
+        (["--teacher", "null"], "teacher: missing; this method needs `teacher: {path: ...}`"),
+        (["--teacher", "null", "--method", "{name: ict}", "--student", "{init: scratch}"],
+         "resolution: missing; without `teacher: {path: ...}` the image size must be given"),
         (["--data.split", "trian"], "emoji-noto: "),
     ],
 )  # fmt: skip
@@ -314,7 +316,8 @@ def test_an_unreadable_record_of_the_configuration(refused: Refused, finished: P
 
 
 def test_what_a_method_refuses_leaves_no_folder(refused: Refused, tmp_path: Path) -> None:
-    line = refused("--student.kind", "lora", "--student.target_modules", "[nowhere]")
+    lora = ["--student.kind", "lora", "--method.guidance_dim", "256"]
+    line = refused(*lora, "--student.target_modules", "[nowhere]")
     assert line.startswith("student.target_modules: ") and not (tmp_path / "run").exists()
 
 

@@ -44,7 +44,16 @@ def test_defaults_and_the_methods_settings_are_filled_in() -> None:
 
 
 def test_what_is_written_out_is_read_as_the_same(tmp_path: Path) -> None:
-    c = config("--validation_prompts", "[red cat, dog]", "--student.kind", "lora", "--resolution", "16")
+    c = config(
+        "--validation_prompts",
+        "[red cat, dog]",
+        "--validation_steps",
+        "5",
+        "--student.kind",
+        "lora",
+        "--resolution",
+        "16",
+    )
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(as_tree(c)))
     again = load_config(read_yaml(path))
@@ -60,9 +69,11 @@ def test_a_configuration_from_before_a_key_was_added_has_its_default() -> None:
 
 def test_overrides_reach_nested_keys_and_leave_the_tree_alone() -> None:
     c = config(
-        "--data.name", "emoji-noto", "--raw_weights.every=5", "--gradient_checkpointing", "--seed", "-3"
-    )
-    assert (c.data.name, c.raw_weights.every, c.gradient_checkpointing, c.seed) == ("emoji-noto", 5, True, -3)
+        "--data.name", "emoji-noto", "--raw_weights.every=5", "--gradient_checkpointing",
+        "--method.timestep_scaling", "-3",
+    )  # fmt: skip
+    assert (c.data.name, c.raw_weights.every, c.gradient_checkpointing) == ("emoji-noto", 5, True)
+    assert c.method["timestep_scaling"] == -3
     assert TREE["data"] == {"name": "emoji"} and "raw_weights" not in TREE
 
 
@@ -97,8 +108,15 @@ def test_a_bare_no_means_full_precision() -> None:
         (["--teacher.pth", "x"], "teacher.pth: no such key; the nearest is path"),
         (["--method.w_mn", "3"], "method.w_mn: no such key; the nearest is w_min"),
         (["--method.name", "lcdx"], "method.name: there is no method 'lcdx'; the nearest is lcd"),
+        (["--method.name", "LCD"], "method.name: there is no method 'LCD'; the nearest is lcd"),
+        (["--method.name", "zzz"], "method.name: there is no method 'zzz'; there are lcd, rg_lcd, scott, ict, lct, "
+                                   "meanflow, rcm, dmd2, nct, interlcm, diffusion, controlnet, edm, autoencoder, "
+                                   "text_encoder, q_sched, lcsc"),
+        (["--method.name", "q_sched"], "method.name: q_sched is a search and trains nothing; give a method that does: "
+                                       "lcd, rg_lcd, scott, ict, lct, meanflow, rcm, dmd2, nct, interlcm, diffusion, "
+                                       "controlnet, edm, autoencoder, text_encoder"),
         (["--method", "lcd"], "method: 'lcd' has no name; write `method: {name: lcd}`"),
-        (["--method.name", "[a]"], "method: {'name': ['a'], 'w_min': 2} has no name; write `method: {name: lcd}`"),
+        (["--method", "{name: [a]}"], "method: {'name': ['a']} has no name; write `method: {name: lcd}`"),
         (["--teacher", "emoji-sd"], "teacher: 'emoji-sd' has no keys; write `teacher: {path: ...}`"),
         (["--data", "null"], "data: None has no keys; write `data: {name: ...}`"),
         (["--data", "{split: x}"], "data.name: missing; add it to the configuration"),
@@ -109,10 +127,27 @@ def test_a_bare_no_means_full_precision() -> None:
         (["--resolution", "-4"], "resolution: -4 does not fit: input should be greater than or equal to 1"),
         (["--student.kind", "lorra"], "student.kind: 'lorra' does not fit: input should be 'full' or 'lora'"),
         (["--method.w_min", "a"], "method.w_min: 'a' does not fit: input should be a valid number"),
-        (["--validation_prompts", "[a, 3]"], "validation_prompts.1: 3 does not fit: input should be a valid string"),
+        (["--validation_prompts", "[a, true]"],
+         "validation_prompts.1: True does not fit: input should be a valid string; write text in quotes"),
+        (["--data.split"], "--data.split: its value is missing; write --data.split TEXT"),
+        (["--learning_rate", ".inf"],
+         "learning_rate: .inf is not finite; give a number that is"),
+        (["--learning_rate", "1e999"],
+         "learning_rate: 1e999 is not finite; give a number that is"),
+        (["--student.network", "{a: {b: [1, .nan]}}"],
+         "student.network.a.b.1: .nan is not finite; give a number that is"),
+        (["--max_train_steps", "1e30"],
+         "max_train_steps: 1e30 is too large; give a number below 9e18"),
+        (["--seed", "9223372036854775808"],
+         "seed: 9223372036854775808 is too large; give a number below 9e18"),
+        (["--seed", "-1"], "seed: -1 does not fit: input should be greater than or equal to 0"),
+        (["--resolution", "100000"], "resolution: 100000 does not fit: input should be less than or equal to 16384"),
+        (["--student.rank", "1e6"], "student.rank: 1000000 does not fit: input should be less than or equal to 4096"),
         (["--data.name.x", "3"], "--data.name.x: name is a single value, it has no key x"),
-        (["--data.name", "[1"], "--data.name: '[1' is not readable YAML; write text as '\"...\"'"),
-        (["--data.name", "@x"], "--data.name: '@x' is not readable YAML; write text as '\"...\"'"),
+        (["--student.network", "[1"], "--student.network: '[1' is not readable YAML; write text as '\"...\"'"),
+        (["--student.network", "@x"], "--student.network: '@x' is not readable YAML; write text as '\"...\"'"),
+        (["--student.network", "{a: 1, a: 2}"],
+         "--student.network: '{a: 1, a: 2}' is not readable YAML; write text as '\"...\"'"),
         (["--"], "unexpected argument '--'; overrides are written --key.sub value"),
         (["lcd.yaml"], "unexpected argument 'lcd.yaml'; overrides are written --key.sub value"),
     ],
@@ -127,7 +162,7 @@ def test_a_long_value_is_cut() -> None:
 
 
 def test_missing_keys_and_odd_keys_are_named() -> None:
-    with pytest.raises(UserError, match=r"^method: missing; add it"):
+    with pytest.raises(UserError, match=r"^method: missing; write"):
         load_config({k: v for k, v in TREE.items() if k != "method"})
     with pytest.raises(UserError, match=r"^1: no such key"):
         load_config({**TREE, 1: 2})
@@ -136,8 +171,11 @@ def test_missing_keys_and_odd_keys_are_named() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [1", "is not readable YAML: while parsing a flow sequence"),
-        ("\x00", "is not readable YAML: unacceptable character"),
+        ("a: [1", "is not readable YAML (while parsing a flow sequence"),
+        ("\x00", "is not readable YAML (unacceptable character"),
+        ("seed: 1\nseed: 2", "the key 'seed' is given twice"),
+        ("a: &a [*a]", "is nested too deeply, or in itself"),
+        ("[" * 3000, "is nested too deeply"),
         ("", "holds no `key: value` lines; see configs/ for examples"),
         ("- 1", "holds no `key: value` lines; see configs/ for examples"),
     ],
@@ -163,3 +201,39 @@ def test_every_ready_configuration_of_a_run_is_valid() -> None:
         tree = read_yaml(path)
         c = load_search(tree) if is_search(tree) else load_config(tree)
         assert c.output_dir.startswith("runs/"), path
+
+
+@pytest.mark.parametrize(
+    "text", ["2024", "007", "1_000", "1e5", "0x1f", "2024-1-1", "1.50", "no", "#2", "a: b", "[1"]
+)
+def test_text_is_taken_as_it_is_written(text: str, tmp_path: Path) -> None:
+    assert config("--data.name", text).data.name == text
+    assert config(f"--output_dir={text}").output_dir == text
+    if text in ("no", "#2", "a: b", "[1"):  # what YAML itself reads otherwise
+        text = "1e5"
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"\ufeffoutput_dir: {text}\nteacher: {{path: {text}}}\ndata: {{name: {text}, split: '{text}'}}\n"
+        f"method: {{name: rg_lcd, reward: {text}}}\nvalidation_prompts: [{text}]\nvalidation_steps: 1e1\n",
+        encoding="utf-8",
+    )
+    c = load_config(read_yaml(path))
+    assert c.teacher is not None and c.validation_steps == 10
+    assert {c.output_dir, c.teacher.path, c.data.name, c.data.split, c.method["reward"]} == {text}
+    assert c.validation_prompts == (text,)
+
+
+def test_quotes_and_null_of_a_text() -> None:
+    assert config("--data.name", '"a b"').data.name == "a b"
+    assert config("--data.caption_column", "null").data.caption_column is None
+    assert refusal("--data.name", "null") == ("data.name: None does not fit: input should be a valid string")
+
+
+def test_of_a_flag_given_twice_the_last_counts() -> None:
+    assert config("--data.name", "a", "--data.name", "b").data.name == "b"
+
+
+def test_an_unknown_key_that_is_like_none_is_told_what_there_is() -> None:
+    assert refusal("--data.zzzz", "1").startswith(
+        "data.zzzz: no such key; there are name, split, image_column"
+    )

@@ -12,6 +12,7 @@ import yaml
 from diffusers import DiffusionPipeline, LCMScheduler
 from fewstep.distill import turbo
 from fewstep.distill.cli import main
+from fewstep.distill.errors import UserError
 from fewstep.distill.planning import budget
 from fewstep.distill.planning.budget import Measured, advice, disk_needs, full_disks, rehearse
 from fewstep.distill.planning.plan import planned
@@ -109,7 +110,7 @@ def test_settings_of_the_families(
     text = capsys.readouterr().out
     assert "memory and disk suffice here" in text and not Path("runs").exists()
     assert "total, estimate" in text
-    config = configured(folder)
+    config = configured(folder, "--validation_steps", "1")
     assert config.method["name"] == FAMILIES[name] and config.validation_prompts[0] == "red cat"
     assert config.gradient_checkpointing == (name != "sd")
     if name != "sd" and name != "sdxl":
@@ -244,3 +245,12 @@ def test_mistakes(call: list[str], message: str, capsys: pytest.CaptureFixture[s
 def test_the_style_for_emoji_sd_passes_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distill", str(SCRIPTS.parent / "configs" / "emoji" / "style_lora.yaml"), "--dry_run"]) == 0
     assert "LoRA of rank 32" in capsys.readouterr().out
+
+
+def test_ready_values_that_the_callers_leave_without_effect_are_left_out(tiny_pipeline: Path) -> None:
+    short = configured(tiny_pipeline, "--max_train_steps", "40")
+    assert (short.lr_warmup_steps, short.validation_prompts) == (2, ())
+    plain = configured(tiny_pipeline, "--use_ema", "false", "--lr_scheduler", "constant")
+    assert (plain.ema_decay, plain.lr_warmup_steps) == (0.9999, 0)
+    with pytest.raises(UserError, match="lr_warmup_steps: 60 is longer than the run"):
+        configured(tiny_pipeline, "--max_train_steps", "40", "--lr_warmup_steps", "60")

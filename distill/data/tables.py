@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from glob import escape
 from typing import Any
 
 from ..errors import UserError
+from ..nearest import nearest
 from .embedded import STYLES
 from .images import Cells
 from .named import NAMED
@@ -154,8 +154,8 @@ def _offline() -> Iterator[None]:
 
 
 def _not_local(name: str) -> str:
-    near = get_close_matches(name, (*STYLES, *NAMED), n=1)
-    return "no local folder" + (f" (did you mean {near[0]}?)" if near else "")
+    near = nearest(name, (*STYLES, *NAMED))
+    return "no local folder" + (f" (did you mean {near}?)" if near else "")
 
 
 def _load(builder: str, name: str, split: str = "train", **files: Any) -> Any:

@@ -133,7 +133,8 @@ class Method(nn.Module, ABC):
     """A loss and the state it owns. Knows tensors, a student and perhaps a teacher; never devices or files.
 
     Subclasses set `Settings`, `needs` (what they read of a batch: images, latents, prompts, labels; at the latest in
-    their constructor) and, for comparisons, `published`; they take (settings, parts), and implement `players`,
+    their constructor), for comparisons `published`, and `ignores`: keys and sections of a run's configuration that they
+    do not read and that are refused where they are given. They take (settings, parts), and implement `players`,
     `forward`, `pictures` and `export`.
     What a checkpoint holds: parameters that require a gradient, and every persistent buffer.
     """
@@ -141,10 +142,16 @@ class Method(nn.Module, ABC):
     Settings: ClassVar[type]
     needs: frozenset[str] = frozenset()
     published: ClassVar[tuple[Published, ...]] = ()
+    ignores: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: Any, parts: Parts):
         super().__init__()
         self.settings, self.parts = settings, parts
+
+    @classmethod
+    def needs_teacher(cls, student: StudentSettings) -> bool:
+        """Whether every run of the method with such a student has a teacher."""
+        return False
 
     @abstractmethod
     def players(self) -> dict[str, list[nn.Parameter]]:

@@ -1,6 +1,6 @@
 """Improved distribution matching distillation, DMD2 (arXiv 2405.14867), of image U-Nets."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from ..draws import Draws
 from ..errors import UserError
 from ..frozen import frozen
 from ..score import matching_loss, native_times
-from ..settings import settings
+from ..settings import Idle, StudentSettings, settings
 from .base import Batch, Parts, Progress, Published
 from .score_distillation import ScoreDistillation
 
@@ -50,6 +50,8 @@ class DMD2Settings:
     critic_weight: float = Field(1e-2, gt=0)
     sigma_data: float = Field(1.0, gt=0)
 
+    idle: ClassVar[tuple[Idle, ...]] = (Idle("method.critic_weight", "method.gan_weight", values=(0,)),)
+
 
 class DMD2(ScoreDistillation):
     """The matching loss of rollouts, and a discriminator of renoised samples on the fake score's middle features.
@@ -67,6 +69,10 @@ class DMD2(ScoreDistillation):
             raise UserError(f"method.min_share: {s.min_share} is not below method.max_share {s.max_share}")
         super().__init__(s, parts, sigma_data=s.sigma_data, taught=True, scored=True)
         self.head = head_of(parts.need_teacher().denoiser.network) if s.gan_weight else None
+
+    @classmethod
+    def needs_teacher(cls, student: StudentSettings) -> bool:
+        return True
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         out = super().players()

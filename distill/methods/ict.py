@@ -3,7 +3,7 @@
 
 import math
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from ..denoiser import Denoiser, DenoiserView, reach, seen_in
 from ..errors import UserError
 from ..guidance import guided_x0_eps
 from ..losses import mean_distance, pseudo_huber
-from ..settings import settings
+from ..settings import Idle, StudentSettings, settings
 from ..solvers import euler_edm, heun_edm
 from ..space import Space, latent_space, pixel_space
 from ..teacher import LatentTeacher
@@ -55,6 +55,13 @@ class ICTSettings(ConsistencySettings):
     solver: Literal["heun", "euler"] = "heun"
     guidance_scale: float = Field(1.0, ge=1)
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *ConsistencySettings.idle,
+        Idle("method.q method.k method.b method.num_stages", "method.curriculum", only=("continuous",)),
+        Idle("method.huber_c", "method.distance", only=("pseudo_huber",)),
+        Idle("method.solver method.guidance_scale", "method.ode_source", only=("teacher",)),
+    )
+
 
 class ICT(ConsistencyTraining):
     """Consistency training with a pseudo-Huber distance.
@@ -78,6 +85,10 @@ class ICT(ConsistencyTraining):
             )
         if s.ode_source == "teacher":
             self._reachable(self.source)
+
+    @classmethod
+    def needs_teacher(cls, student: StudentSettings) -> bool:
+        return student.init == "teacher"
 
     @property
     def source(self) -> Denoiser:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -22,7 +22,7 @@ from ..notes import Notes
 from ..one_step import controlnet_of
 from ..patch_discriminator import PatchDiscriminator, PatchSettings
 from ..restoration import Restorer
-from ..settings import settings
+from ..settings import Idle, StudentSettings, settings
 from ..vision import DistanceName, ImageEncoder
 from .base import Batch, Method, Parts, Progress, Published, Rehearsal
 
@@ -83,6 +83,14 @@ class InterLCMSettings:
     discriminator: PatchSettings = Field(default_factory=PatchSettings)
     discriminator_lr: float | None = Field(None, gt=0)
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle("method.num_steps", "method.timesteps", only=(None,)),
+        Idle("method.perceptual", "method.perceptual_weight", values=(0,)),
+        Idle("method.gan_start_step method.discriminator.width method.discriminator.layers method.discriminator_lr",
+             "method.gan_weight", values=(0,)),
+        Idle("method.gan_start_step", "max_train_steps", longer=True),
+    )  # fmt: skip
+
 
 class InterLCM(Method):
     """L1 + perceptual + adversarial loss of the decoded picture, through every remaining step, the noise between them
@@ -126,6 +134,10 @@ class InterLCM(Method):
         self.discriminator = (
             PatchDiscriminator(s.discriminator, self.teacher.resolution) if s.gan_weight else None
         )
+
+    @classmethod
+    def needs_teacher(cls, student: StudentSettings) -> bool:
+        return True
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         encoders = [m for m in (self.visual, self.spatial) if m is not None]

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..generator import Generator, chosen_times, fresh_from, lcm_timesteps, seeded
 from ..guidance import guidance_embedding, guided_x0_eps
 from ..losses import Distance, distance
-from ..settings import settings
+from ..settings import Idle, StudentSettings, settings
 from ..stock_schedulers import lcm_scheduler
 from ..student import Student
 from .base import Batch, Method, Parts, Progress, Rehearsal
@@ -49,6 +49,11 @@ class LatentConsistencySettings:
     w_export: float = 7.5
     sampling_power: float = Field(1.0, ge=1, le=4)
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle("method.huber_c", "method.distance", only=("huber",)),
+        Idle("method.guidance_dim method.target_decay", "student.kind", only=("full",)),
+    )
+
 
 @dataclass(frozen=True)
 class Step:
@@ -73,6 +78,7 @@ class LatentConsistency(Method):
     """
 
     needs = frozenset({"latents", "prompts"})
+    ignores = ("student.init", "student.network", "student.norm")
 
     def __init__(self, settings: Any, parts: Parts):
         super().__init__(settings, parts)
@@ -105,6 +111,10 @@ class LatentConsistency(Method):
         self.function = ConsistencyFunction(self.student.denoiser, boundary)
         decay = None if lora else s.target_decay
         self.target = None if decay is None else EMA(self.student.trained(), decay)
+
+    @classmethod
+    def needs_teacher(cls, student: StudentSettings) -> bool:
+        return True
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"student": list(self.student.trained().values())}

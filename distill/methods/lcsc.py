@@ -1,7 +1,7 @@
 """LCSC (arXiv 2404.02241): one set of weights from many saved ones; MWA (arXiv 2504.18580) without a search."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -11,7 +11,7 @@ from ..metrics.protocol import Score
 from ..search.candidates import Candidate, Search, SearchParts, Trial, compared, ranked
 from ..search.checkpoint_set import CheckpointSet
 from ..search.combine import Space, open_space
-from ..settings import settings
+from ..settings import Idle, settings
 from .evolution import child
 
 
@@ -42,6 +42,13 @@ class LCSCSettings:
     metric: Literal["loss", "step"] = "loss"
     weighting: Literal["power", "softmax"] = "power"
     penalties: tuple[float, ...] = (2.0,)
+
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle("method.num_parents method.sigma method.probability", "method.family", only=("evolution",)),
+        Idle("method.rates", "method.family", only=("evolution", "ema")),
+        Idle("method.windows", "method.family", only=("uniform",)),
+        Idle("method.metric method.weighting method.penalties", "method.family", only=("mwa",)),
+    )
 
 
 def ema_alpha(count: int, rate: float) -> np.ndarray:

@@ -2,7 +2,7 @@
 that follows the number of levels, a diffusion loss at low noise, and optimal transport between samples and noise."""
 
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..losses import mean_distance, pseudo_huber, robust
 from ..normalised_latents import NormalisedLatents, Statistics
 from ..process import EDM
-from ..settings import settings
+from ..settings import Idle, settings
 from .base import Batch, Parts, Published
 
 READ = "sLCT paper, 1 / 2 steps, as a stored copy of its tables has them"
@@ -62,6 +62,15 @@ class LCTSettings(ConsistencySettings):
     diffusion_from: float = Field(0.75, ge=0, le=1)
     coupling: Literal["condition", "batch", "none"] = "condition"
     normalise: bool = True
+
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *(row for row in ConsistencySettings.idle if "method.s0" not in row.keys),
+        Idle("method.s1", "method.curriculum", only=("doubling", "sqrt")),
+        Idle("method.c method.c_first method.c_slope method.c_offset", "method.distance",
+             only=("cauchy", "geman_mcclure", "mean_huber")),
+        Idle("method.c_first method.c_slope method.c_offset", "method.c", only=(None,)),
+        Idle("method.diffusion_from", "method.diffusion_weight", values=(0,)),
+    )  # fmt: skip
 
 
 class LCT(ConsistencyTraining):

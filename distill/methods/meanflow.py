@@ -1,7 +1,7 @@
 """MeanFlow (arXiv 2505.13447) from data or a teacher, with improved MeanFlow's tangent (arXiv 2512.02012)."""
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -21,7 +21,7 @@ from ..generator import fresh_from, mean_velocity_sample, seeded
 from ..guidance import guided_velocity
 from ..losses import adaptive, unit_step
 from ..process import RectifiedFlow, per_sample
-from ..settings import settings
+from ..settings import Idle, StudentSettings, settings
 from ..space import ClassLatentSpace, LatentSpace, PixelSpace, space_of
 from ..span_targets import alpha_target, annealed_alpha, split_target
 from ..spans import SpanLaw, draw_spans
@@ -94,6 +94,20 @@ class MeanFlowSettings:
     dispersive_tau: float = Field(1.0, gt=0)
     dispersive_blocks: tuple[str, ...] = ()
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle("method.derivative_step", "method.derivative", only=("finite_difference",)),
+        Idle("method.condition_dropout", "method.source", only=("data",)),
+        Idle("method.dispersive_weight method.dispersive_tau", "method.dispersive", values=("none",)),
+        Idle(
+            "method.guidance_start method.guidance_end",
+            "method.omega",
+            values=(1,),
+            where=("method.kappa", 0),
+        ),
+        Idle("method.norm_c", "method.norm_p", values=(0,)),
+        Idle("method.tangent_warmup", "max_train_steps", longer=True),
+    )
+
 
 class MeanFlow(Method):
     """u(z_t, r, t) is pulled to v - (t - r) d/dt u (arXiv 2505.13447, eq. 6 and 10), t = 0 the data, t = 1 the noise.
@@ -135,6 +149,10 @@ class MeanFlow(Method):
         if self.settings.source == "data":
             return None
         return seen_in(self.parts.need_teacher().denoiser, self.process)
+
+    @classmethod
+    def needs_teacher(cls, student: StudentSettings) -> bool:
+        return student.init == "teacher"
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"student": list(self.student.trained().values())}

@@ -1,7 +1,7 @@
 """NCT: a control for a frozen one-step generator, trained without images (arXiv 2506.19741)."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -24,7 +24,7 @@ from ..noise_consistency import (
 )
 from ..notes import Notes
 from ..one_step import OneStep
-from ..settings import settings
+from ..settings import Idle, StudentSettings, settings
 from .base import Batch, Method, Parts, Progress, Published, Rehearsal
 
 TABLE = "NCT paper, results (Diff-Instruct generator of SD 1.5); read in its stored text"
@@ -69,6 +69,11 @@ class NCTSettings:
     timestep: int | None = Field(None, ge=0)
     guidance_scale: float | None = Field(None, ge=1)
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle("method.huber_c", "method.distance", values=("l2",)),
+        Idle("method.margin", "method.dual_lr", values=(0,)),
+    )
+
 
 class NCT(Method):
     """L_con + lambda L_bound on latents of the frozen generator alone (algorithm 1).
@@ -93,6 +98,10 @@ class NCT(Method):
         self.multiplier = Multiplier(s.boundary_weight, s.dual_lr, s.margin)
         self.sigmas = coupling_sigmas(s.num_levels, s.grid)
         self.bounds: list[Tensor] = []
+
+    @classmethod
+    def needs_teacher(cls, student: StudentSettings) -> bool:
+        return True
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"control": list(self.adapter.module.parameters())}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..metrics.protocol import Score
 from ..quantise import Scheme, need_torchao, quantised
 from ..search.candidates import Candidate, Search, SearchParts, Trial, compared, deviation, ranked, verdict
-from ..settings import settings
+from ..settings import Idle, settings
 from .evolution import child
 
 NETWORKS = ("unet", "transformer")
@@ -43,6 +43,12 @@ class QSchedSettings:
         0.1, gt=0
     )  # of a mutation, as a share of the range; halves until the budget is spent
     control: bool = True
+
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle("method.convolutions method.control", "method.quantisation", values=(None,)),
+        Idle("method.points", "method.strategy", only=("grid",)),
+        Idle("method.num_parents method.sigma", "method.strategy", only=("evolution",)),
+    )
 
 
 def coefficients(family: str, values: Sequence[float], steps: int) -> list[float]:

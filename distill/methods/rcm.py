@@ -1,7 +1,7 @@
 """Score-regularised continuous-time consistency (rCM, arXiv 2510.08431), and sCM (arXiv 2410.11081) as its part."""
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..losses import unit_step
 from ..process import per_sample
 from ..score import lognormal_times, matching_loss, output_weight, shifted_times, velocity_loss
-from ..settings import settings
+from ..settings import Idle, settings
 from .base import Batch, Parts, Progress, Published
 from .score_distillation import ScoreDistillation
 
@@ -89,6 +89,17 @@ class RCMSettings:
     fake_score_lr: float | None = Field(None, gt=0)
     sigma_max: float = Field(80.0, gt=0)
     times: tuple[float, ...] = (1.3, 1.0, 0.6)
+
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle("method.source method.p_mean method.p_std method.tangent_form method.tangent_c method.per_element "
+             "method.derivative method.derivative_step", "method.scm_weight", values=(0,)),
+        Idle("method.max_rollout method.rollout_times method.score_law method.score_p_mean method.score_p_std "
+             "method.score_shift method.student_update_freq method.fake_score_lr", "method.score_weight", values=(0,)),
+        Idle("method.derivative_step", "method.derivative", only=("finite_difference",)),
+        Idle("method.score_p_mean method.score_p_std", "method.score_law", only=("lognormal",)),
+        Idle("method.score_shift", "method.score_law", only=("shifted",)),
+        Idle("method.tangent_warmup", "max_train_steps", longer=True),
+    )  # fmt: skip
 
 
 class RCM(ScoreDistillation):

@@ -1,6 +1,6 @@
 """Reward guided latent consistency distillation (RG-LCD, arXiv 2403.11027), with Ctrl-U's weighting as a switch."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from ..latent_reward import (
     pair_accuracy,
     preference_loss,
 )
-from ..settings import settings
+from ..settings import Idle, settings
 from ..uncertainty import uncertainty_weighted
 from .base import Batch, Parts, Progress, Published
 from .latent_consistency import Step
@@ -62,6 +62,14 @@ class RGLCDSettings(LCDSettings):
     reward_scale: float = Field(1.0, ge=0)
     lrm: LRMSettings | None = None
     uncertainty: CtrlUSettings | None = None
+
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *LCDSettings.idle,
+        Idle("method.uncertainty.penalty method.uncertainty.spread", "method.uncertainty.weight",
+             only=("uncertainty", "detached")),
+        Idle("method.uncertainty.ramp_steps", "max_train_steps", longer=True),
+        Idle("method.lrm.pretrain_lr", "method.lrm.pretrain_steps", values=(0,)),
+    )  # fmt: skip
 
 
 class RGLCD(LCD):

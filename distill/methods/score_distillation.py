@@ -17,6 +17,7 @@ from ..generator import Generator, fresh_from, seeded
 from ..guidance import guided_x0_eps
 from ..process import TrigFlow, per_sample
 from ..score import FakeScore
+from ..settings import StudentSettings
 from ..space import LatentSpace, Space, space_of
 from ..student import Student, start_of
 from ..teacher import LatentTeacher
@@ -65,6 +66,10 @@ class ScoreDistillation(Method):
     def source(self) -> Denoiser:
         """The frozen teacher in TrigFlow; no submodule, so that it stays in evaluation mode."""
         return seen_in(self.parts.need_teacher().denoiser, self.process)
+
+    @classmethod
+    def needs_teacher(cls, student: StudentSettings) -> bool:
+        return student.init == "teacher"
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         fake = {} if self.fake_score is None else {"fake_score": list(self.fake_score.parameters())}

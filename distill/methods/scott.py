@@ -1,7 +1,7 @@
 """Stochastic consistency distillation (SCott, arXiv 2403.01505). Its text was not read whole: see the defaults."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..frozen import frozen
 from ..generator import lcm_timesteps
 from ..losses import hinge_critic, hinge_generator
-from ..settings import settings
+from ..settings import Idle, settings
 from ..solvers import NOISE_FUNCTIONS, Variance, between, ddim_variance, er_sde_variance, sde_segment
 from .base import Batch, Parts, Progress, Published
 from .latent_consistency import LatentConsistency, LatentConsistencySettings
@@ -55,6 +55,15 @@ class SCottSettings(LatentConsistencySettings):
     discriminator_lr: float = Field(2e-5, gt=0)
     discriminator_beta1: float = Field(0.9, ge=0, lt=1)
     renoise: bool = False
+
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *LatentConsistencySettings.idle,
+        Idle("method.gan_start_step method.discriminator_rank method.discriminator_lr method.discriminator_beta1 "
+             "method.renoise", "method.lambda_adv", values=(0,)),
+        Idle("method.gan_start_step", "max_train_steps", longer=True),
+        Idle("method.eta", "method.solver", only=("ddim",)),
+        Idle("method.noise_function", "method.solver", only=("er_sde",)),
+    )  # fmt: skip
 
 
 class SCott(LatentConsistency):

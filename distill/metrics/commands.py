@@ -1,20 +1,18 @@
 """The verbs prepare-data and verify-metrics."""
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
+from ..arguments import Parser, whole
 from ..errors import UserError
 
 
 def prepare_data_command(arguments: list[str]) -> int:
     """prepare-data NAME [--statistics PATH] [--pictures PATH] [--prompts PATH] [--weights PATH]: files of a protocol"""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fewstep prepare-data",
         description="Fetch, check by hash and keep what a protocol or a check of verify-metrics needs, and the "
         "Inception weights. Give local copies where there is no network.",
     )
-    parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument("name", help="protocol, check of verify-metrics, or inception for the weights alone")
     parser.add_argument("--statistics", type=Path, help=".npz of mu and sigma of the reference")
     parser.add_argument("--pictures", type=Path, help="archive of the reference's or the check's pictures")
@@ -40,18 +38,15 @@ def prepare_data_command(arguments: list[str]) -> int:
 
 def verify_metrics_command(arguments: list[str]) -> int:
     """verify-metrics [CHECK ...] [--device DEVICE]: reproduce published FIDs, so that reports say "verified here"."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fewstep verify-metrics",
         description="Compute constants that others published, from prepared files, and stamp this machine.",
     )
-    parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument("checks", nargs="*", metavar="CHECK", help="which; all that are prepared by default")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=whole(1, 65536), default=64)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(arguments)
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size: {args.batch_size}; give 1 or more")
 
     import torch
 
@@ -69,7 +64,3 @@ def verify_metrics_command(arguments: list[str]) -> int:
     ):
         print(outcome)
     return 0
-
-
-def _usage_error(message: str) -> NoReturn:
-    raise UserError(f"{message}; see --help")

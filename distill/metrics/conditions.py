@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from ..config import parse_value, validate
+from ..config import parse_value, shown, validate
 from ..controls import Control, ImagePrompt, View
 from ..data import ImageData, load_data
 from ..draws import Draws
 from ..errors import UserError
-from ..readers import read_json
+from ..readers import Unreadable, read_json
 from ..settings import settings
 from ..vision import Vision
 
@@ -112,8 +111,10 @@ def read_control(text: str) -> Control:
     """`canny`, or YAML such as `{name: canny, low: 50}`. Raises UserError for what is no control."""
     try:
         tree = parse_value(text)
-    except yaml.YAMLError:
-        raise UserError(f"control: {text!r} is not readable YAML; write canny or '{{name: canny}}'") from None
+    except Unreadable:
+        raise UserError(
+            f"control: {shown(text)} is not readable YAML; write canny or '{{name: canny}}'"
+        ) from None
     return control_of({"name": tree} if isinstance(tree, str) else tree)
 
 

@@ -109,7 +109,7 @@ class Store:
     def place(self, file: RemoteFile, path: Path) -> LocalFile:
         """A local copy in the file's stead. Raises UserError if it is missing or not the published file."""
         if not path.is_file():
-            raise UserError(f"{file.option} {path}: no such file")
+            raise UserError(f"{file.option} {path}: no such file; give one that is there")
         with self._writable():
             part = self.folder / f".{file.name}.given"
             shutil.copyfile(path, part)

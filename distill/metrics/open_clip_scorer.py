@@ -1,6 +1,5 @@
 """Scorers that are open_clip models, by name and pretrained tag or weights file."""
 
-import difflib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..nearest import hint
 from .image_text import CLIP_SCORE, CLIP_SCORE_HESSEL, COSINE, Measure, Scorer
 from .lite import hash_file
 from .picture_rule import PictureRule
@@ -49,8 +49,9 @@ class OpenClipScorer(Scorer):
 
         config = open_clip.get_model_config(model)
         if config is None:
-            near = difflib.get_close_matches(model, open_clip.list_models(), 3, 0.4)
-            raise UserError(f"scorer {model}: no such open_clip model; the nearest are {', '.join(near)}")
+            raise UserError(
+                f"scorer {model}: no such open_clip model; {hint(model, open_clip.list_models())}"
+            )
         tag = _tag(model, pretrained)
         quick = bool(config.get("quick_gelu", False) or tag.get("quick_gelu", False))
         path = _weights_file(model, pretrained, tag, weights)

@@ -115,7 +115,7 @@ def planned(config: RunConfig) -> Plan:
     vae = Autoencoder.planned(c.vae) if c.vae else None
     resolution = c.resolution or (teacher.resolution if teacher else None)
     if resolution is None:
-        raise UserError("resolution: missing; without a teacher the image size must be given")
+        raise UserError("resolution: missing; without `teacher: {path: ...}` the image size must be given")
     captions, classes = _texts(c, resolution)
     kind = method_named(c.method["name"])
     settings = kind.Settings(**{k: v for k, v in c.method.items() if k != "name"})

@@ -31,6 +31,7 @@ class AutoencoderSettings:
 
 class Autoencoder(Method):
     Settings = AutoencoderSettings
+    ignores = ("teacher", "student", "validation_steps", "validation_prompts", "compile")
     needs = frozenset({"images"})
 
     def __init__(self, settings: AutoencoderSettings, parts: Parts):

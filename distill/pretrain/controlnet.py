@@ -16,7 +16,7 @@ from ..generator import ddim_sample, ends_at_data, seeded
 from ..methods.base import Batch, Method, Parts, Progress
 from ..notes import Notes
 from ..one_step import ControlledDenoiser, controlnet_of
-from ..settings import settings
+from ..settings import StudentSettings, settings
 
 
 @settings
@@ -50,6 +50,10 @@ class ControlNetTraining(Method):
             raise UserError(f"teacher.path: no pipeline of diffusers samples a {kind} with our ControlNet")
         self.controlnet = controlnet_of(self.teacher)
         self.view = settings.control.load(parts.vision)
+
+    @classmethod
+    def needs_teacher(cls, student: StudentSettings) -> bool:
+        return True
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"control": list(self.controlnet.parameters())}

@@ -10,7 +10,7 @@ from ...pipelines.export import Export, in_float32
 from ..generator import ddim_sample, ends_at_data, seeded
 from ..methods.base import Batch, Method, Parts, Progress
 from ..process import per_sample
-from ..settings import settings
+from ..settings import StudentSettings, settings
 from ..student import Student
 
 
@@ -29,12 +29,17 @@ class Diffusion(Method):
     """E |eps_hat(alpha x0 + sigma eps, t, c) - eps|^2 (arXiv 2006.11239, eq. 14), t uniform on the training steps."""
 
     Settings = DiffusionSettings
+    ignores = ("student.init", "student.network", "student.norm")
     needs = frozenset({"latents", "prompts"})
 
     def __init__(self, settings: DiffusionSettings, parts: Parts):
         super().__init__(settings, parts)
         self.teacher = parts.need_latent_teacher()
         self.student = Student(self.teacher.denoiser, parts.student)
+
+    @classmethod
+    def needs_teacher(cls, student: StudentSettings) -> bool:
+        return True
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"student": list(self.student.trained().values())}

@@ -37,12 +37,15 @@ class EDMTraining(Method):
     """E (sigma^2 + sd^2) / (sigma sd)^2 |D(x0 + sigma eps, sigma) - x0|^2 (eq. 2 with table 1's weight)."""
 
     Settings = EDMSettings
+    ignores = ("teacher",)
 
     def __init__(self, settings: EDMSettings, parts: Parts):
         super().__init__(settings, parts)
         s, student = settings, parts.student
         if student.network is None:
             raise UserError("student.network: missing; give the arguments of a UNet2DModel")
+        if student.kind == "lora":
+            raise UserError("student.kind: lora: this method trains new weights; set it to full")
         self.process = EDM(s.sigma_min, s.sigma_max, s.sigma_data, s.rho)
         self.student = Student(new_denoiser(student.network, self.process, "edm", student.norm), student)
         self.space = pixel_space(self.student.network, parts)

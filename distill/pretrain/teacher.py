@@ -1,5 +1,6 @@
 """Trains an embedded teacher stage by stage: autoencoder, text encoder, then the diffusion network."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ...pipelines.export import Export, sampling_of, write_export
 from ...pipelines.pipeline_edm import EDMPipeline
 from ..checkpoint import recover, write_folder
-from ..config import RunConfig, load_config, read_yaml
+from ..config import RunConfig, load_config, read_yaml, shown
 from ..data import load_data
 from ..errors import UserError
+from ..nearest import hint
 from ..run_folder import RunFolder
 from ..run_lock import locked
 from ..runner import Runner
@@ -38,11 +40,14 @@ def train(tree: dict[str, Any]) -> Path:
                 f"{key}: missing; see configs/emoji/teacher.yaml and configs/fashion/teacher.yaml"
             )
     if not isinstance(tree["stages"], dict):
-        raise UserError(f"stages: {tree['stages']!r} has no keys; write `stages: {{pixels: ...}}`")
+        raise UserError(f"stages: {shown(tree['stages'])} has no keys; write `stages: {{pixels: ...}}`")
     pixels = "pixels" in tree["stages"]
     _check_keys("", tree, ("output_dir", "stages", *(() if pixels else ("network", "scheduler"))))
     _check_keys("stages.", tree["stages"], PIXEL_STAGES if pixels else STAGES)
-    root = Path(tree["output_dir"])
+    root = Path(str(tree["output_dir"]))
+    if not pixels:
+        _check_arguments("network", UNet2DConditionModel, tree["network"])
+        _check_arguments("scheduler", DDIMScheduler, tree["scheduler"])
     stages = _stages(root, tree["stages"])
     with locked(root):
         recover(root)
@@ -65,10 +70,20 @@ def is_recipe(tree: dict[str, Any], name: str) -> bool:
 
 def _stages(root: Path, trees: dict[str, Any]) -> dict[str, RunConfig]:
     """The configuration of every stage, before the first of them takes its hours."""
-    placed = {name: {**tree, "output_dir": str(root / name)} for name, tree in trees.items()}
-    if "diffusion" in placed:
-        placed["diffusion"]["teacher"] = {"path": str(root / "start")}
-    return {name: load_config(tree) for name, tree in placed.items()}
+    out = {}
+    for name, tree in trees.items():
+        if not isinstance(tree, dict):
+            raise UserError(
+                f"stages.{name}: {shown(tree)} has no keys; write `stages: {{{name}: {{method: ...}}}}`"
+            )
+        placed: dict[str, Any] = {"output_dir": str(root / name)}
+        if name == "diffusion":
+            placed["teacher"] = {"path": str(root / "start")}
+        for key in placed:
+            if key in tree:
+                raise UserError(f"stages.{name}.{key}: follows from output_dir; leave it out")
+        out[name] = load_config({**tree, **placed}, f"stages.{name}.")
+    return out
 
 
 def _check_keys(prefix: str, tree: dict[str, Any], wanted: tuple[str, ...]) -> None:
@@ -79,7 +94,17 @@ def _check_keys(prefix: str, tree: dict[str, Any], wanted: tuple[str, ...]) -> N
             )
     for key in tree:
         if key not in wanted:
-            raise UserError(f"{prefix}{key}: no such key; there are {', '.join(wanted)}")
+            raise UserError(f"{prefix}{key}: no such key; {hint(str(key), wanted)}")
+
+
+def _check_arguments(key: str, cls: Any, given: Any) -> None:
+    """UserError for what the class does not take."""
+    if not isinstance(given, dict):
+        raise UserError(f"{key}: {shown(given)} has no keys; give the arguments of diffusers' {cls.__name__}")
+    known = [name for name in signature(cls).parameters if not name.startswith("_")]
+    for name in given:
+        if name not in known:
+            raise UserError(f"{key}.{name}: {cls.__name__} takes no such argument; {hint(str(name), known)}")
 
 
 def _train_pixels(root: Path, tree: dict[str, Any], stages: dict[str, RunConfig]) -> str:

@@ -92,6 +92,16 @@ class TextEncoder(Method):
     """Minimises 1 - cos(W h_eos, MiniLM(phrase)); W is a training-time projection that is not exported."""
 
     Settings = TextEncoderSettings
+    ignores = (
+        "teacher",
+        "student",
+        "validation_steps",
+        "validation_prompts",
+        "compile",
+        "gradient_checkpointing",
+        "enable_xformers_memory_efficient_attention",
+        "data.center_crop",
+    )
     ids: Tensor
     vectors: Tensor
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import load_config, read_yaml
+from ..config import read_yaml, recorded
 from ..errors import UserError
 from ..run_folder import CONFIG
 from ..teacher import load_pipeline, locate
@@ -61,7 +61,7 @@ class LoRASpace(WeightSpace):
     """
 
     def __init__(self, pipeline: Any, folder: Path, checkpoints: CheckpointSet, factors: bool):
-        config = load_config(read_yaml(checkpoints.run / CONFIG))
+        config = recorded(read_yaml(checkpoints.run / CONFIG))
         if config.student.kind != "lora" or config.teacher is None:
             raise UserError(f"method.space: {checkpoints.run} did not train a LoRA; use `space: weights`")
         self.factors = factors

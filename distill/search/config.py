@@ -6,8 +6,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..config import RunConfig, resolved
+from ..effects import SEARCH
 from ..errors import UserError
-from ..settings import settings
+from ..settings import COUNTS, settings
 
 
 @settings
@@ -47,9 +48,9 @@ class FitnessSettings:
     text: str = "lite0-minilm"
     log_text: bool = False
     quality: str = "realism"
-    weight: float = Field(2.0, ge=0)
+    weight: float = Field(2.0, ge=0, le=COUNTS)
     extractor: str = "efflite0-128"
-    neighbours: int = Field(3, ge=1)
+    neighbours: int = Field(3, ge=1, le=1000)
 
 
 @settings
@@ -60,8 +61,8 @@ class SearchReportSettings:
     name: str | None = None
     split: str = "train"
     holdout: str | None = "holdout"
-    num_images: int = Field(500, ge=2)
-    seeds: int = Field(3, ge=1)
+    num_images: int = Field(500, ge=2, le=1_000_000)
+    seeds: int = Field(3, ge=1, le=1000)
     clip: str | None = None
 
 
@@ -78,14 +79,14 @@ class SearchConfig:
     method: Any
     student: StudentFolder
     data: SearchDataSettings
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=1000)
     fitness: FitnessSettings = Field(default_factory=FitnessSettings)
-    guidance_scale: float | None = None
-    max_candidates: int = Field(100, ge=1)
-    num_images: int = Field(128, ge=2)
-    finalists: int = Field(5, ge=1)
-    final_images: int = Field(256, ge=2)
-    batch_size: int = Field(64, ge=1)
+    guidance_scale: float | None = Field(None, ge=0, le=1000)
+    max_candidates: int = Field(100, ge=1, le=1_000_000)
+    num_images: int = Field(128, ge=2, le=1_000_000)
+    finalists: int = Field(5, ge=1, le=1_000_000)
+    final_images: int = Field(256, ge=2, le=1_000_000)
+    batch_size: int = Field(64, ge=1, le=65536)
     seed: int = Field(0, ge=0, lt=1000)
     trust_remote_code: bool = False
     report: SearchReportSettings | None = Field(default_factory=SearchReportSettings)
@@ -100,7 +101,7 @@ def load_search(tree: dict[str, Any]) -> SearchConfig:
             raise UserError(
                 f"{key}: belongs to training; {name} is a search and trains nothing; leave it out"
             )
-    config: SearchConfig = resolved(SearchConfig, tree)
+    config: SearchConfig = resolved(SearchConfig, tree, SEARCH)
     if config.report is not None:
         d, r = config.data, config.report
         if (r.name or d.name, r.split) == (d.name, d.split):

@@ -209,7 +209,7 @@ def test_specs_become_scorers(tagged: None, weights: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("ViT-L14:openai", "no such open_clip model; the nearest are ViT-L-14"),
+        ("ViT-L14:openai", "no such open_clip model; the nearest is ViT-L-14"),
         ("ViT-L-14:opnai", "no pretrained tag 'opnai'; open_clip has openai, "),
         ("ViT-L-14-quickgelu:laion2b_s32b_b82k", "no pretrained tag 'laion2b_s32b_b82k'"),
         (f"{NAME}:remote", f"{NAME}, tag remote: weights neither in the cache nor reachable .* local copy"),

@@ -134,7 +134,10 @@ def test_places_and_numbers_that_cannot_be(
         line = refused(out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert line.startswith(f"output: {out}/") and "(File too large); free space or choose another --output" in line
+    assert (
+        line.startswith(f"output: {out}/")
+        and "(File too large); free space or choose another --output" in line
+    )
     assert not list(out.glob(".*.partial"))
     assert main([*call, "--output", str(out)]) == 0 and len(list(out.glob("*.png"))) == 2
     capsys.readouterr()
