@@ -284,7 +284,7 @@ def check(row: Row, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
             else str(yaml.safe_load(text) if re.fullmatch(r"[\w.{}\[\]: -]+", text) else text)
         )
         assert text in line or read in line, (row, line)
-    assert re.search(r"; |: (choose|give|mend) |usage: |should be ", line), (row, line)  # a remedy
+    assert re.search(r"; |: (choose|give|mend|save) |usage: |should be ", line), (row, line)  # a remedy
     assert sorted(folder.rglob("*")) == before, row
 
 

@@ -235,13 +235,17 @@ def test_a_checkpoint_of_a_run_with_or_without_averages(
 @pytest.mark.parametrize(
     "content", [b"", b'{"step": 4', b"\xff", b"null", b"{}", b"[" * 100_000, b'{"step": -1}']
 )
-def test_a_damaged_record_of_what_was_exported(
-    content: bytes, refused: Refused, finished: Path, tmp_path: Path
+def test_after_a_damaged_record_of_what_was_exported_it_is_exported_again(
+    content: bytes, config: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
+    sound = json.loads((run / "exported.json").read_text())
     (run / "exported.json").write_bytes(content)
-    line = refused()
-    assert line.startswith(f"{run}/exported.json: ") and line.endswith("run's command, which exports again")
+    assert main(["distill", str(config), "--output_dir", str(run)]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fewstep: warning: ")]
+    assert len(lines) == 1 and f"{run}/exported.json: " in lines[0]
+    again = json.loads((run / "exported.json").read_text())
+    assert (again["step"], again["folders"]) == (sound["step"], sound["folders"])
 
 
 @pytest.mark.parametrize("moment", ["_save", "_save_raw", "_log", "_pictures", "_export"])

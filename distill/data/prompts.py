@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..errors import UserError
-from ..readers import read_text
+from ..readers import Unreadable, read_text
 
 
 def read_prompts(path: str) -> list[str]:
@@ -17,6 +17,8 @@ def read_prompts(path: str) -> list[str]:
         raise UserError(
             f"data.prompts: no file {path}; give a text file with one prompt a line, or a folder"
         ) from None
+    except Unreadable as error:
+        raise UserError(f"data.prompts: {error}") from error
     prompts = [line for line in lines if line]
     if not prompts:
         raise UserError(f"data.prompts: {path} holds no prompts; write one a line, in .txt files")
