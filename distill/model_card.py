@@ -71,7 +71,7 @@ def adapter_loading_lines(config: RunConfig, export: Export, folder: str = "lora
     """Python that puts the LoRA on the teacher's pipeline with plain diffusers."""
     assert export.adapter is not None and config.teacher is not None
     scheduler, teacher = type(export.adapter.scheduler).__name__, config.teacher.path
-    imports, place, where = "", f'"{public(teacher)}"', "the teacher's folder or hub id"
+    imports, source, where = "", f'"{public(teacher)}"', "the teacher's folder or hub id"
     if teacher in EMBEDDED:
         imports = "from importlib.resources import files\n\n"
         place, where = (
@@ -89,7 +89,7 @@ def adapter_loading_lines(config: RunConfig, export: Export, folder: str = "lora
     return (
         f"{imports}import torch\nfrom diffusers import DiffusionPipeline, {scheduler}\n\n"
         f"# {where}; without a dtype, parts stored in half precision stay so beside others\n"
-        f"pipe = DiffusionPipeline.from_pretrained({place}, dtype=torch.float32)\n"
+        f"pipe = DiffusionPipeline.from_pretrained({source}, dtype=torch.float32)\n"
         f"{styled}"
         f'pipe.scheduler = {scheduler}.from_pretrained("{folder}")\n'
         f'pipe.load_lora_weights("{folder}")\n'

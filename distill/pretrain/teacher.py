@@ -1,5 +1,6 @@
 """Trains an embedded teacher stage by stage: autoencoder, text encoder, then the diffusion network."""
 
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ from .card import PIXEL_STEPS, STEPS, write_card, write_own_card, write_pixel_ca
 STAGES = ("autoencoder", "text_encoder", "diffusion")
 PIXEL_STAGES = ("pixels",)
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES = {"emoji": write_card, "fashion": write_pixel_card}  # of the embedded teachers
+RECIPES: dict[str, Callable[[Path], Any]] = {
+    "emoji": write_card,
+    "fashion": write_pixel_card,
+}  # of the embedded teachers
 
 
 def train(tree: dict[str, Any]) -> Path:
