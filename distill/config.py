@@ -71,7 +71,7 @@ class RunConfig:
     vae: AutoencoderSettings | None = None
     student: StudentSettings = Field(default_factory=StudentSettings)
     resolution: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
     train_batch_size: int = Field(16, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_train_steps: int = Field(1000, ge=1)

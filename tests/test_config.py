@@ -163,3 +163,10 @@ def test_every_ready_configuration_of_a_run_is_valid() -> None:
         tree = read_yaml(path)
         c = load_search(tree) if is_search(tree) else load_config(tree)
         assert c.output_dir.startswith("runs/"), path
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**30])
+def test_a_seed_has_64_bits(seed: int) -> None:
+    tree = {"output_dir": "x", "data": {"name": "emoji"}, "method": {"name": "ict"}, "seed": seed}
+    with pytest.raises(UserError, match=f"seed: {seed} does not fit: input should be"):
+        load_config(tree)
