@@ -34,6 +34,8 @@ def read_text(path: Path | str, *, remedy: str = "save it again as UTF-8 text") 
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise
+    except NotADirectoryError as error:  # a file stands where a folder of the path should
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
     except UnicodeDecodeError as error:
         raise Unreadable(f"{path}: is not UTF-8 text (byte {error.start}): {remedy}") from error
     except (OSError, ValueError) as error:  # a folder, no right to read, a NUL in the name

@@ -89,11 +89,10 @@ class Target:
 
 @dataclass
 class Watched:
-    """How a child ended: its exit code, None if it was killed; entries into each phase, and the longest time there."""
+    """How a child ended: its exit code, None if it was killed; how long it was in each phase, each time."""
 
     code: int | None
-    entries: Counter[str]
-    seconds: dict[str, float]
+    seconds: dict[str, list[float]]
 
 
 class Work:
@@ -152,7 +151,7 @@ class Work:
             os.close(reading)
             self._inside(verb, writing)
         os.close(writing)
-        seconds: dict[str, float] = {}
+        seconds: dict[str, list[float]] = {}
         count, rest, killed = Counter[str](), b"", False
         with contextlib.closing(open(reading, "rb", buffering=0)) as pipe:
             while chunk := pipe.read(4096):
@@ -160,7 +159,7 @@ class Work:
                 for line in lines:
                     what, phase, value = line.decode().split()
                     if what == "leave":
-                        seconds[phase] = max(seconds.get(phase, 0.0), float(value))
+                        seconds.setdefault(phase, []).append(float(value))
                     count[phase] += what == "enter"
                     if target and (what, phase, count[phase]) == ("enter", target.phase, target.entry):
                         select.select([], [], [], target.delay)
@@ -168,7 +167,7 @@ class Work:
                             os.killpg(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         killed = os.WIFSIGNALED(status)
-        return Watched(None if killed else os.waitstatus_to_exitcode(status), count, seconds)
+        return Watched(None if killed else os.waitstatus_to_exitcode(status), seconds)
 
     def _inside(self, verb: str, tell: int) -> None:
         """The child's whole life."""
@@ -299,11 +298,16 @@ def finish(work: Work, verb: str) -> Watched:
 
 
 def moment(undisturbed: Watched, phase: str, draw: random.Random) -> Target:
-    """In one of the first two entries into a phase, as far into it as it may last; "start" ends at the first phase."""
+    """In one of the first two entries into a phase, rather early in it: what was done before a kill is quick then.
+
+    "start" is the first quarter of the whole, if it is no longer than a phase.
+    """
     lasts = dict(undisturbed.seconds)
-    whole = lasts.pop("start")
-    length = min(whole / 4, *lasts.values()) if phase == "start" else lasts[phase]
-    return Target(phase, draw.randint(1, min(2, undisturbed.entries[phase])), draw.random() * length)
+    (whole,) = lasts.pop("start")
+    if phase == "start":
+        return Target(phase, 1, draw.random() * min(whole / 4, *map(max, lasts.values())))
+    entry = draw.randint(1, min(2, len(lasts[phase])))
+    return Target(phase, entry, draw.random() ** 2 * lasts[phase][entry - 1])
 
 
 def trials(root: Path, wanted: int, seed: int) -> dict[str, Any]:

@@ -41,6 +41,9 @@ def test_missing_stays_missing(tmp_path):
     ):  # fmt: skip
         with pytest.raises(FileNotFoundError):
             read(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "file" / "below")
 
 
 @pytest.mark.parametrize(

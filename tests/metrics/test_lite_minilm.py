@@ -140,7 +140,7 @@ def test_own_heads_have_their_own_hash_and_other_files_are_refused(tmp_path: Pat
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     for name, message in (
         ("less", "heads of another network"),
-        ("torn", "no readable heads"),
+        ("torn", "is not a readable safetensors file"),
         ("none", "no such heads"),
     ):
         with pytest.raises(UserError, match=f"{name}.safetensors: {message}.*scripts/train_scorer.py"):
