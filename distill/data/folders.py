@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import MissingSplit, UserError
 from ..readers import parse_json, read_text
 from .images import PICTURE_SUFFIXES, UNREAD_SUFFIXES
 from .shards import open_shards
@@ -90,11 +90,11 @@ def _split_folder(folder: Path, split: str) -> Path:
             )
         return folder / split
     if there:
-        raise UserError(
+        raise MissingSplit(
             f"{folder}: has no split {split!r}, only {', '.join(there)}: put its files into {folder / split}"
         )
     if split != "train":
-        raise UserError(
+        raise MissingSplit(
             f"{folder}: has no split {split!r}: move those files into {folder / split}, the others into "
             f"{folder / 'train'}, each with its own metadata.jsonl"
         )

@@ -31,9 +31,6 @@ UNREAD_SUFFIXES = frozenset((
 ))  # fmt: skip
 
 SIXTEEN_BITS = ("PNG", "PPM")  # formats whose grey of mode "I" spans 0 to 65535
-PIECE = (
-    1 << 14
-)  # bytes read at the head, in the middle and at the end of an encoded image for its fingerprint
 
 
 class Cells(Protocol):
@@ -81,6 +78,10 @@ class ImageData(ABC):
     def hash_content(self, digest: Any) -> None:
         """Feed what identifies the images, in order, to a hashlib object."""
 
+    def called(self, index: int) -> str:
+        """How messages call a row."""
+        return f"row {index} of {self.name}"
+
     @cached_property
     def labels(self) -> list[int]:
         """The class of every row by its place in `classes`. UserError without classes or where a row has none."""
@@ -112,10 +113,6 @@ class ImageData(ABC):
                 '(lines with "file_name" and "text") or a NAME.txt beside each NAME.png, or set data.caption_column '
                 f"to {named}null to train on empty prompts"
             )
-
-    def called(self, index: int) -> str:
-        """How messages call a row."""
-        return f"row {index} of {self.name}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -159,7 +156,7 @@ class MemoryImages(ImageData):
 class TableImages(ImageData):
     """Encoded images, decoded when they are asked for.
 
-    The fingerprint reads images up to 48 KiB whole, longer ones at three places besides their length.
+    The fingerprint reads every image whole.
     """
 
     def __init__(
@@ -193,18 +190,17 @@ class TableImages(ImageData):
         return to_square(read_picture(source, name), self.resolution, self.center_crop)
 
     def hash_content(self, digest: Any) -> None:
-        for index in range(len(self)):
-            name, source = _name_and_source(self.table[index], index)
-            try:
-                with open(source, "rb") if isinstance(source, str) else source as f:
-                    size = f.seek(0, os.SEEK_END)
-                    digest.update(size.to_bytes(8, "little"))
-                    whole = size <= 3 * PIECE
-                    for start in (0,) if whole else (0, (size - PIECE) // 2, size - PIECE):
-                        f.seek(start)
-                        digest.update(f.read(size if whole else PIECE))
-            except OSError as error:
-                raise UserError(f"{name}: cannot be read ({error.strerror}): mend or remove it") from error
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for content in pool.map(self._hashed, range(len(self))):
+                digest.update(content)
+
+    def _hashed(self, index: int) -> bytes:
+        name, source = self.encoded(index)
+        try:
+            with open(source, "rb") if isinstance(source, str) else source as f:
+                return hashlib.file_digest(f, "sha256").digest()
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read ({error.strerror}): mend or remove it") from error
 
 
 def read_picture(source: str | Path | IO[bytes], name: str) -> Image.Image:

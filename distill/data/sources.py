@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import MissingSplit, UserError
 from .embedded import STYLES, load_emoji
 from .folders import open_folder, say
 from .images import ImageData, TableImages
@@ -67,7 +67,7 @@ def load_data(
         table = open_folder(path, split, image_column)
     elif path.is_file() or re.search(r"[*?\[{]", name):
         if split != "train":
-            raise UserError(
+            raise MissingSplit(
                 f"{name}: a pattern is all of split 'train': name the shards of {split!r} by one of their own"
             )
         table = open_shards(match_shards(name), name, image_column)

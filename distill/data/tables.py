@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from glob import escape
 from typing import Any
 
-from ..errors import UserError
+from ..errors import MissingSplit, UserError
 from ..nearest import nearest
 from .embedded import STYLES
 from .images import Cells
@@ -167,7 +167,7 @@ def _load(builder: str, name: str, split: str = "train", **files: Any) -> Any:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         reason = " ".join(str(cause or error).split())
         if reason.startswith("Unknown split"):
-            raise UserError(
+            raise MissingSplit(
                 f"{name}: {reason}: choose one of these, or give a folder with the subfolder {split}"
             ) from error
         raise UserError(

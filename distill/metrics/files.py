@@ -15,7 +15,8 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
-from ..data.cache import UNWRITABLE, cache_directory
+from ..data.cache import cache_directory
+from ..data.records import UNWRITABLE
 from ..errors import UserError
 from ..readers import read_json, read_text
 from .inception import sha256_of

@@ -196,7 +196,11 @@ def test_what_cannot_be_compared(
     for entries, flags, message in (
         ([full, full], [], "full: two entries have this name; give one as NAME=PATH"),
         ([full], ["--steps", "4"], "offers 1, 2; add one of them to --steps"),
-        ([str(cut)], ["--teacher", "none", "--num_images", "4"], "cut could not be scored"),
+        (
+            [str(cut)],
+            ["--teacher", "none", "--data", "emoji", "--num_images", "4"],
+            "cut could not be scored",
+        ),
         ([b"a\xff".decode(errors="surrogateescape")], [], "is not UTF-8 text"),
     ):
         output = str(tmp_path / "out")
