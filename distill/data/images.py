@@ -16,6 +16,16 @@ from torch import Tensor
 
 from ..errors import UserError
 
+PICTURE_SUFFIXES = frozenset(
+    ".apng .avif .avifs .bmp .cur .dcx .dds .dib .gif .icb .icns .ico .im .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf "
+    ".jpg .jpx .mpo .msp .pbm .pcd .pcx .pfm .pgm .png .pnm .ppm .psd .pxr .qoi .ras .rgb .rgba .sgi .bw .tga .tif "
+    ".tiff .vda .vst .webp .xbm .xpm".split()
+)  # of files that are read as pictures, in lower case
+UNREAD_SUFFIXES = frozenset(
+    ".ai .arw .cr2 .cr3 .dng .emf .eps .exr .hdr .heic .heics .heif .heifs .hif .jls .jxl .jxr .kra .nef .orf .pef "
+    ".raf .raw .rw2 .srw .svg .svgz .wdp .wmf .xcf".split()
+)  # of files that are pictures to the user and cannot be read
+
 PIECE = (
     1 << 14
 )  # bytes read at the head, in the middle and at the end of an encoded image for its fingerprint
