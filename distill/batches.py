@@ -11,7 +11,7 @@ from .config import RunConfig
 from .data import ImageData, LatentCache, PromptCache, SampledLatents, rows_of
 from .draws import Draws, mix
 from .errors import UserError
-from .frozen import weights_hash
+from .frozen import content_hash
 from .methods.base import Batch
 from .teacher import LatentTeacher, Teacher
 from .teacher_data import TeacherData
@@ -41,6 +41,7 @@ class Batches:
         if "prompts" in needs or made:
             if not isinstance(teacher, LatentTeacher):
                 raise UserError("teacher: missing; prompts are encoded by a latent teacher's text encoder")
+            self.texts_made_by = teacher.texts_hash()
             self.prompts = self._prompt_cache(teacher)
             self.told, self.empty = teacher.told, teacher.encode_empty()
         if "latents" in needs:
@@ -90,7 +91,7 @@ class Batches:
 
         a = self.accelerator
         return LatentCache.build(
-            self.data, encode, key=f"{codec.path} {weights_hash(codec.vae)} {codec.vae.dtype}",
+            self.data, encode, key=f"{content_hash(codec.vae)} {codec.vae.dtype}",
             is_main=a.is_main_process, barrier=a.wait_for_everyone, progress=_bar("encoding images", a),
         )  # fmt: skip
 
@@ -98,7 +99,7 @@ class Batches:
         a, network = self.accelerator, data.teacher.family.network
         return SampledLatents.made(
             data, lambda start, stop: data.make(start, stop, self.prompts.__getitem__),
-            key=f"{network.dtype}", batch_size=self.config.train_batch_size,
+            key=f"{network.dtype} {self.texts_made_by} {content_hash(data.teacher.vae)}", batch_size=self.config.train_batch_size,
             is_main=a.is_main_process, barrier=a.wait_for_everyone, progress=_bar("sampling latents", a),
         )  # fmt: skip
 
@@ -107,9 +108,8 @@ class Batches:
             return {k: v.cpu() for k, v in teacher.encode_prompts(captions).items()}
 
         a = self.accelerator
-        encoders = " ".join(f"{weights_hash(e)} {e.dtype}" for e in teacher.text_encoders)
         return PromptCache.build(
-            self.data.captions, encode, key=f"{teacher.path} {encoders}",
+            self.data.captions, encode, key=self.texts_made_by,
             is_main=a.is_main_process, barrier=a.wait_for_everyone, progress=_bar("encoding prompts", a),
         )  # fmt: skip
 

@@ -1,8 +1,11 @@
 """Parameters that a loss must not train: kept out of graphs, moved in the precision that they need, and told apart."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,6 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .quantise import plain_parts
+from .readers import parse_json
+
+# What files of tokenizers hold beside their content: where they lay, and how they were called last.
+PASSING = {
+    "is_local", "local_files_only", "max_length", "name_or_path", "pad_to_multiple_of", "padding", "stride",
+    "transformers_version", "truncation", "truncation_strategy",
+}  # fmt: skip
 
 
 class Frozen(nn.Module):
@@ -95,8 +105,49 @@ class Offloaded:
         self.hooks = []
 
 
+def content_hash(*parts: Any) -> str:
+    """32 hex digits of all that networks and tokenizers compute with, wherever they were loaded from.
+
+    Of a network its class, configuration and tensors with their names, types and shapes; of anything else (a tokenizer)
+    its class and the files that it saves. None stands for a part that is not there.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{type(part).__name__}\n".encode())
+        if isinstance(part, nn.Module):
+            _hash_network(part, digest)
+        elif part is not None:
+            _hash_files(part, digest)
+    return digest.hexdigest()[:32]
+
+
+def _hash_network(network: nn.Module, digest: Any) -> None:
+    config: Any = getattr(network, "config", None)
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+    values = {k: v for k, v in values.items() if k[0] != "_" and k != "transformers_version"}
+    digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+    for name, value in network.state_dict().items():
+        for tensor in plain_parts(value.detach()) if isinstance(value, Tensor) else ():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _hash_files(part: Any, digest: Any) -> None:
+    with TemporaryDirectory() as folder:
+        part.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                content = path.read_bytes()
+                if path.suffix == ".json":
+                    values = parse_json(content, path)
+                    kept = {k: v for k, v in values.items() if k not in PASSING}
+                    content = json.dumps(kept, sort_keys=True).encode()
+                digest.update(f"{path.name} {len(content)}\n".encode())
+                digest.update(content)
+
+
 def weights_hash(module: nn.Module) -> str:
-    """A short hash of all weights, so that another network is never taken for this one."""
+    """A short hash of the values of all weights, whatever their precision, by which an export names a network."""
     digest = hashlib.blake2b(digest_size=8)
     for name, value in module.state_dict().items():
         digest.update(name.encode())

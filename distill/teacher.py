@@ -18,7 +18,7 @@ from .condition import Condition
 from .denoiser import Denoiser
 from .errors import UserError
 from .families import FAMILY_NAMES, family_of
-from .frozen import move_frozen
+from .frozen import content_hash, move_frozen
 from .hub import refusal
 from .network_adapters import UNet2DDenoiser
 from .process import EDM, VP
@@ -208,6 +208,14 @@ class LatentTeacher(Teacher, Codec):
     def text_encoders(self) -> list[Any]:
         found = (getattr(self.pipeline, name) for name in self.family.encoders)
         return [encoder for encoder in found if encoder is not None]
+
+    def texts_hash(self) -> str:
+        """Of all that `encode_prompts` computes with."""
+        tokenizers = (
+            getattr(self.pipeline, name.replace("text_encoder", "tokenizer")) for name in self.family.encoders
+        )
+        shapes = sorted(self.family.shapes().items())
+        return f"{type(self.pipeline).__name__} {content_hash(*self.text_encoders, *tokenizers)} {shapes}"
 
     @torch.no_grad()
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:

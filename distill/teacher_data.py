@@ -15,7 +15,7 @@ from .data import ImageData, load_data
 from .data.prompts import read_prompts
 from .draws import mix
 from .errors import UserError
-from .frozen import weights_hash, without_adapter
+from .frozen import content_hash, without_adapter
 from .teacher import LatentTeacher, Teacher, locate
 
 NAME = "teacher"
@@ -59,7 +59,7 @@ class TeacherData(ImageData):
         self.guidance_scale = (
             own_guidance(teacher.path, type(teacher.pipeline).__name__) if scale is None else scale
         )
-        self.weights = weights_hash(teacher.family.network)  # now, while no adapter is on it
+        self.weights = content_hash(teacher.family.network)  # now, while no adapter is on it
 
     def images(self, indices: Sequence[int] | None = None) -> Tensor:
         raise UserError(f"data.name: {NAME}: there are latents alone, and this method trains on pictures")

@@ -26,10 +26,6 @@ UNREAD_SUFFIXES = frozenset(
     ".raf .raw .rw2 .srw .svg .svgz .wdp .wmf .xcf".split()
 )  # of files that are pictures to the user and cannot be read
 
-PIECE = (
-    1 << 14
-)  # bytes read at the head, in the middle and at the end of an encoded image for its fingerprint
-
 
 class ImageData(ABC):
     """N captioned images, all square with `resolution` pixels a side.
@@ -67,6 +63,10 @@ class ImageData(ABC):
     @abstractmethod
     def hash_content(self, digest: Any) -> None:
         """Feed what identifies the images, in order, to a hashlib object."""
+
+    def called(self, index: int) -> str:
+        """How messages call a row."""
+        return f"row {index} of {self.name}"
 
     @cached_property
     def labels(self) -> list[int]:
@@ -127,7 +127,7 @@ class TableImages(ImageData):
     """Encoded images in one column of a map-style `datasets.Dataset`, decoded when they are asked for.
 
     `table` has the columns "image" ({"path", "bytes"}, not decoded) and perhaps "__url__" (the shard).
-    The fingerprint reads images up to 48 KiB whole, longer ones at three places besides their length.
+    The fingerprint reads every image whole.
     """
 
     def __init__(
@@ -161,18 +161,24 @@ class TableImages(ImageData):
             raise UserError(f"{name}: cannot be read as an image ({reason}): mend or remove it") from error
 
     def hash_content(self, digest: Any) -> None:
-        for index in range(len(self)):
-            name, source = _name_and_source(self.table[index], index)
-            try:
-                with open(source, "rb") if isinstance(source, str) else source as f:
-                    size = f.seek(0, os.SEEK_END)
-                    digest.update(size.to_bytes(8, "little"))
-                    whole = size <= 3 * PIECE
-                    for start in (0,) if whole else (0, (size - PIECE) // 2, size - PIECE):
-                        f.seek(start)
-                        digest.update(f.read(size if whole else PIECE))
-            except OSError as error:
-                raise UserError(f"{name}: cannot be read ({error.strerror}): mend or remove it") from error
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for content in pool.map(self._hashed, range(len(self))):
+                digest.update(content)
+
+    def called(self, index: int) -> str:
+        return self.encoded(index)[0]
+
+    def encoded(self, index: int) -> tuple[str, str | io.BytesIO]:
+        """How messages call the image of a row, and its path or its bytes."""
+        return _name_and_source(self.table[index], index)
+
+    def _hashed(self, index: int) -> bytes:
+        name, source = self.encoded(index)
+        try:
+            with open(source, "rb") if isinstance(source, str) else source as f:
+                return hashlib.file_digest(f, "sha256").digest()
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read ({error.strerror}): mend or remove it") from error
 
 
 def to_square(image: Image.Image, resolution: int, center_crop: bool) -> Image.Image:

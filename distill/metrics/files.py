@@ -13,7 +13,8 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from ..data.cache import UNWRITABLE, cache_directory
+from ..data.cache import cache_directory
+from ..data.records import UNWRITABLE
 from ..errors import UserError
 from .inception import sha256_of
 

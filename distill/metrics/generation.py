@@ -12,7 +12,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.cache import Records, cache_directory
+from ..data.cache import cache_directory
+from ..data.records import Records
 from ..measure import PeakMemory
 from .features import Extractor, extract
 from .image_text import Scorer, pair_cosines
@@ -96,8 +97,6 @@ class Generation:
         share = -(-count // self.num_processes)
         rows = range(min(self.rank * share, count), min((self.rank + 1) * share, count))
         records = self._records(rows, inputs, seed_block, arguments)
-        if fresh:
-            records.forget()
         seen = 0
 
         def step(done: int, _: int) -> None:
@@ -109,7 +108,7 @@ class Generation:
             enough = len(rows) // self.batch_size >= ENOUGH
             return self._batch(rows[start:stop], inputs, seed_block, arguments, enough)
 
-        records.build(fill, self.batch_size, step, True, lambda: None)
+        records.build(fill, self.batch_size, step, True, lambda: None, fresh=fresh)
         step(len(rows), len(rows))
         own = records.read(range(len(rows))) if rows else {}
         parts = gather_object([own]) if self.num_processes > 1 else [own]

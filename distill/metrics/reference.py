@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..data import ImageData, load_data
-from ..data.cache import Records, cache_directory
+from ..data.cache import cache_directory
+from ..data.records import Records
 from ..errors import UserError
 from .features import Extractor, extract
 from .frechet import Moments, frechet_distance

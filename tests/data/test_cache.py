@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from fewstep.distill.data import LatentCache, PromptCache, cache_directory, load_data
+from fewstep.distill.data import LatentCache, PromptCache, SampledLatents, cache_directory, load_data, records
+from fewstep.distill.data.records import Records
 from fewstep.distill.errors import UserError
 
 WEIGHT = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.1
@@ -144,6 +146,150 @@ def test_damaged_cache_is_built_anew_with_one_line(data, tmp_path, caplog, damag
     assert str(tmp_path) in notice and "anew" in notice and "\n" not in notice
 
 
+def flip(path, place):
+    with open(path, "r+b") as f:
+        f.seek(place)
+        byte = f.read(1)[0]
+        f.seek(place)
+        f.write(bytes([byte ^ 0x40]))
+
+
+def test_flipped_bytes_are_named_and_their_rows_made_again(data, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(records, "BLOCK", 10 * 1024 + 1)  # 10 rows of 1 KiB
+    LatentCache.build(data, encode, key="vae", directory=tmp_path, batch_size=7)
+    before, path = files(tmp_path), next(tmp_path.glob("*.rows"))
+    index = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert index["checksums"] == [
+        zlib.crc32(path.read_bytes()[i : i + 10240]) for i in range(0, 165888, 10240)
+    ]
+    for place in (25 * 1024, 29 * 1024, 161 * 1024 + 1023):
+        flip(path, place)
+    counted = counting(encode)
+    with caplog.at_level(logging.WARNING):
+        cache = LatentCache.build(data, counted, key="vae", directory=tmp_path, batch_size=7)
+    assert counted.rows == 12
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{path}: rows 20 to 29, 160 to 161 are damaged: making them anew"
+    ]
+    expected = encode(data.images([25, 161]).float() / 127.5 - 1).half().float()
+    torch.testing.assert_close(cache[[25, 161]], expected, atol=2e-3, rtol=1e-3)
+    caplog.clear()
+    again = counting(encode)
+    LatentCache.build(data, again, key="vae", directory=tmp_path, batch_size=7)
+    assert again.rows == 0 and not caplog.records and files(tmp_path).keys() == before.keys()
+
+
+def test_damage_before_the_place_where_a_build_goes_on(data, tmp_path, monkeypatch):
+    """The last block was open when the build stopped, and is damaged since."""
+    monkeypatch.setattr(records, "BLOCK", 64 * 1024)
+    with pytest.raises(Interrupted):
+        LatentCache.build(
+            data, failing_after(2, encode), key="vae", directory=tmp_path / "cut", batch_size=40
+        )
+    flip(next((tmp_path / "cut").glob("*.rows")), 70 * 1024)
+    rest = counting(encode)
+    LatentCache.build(data, rest, key="vae", directory=tmp_path / "cut", batch_size=40)
+    LatentCache.build(data, encode, key="vae", directory=tmp_path / "whole", batch_size=40)
+    assert rest.rows == 82 + 16
+    assert [json.loads(p.read_text())["done"] for p in tmp_path.glob("*/*.json")] == [162, 162]
+    again = counting(encode)
+    LatentCache.build(data, again, key="vae", directory=tmp_path / "cut")
+    assert again.rows == 0
+
+
+def without_checksums(folder):
+    index = next(folder.glob("*.json"))
+    kept = {k: v for k, v in json.loads(index.read_text()).items() if k not in ("block", "checksums")}
+    index.write_text(json.dumps(kept))
+
+
+def test_a_cache_without_checksums_is_taken_with_one_line_but_for_what_is_not_finite(
+    data, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(records, "BLOCK", 50 * 1024)
+    LatentCache.build(data, encode, key="vae", directory=tmp_path)
+    before, path = files(tmp_path), next(tmp_path.glob("*.rows"))
+    without_checksums(tmp_path)
+    counted = counting(encode)
+    LatentCache.build(data, counted, key="vae", directory=tmp_path)
+    assert counted.rows == 0 and files(tmp_path) == before
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line.startswith(f"{path}: was made without checksums")
+    without_checksums(tmp_path)
+    with open(path, "r+b") as f:
+        f.seek(110 * 1024)
+        f.write(torch.tensor([torch.nan]).half().numpy().tobytes())
+    cache = LatentCache.build(data, counted, key="vae", directory=tmp_path)
+    assert counted.rows == 50 and cache[range(162)].isfinite().all()
+    assert f"{path}: rows 100 to 149 are damaged" in caplog.text
+
+
+def test_the_rows_are_on_the_disk_before_the_index_counts_them(data, tmp_path, monkeypatch):
+    seen = []
+    plain = os.fsync, Path.replace
+
+    def fsync(descriptor):
+        seen.append(("rows", os.fstat(descriptor).st_size))
+        plain[0](descriptor)
+
+    def replace(self, target):
+        seen.append(("index", json.loads(self.read_text())["done"]))
+        return plain[1](self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    LatentCache.build(data, encode, key="vae", directory=tmp_path, batch_size=100)
+    assert seen == [("rows", 102400), ("index", 100), ("rows", 165888), ("index", 162)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"done": 200},
+        {"done": -1},
+        {"checksums": [1]},
+        {"block": 0},
+        {"fields": {"latents": ["floot16", [8, 8, 8]]}},
+        {"fields": {"latents": "float16"}},
+        {"fields": {}},
+        {"rows": "many"},
+    ],
+)
+def test_an_index_that_makes_no_sense_is_built_anew(data, tmp_path, caplog, monkeypatch, change):
+    monkeypatch.setattr(records, "BLOCK", 50 * 1024)
+    LatentCache.build(data, encode, key="vae", directory=tmp_path)
+    before, index = files(tmp_path), next(tmp_path.glob("*.json"))
+    index.write_text(json.dumps(json.loads(index.read_text()) | change))
+    LatentCache.build(data, encode, key="vae", directory=tmp_path)
+    assert files(tmp_path) == before
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line.startswith(str(index)) and line.endswith("building the cache anew")
+
+
+def test_two_fresh_builds_of_one_cache(tmp_path):
+    """The first one's rows stay readable while the second makes the file anew."""
+    begun, out = threading.Barrier(2), {}
+
+    def run(name):
+        cache = Records(tmp_path / "features", "key", 60)
+        begun.wait(30)
+        made = {"x": torch.arange(60.0)[:, None] + 1000 * name}
+        cache.build(
+            lambda a, b: {k: v[a:b] for k, v in made.items()}, 3, None, True, lambda: None, fresh=True
+        )
+        begun.wait(30)
+        out[name] = cache.read(range(60))["x"][:, 0]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in (0, 1)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    for name, found in out.items():
+        assert torch.equal(found, torch.arange(60.0) + 1000 * name)
+    assert len(out) == 2
+
+
 def test_rows_deleted_under_the_index_are_built_anew(data, tmp_path):
     LatentCache.build(data, encode, key="vae", directory=tmp_path)
     before = files(tmp_path)
@@ -198,9 +344,35 @@ def test_two_runs_share_one_build(data, tmp_path, caplog):
     assert torch.equal(second[[3]], out[0][[3]])
 
 
-def test_latents_that_overflow_are_refused(data, tmp_path):
-    with pytest.raises(UserError, match="not finite"):
-        LatentCache.build(data, lambda x: encode(x) * 1e9, key="vae", directory=tmp_path)
+def test_what_is_not_finite_names_the_row_and_the_file(data, tmp_path):
+    """Latents that overflow float16 among them."""
+
+    def broken(images):
+        out = encode(images)
+        out[5, 0, 0, 0] *= 1e9
+        return out
+
+    builds = {
+        "latents": lambda: LatentCache.build(data, broken, key="vae", directory=tmp_path),
+        "sampled": lambda: SampledLatents.made(
+            data, lambda a, b: broken(data.images(range(a, b)) / 255), key="vae", directory=tmp_path
+        ),
+        "prompts": lambda: PromptCache.build(
+            [f"{i} cats" for i in range(9)],
+            lambda c: {"h": torch.full((len(c), 2), torch.nan)},
+            key="clip",
+            directory=tmp_path,
+            batch_size=9,
+        ),
+    }
+    for stem, build in builds.items():
+        with pytest.raises(UserError) as caught:
+            build()
+        (path,) = tmp_path.glob(f"{stem}-*.rows")
+        row = 0 if stem == "prompts" else 5
+        assert f"of row {row} in {path} are not finite (" in str(caught.value)
+        assert ("'0 cats'" if stem == "prompts" else "row 5 of emoji-noto") in str(caught.value)
+        assert path.stat().st_size == 0
 
 
 def states(captions):

@@ -1,6 +1,7 @@
 """Cutting, resizing and flattening of pictures, and the fingerprint."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -111,6 +112,21 @@ def test_fingerprint_of_a_folder_is_of_its_content(tmp_path):
     code = f"from fewstep.distill.data import load_data; print({load}.fingerprint)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == first
+
+
+def test_one_byte_anywhere_is_another_fingerprint(tmp_path):
+    """Of a large file too, edited in place, with its size and time as before."""
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    path = tmp_path / "a.bmp"
+    Image.fromarray(pixels).save(path)
+    found, before = set(), path.stat()
+    for place in (0, 90_000, 200_000):
+        content = bytearray(path.read_bytes())
+        content[-1 - place] ^= 1
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        found.add(load_data(str(tmp_path), resolution=8).fingerprint)
+    assert len(found) == 3 and path.stat().st_size == before.st_size
 
 
 def test_importing_the_package_does_not_import_datasets():

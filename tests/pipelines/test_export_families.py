@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fewstep.distill.batches import weights_hash
 from fewstep.distill.config import load_config
 from fewstep.distill.generator import seeded
 from fewstep.distill.methods.base import Parts
@@ -138,9 +137,14 @@ def test_prompts_of_sdxl_are_cached_for_both_its_text_encoders(sdxl_runs: dict[s
     (index,) = Path(os.environ["FEWSTEP_CACHE"]).glob("prompts-*.json")
     cache = json.loads(index.read_text())
     method: Any = sdxl_runs["full"].method
-    pipeline = method.teacher.pipeline
-    hashes = [weights_hash(e) for e in (pipeline.text_encoder, pipeline.text_encoder_2)]
-    assert hashes[0] != hashes[1] and all(h in cache["key"] for h in hashes)
+    before = method.teacher.texts_hash()
+    assert before in cache["key"]
+    for encoder in method.teacher.text_encoders:
+        weight = next(encoder.parameters())
+        weight.data.flatten()[0].neg_()
+        assert method.teacher.texts_hash() != before
+        weight.data.flatten()[0].neg_()
+    assert method.teacher.texts_hash() == before
     assert set(cache["fields"]) == {"encoder_hidden_states", "text_embeds"}
 
 
