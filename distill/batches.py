@@ -99,7 +99,8 @@ class Batches:
         a, network = self.accelerator, data.teacher.family.network
         return SampledLatents.made(
             data, lambda start, stop: data.make(start, stop, self.prompts.__getitem__),
-            key=f"{network.dtype} {self.texts_made_by} {content_hash(data.teacher.vae)}", batch_size=self.config.train_batch_size,
+            key=f"{network.dtype} {self.texts_made_by} {content_hash(data.teacher.vae)}",
+            batch_size=self.config.train_batch_size,
             is_main=a.is_main_process, barrier=a.wait_for_everyone, progress=_bar("sampling latents", a),
         )  # fmt: skip
 
