@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import UserError
 from .metrics.commands import prepare_data_command, verify_metrics_command
@@ -122,9 +122,18 @@ def evaluate(arguments: list[str]) -> int:
         "pipeline",
         help="diffusers pipeline folder, embedded teacher, hub id, each with +LORA; or folder of images",
     )
-    parser.add_argument("--data", help="default: emoji")
-    parser.add_argument("--split", help="of real pictures and prompts, default: train")
-    parser.add_argument("--holdout", help="split of unseen real pictures, or none; default: holdout, or test")
+    parser.add_argument(
+        "--data",
+        help="name or folder, or '{name: photos, caption_column: null}'; default: what the pipeline was trained on, "
+        "where it is a run's or an embedded teacher",
+    )
+    parser.add_argument(
+        "--split", help="of real pictures and prompts, default: that of the training, or train"
+    )
+    parser.add_argument(
+        "--holdout",
+        help="split of unseen real pictures, or none; default: holdout, or test, where it is there",
+    )
     parser.add_argument("--num_images", type=int, default=500)
     parser.add_argument("--steps", type=int, nargs="*", default=[])
     parser.add_argument("--seeds", type=int, default=1, help="disjoint blocks of num_images pictures")
@@ -147,11 +156,11 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
 
-    from .data import other_split
     from .metrics.conditions import read_control
     from .metrics.evaluate import evaluate as score
     from .metrics.pipeline_source import quiet
     from .metrics.table import markdown_table, rows_of
+    from .metrics.trained_on import data_for, default_holdout, read_data
     from .model_card import with_scores
     from .teacher import EMBEDDED
 
@@ -160,11 +169,19 @@ def evaluate(arguments: list[str]) -> int:
     else:
         name = Path(args.pipeline).name
     quiet()
-    own = {k: getattr(args, k) for k in ("data", "split", "holdout", "extractor") if getattr(args, k)}
+    own: dict[str, Any] = {
+        k: getattr(args, k) for k in ("data", "split", "holdout", "extractor") if getattr(args, k)
+    }
     if args.protocol and own:
         raise UserError(f"{next(iter(own))}: has no effect beside --protocol {args.protocol}; leave it out")
     if not args.protocol:
-        own.setdefault("holdout", other_split(args.data or "emoji", args.split or "train"))
+        data = read_data(args.data) if args.data else data_for([args.pipeline])
+        own |= {"data": data.name, "data_options": data.options, "split": args.split or data.split}
+        if not args.holdout:
+            own["holdout"] = default_holdout(data, own["split"])
+            if own["holdout"] is None:
+                note = "has no split of unseen pictures: scored without a hold-out"
+                print(f"fewstep: {data.name}: {note}", file=sys.stderr)
     if own.get("holdout") == "none":
         own["holdout"] = None
     report = score(
@@ -194,8 +211,8 @@ def sample(arguments: list[str]) -> int:
     parser.add_argument(
         "--output", type=Path, required=True, help="a new folder, or one that was not finished"
     )
-    parser.add_argument("--data", default="emoji")
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--data", help="as of evaluate")
+    parser.add_argument("--split", help="as of evaluate")
     parser.add_argument("--prompts", help="a text file with one a line, in place of --data")
     parser.add_argument("--num_images", type=int, help="default: one for each prompt, else 500")
     parser.add_argument("--steps", type=int, required=True)
@@ -210,8 +227,13 @@ def sample(arguments: list[str]) -> int:
     from .metrics.conditions import read_control
     from .metrics.pipeline_source import quiet
     from .metrics.sample import sample as make
+    from .metrics.trained_on import data_for, read_data
 
     quiet()
+    given, split = args.pop("data"), args.pop("split")
+    if args["prompts"] is None:
+        data = read_data(given) if given else data_for([args["pipeline"]])
+        args |= {"data": data.name, "data_options": data.options, "split": split or data.split}
     control = args.pop("control")
     print(make(**args, control=None if control is None else read_control(control)))
     return 0
@@ -234,7 +256,7 @@ def compare(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="of students")
     parser.add_argument("--teacher", help="scored too; default: the one that the runs name; none: no row")
     parser.add_argument("--teacher_steps", type=int, nargs="+", default=[1, 2, 4, 8, 50])
-    parser.add_argument("--data", default="emoji")
+    parser.add_argument("--data", help="as of evaluate; default: what the models were trained on")
     parser.add_argument("--num_images", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3, help="disjoint blocks of num_images pictures")
     parser.add_argument("--device")

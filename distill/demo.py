@@ -14,6 +14,7 @@ from .grid import rows_image
 from .metrics.evaluate import evaluate
 from .metrics.pipeline_source import quantise, quiet
 from .metrics.table import markdown_table, rows_of
+from .metrics.trained_on import data_for, default_holdout
 from .model_card import with_scores
 from .runner import Runner
 from .teacher import EMBEDDED
@@ -48,14 +49,18 @@ def run_demo(
         runner.train()
     print("2/3 scoring the teacher and the student on the same prompts and noise seeds", flush=True)
     teacher, student = EMBEDDED["emoji-sd"], run / "pipeline"
-    rows = []
+    data = data_for([str(student)], "emoji-sd")
+    holdout, rows = default_holdout(data, data.split), []
     for name, folder, steps, repeats in (
         ("teacher", teacher, [50, 8], seeds or 1),
         ("teacher", teacher, [4, 2, 1], seeds or 3),
         ("student", student, [1, 2, 4], seeds or 3),
     ):
         output = output_dir / f"{name}-{'-'.join(map(str, steps))}.json"
-        report = evaluate(str(folder), num_images=num_images, steps=steps, seeds=repeats, output=output)
+        report = evaluate(
+            str(folder), data=data.name, split=data.split, holdout=holdout, data_options=data.options,
+            num_images=num_images, steps=steps, seeds=repeats, output=output,
+        )  # fmt: skip
         rows += rows_of(name, report)
     table = markdown_table(rows)
     print("3/3 drawing", flush=True)

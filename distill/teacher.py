@@ -27,6 +27,7 @@ from .settings import TeacherSettings
 
 TEACHERS = Path(__file__).parent / "teachers"
 EMBEDDED = {"emoji-sd": TEACHERS / "emoji_sd", "fashion-edm": TEACHERS / "fashion_edm"}
+TRAINED_ON = {"emoji-sd": "emoji", "fashion-edm": "fashion-mnist"}
 KNOWN_CLASSES = f"teachers so far are {', '.join(FAMILY_NAMES)} and {EDMPipeline.__name__}"
 
 

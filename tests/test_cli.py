@@ -11,7 +11,19 @@ def test_evaluate_prints_a_table_and_writes_the_report(tiny_pipeline, tmp_path, 
     folder = tmp_path / "tiny"
     shutil.copytree(tiny_pipeline, folder)
     output = tmp_path / "report.json"
-    flags = ["--num_images", "4", "--batch_size", "4", "--steps", "1", "2", "--output", str(output)]
+    flags = [
+        "--data",
+        "emoji",
+        "--num_images",
+        "4",
+        "--batch_size",
+        "4",
+        "--steps",
+        "1",
+        "2",
+        "--output",
+        str(output),
+    ]
     assert main(["evaluate", str(folder), *flags]) == 0
     printed = capsys.readouterr().out
     report = json.loads(output.read_text())

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import MissingSplit, UserError
 from .images import ImageData, MemoryImages
 
 FOLDER = Path(__file__).parent / "emoji"
@@ -26,7 +26,7 @@ def load_emoji(
     caption_column  "text" (the name), "category" or "subcategory"; None leaves the captions empty
     """
     if split not in SPLITS:
-        raise UserError(f"{name}: has no split {split!r}: choose one of {', '.join(SPLITS)}")
+        raise MissingSplit(f"{name}: has no split {split!r}: choose one of {', '.join(SPLITS)}")
     columns = {"text": "caption", "category": "category", "subcategory": "subcategory"}
     if caption_column is not None and caption_column not in columns:
         raise UserError(

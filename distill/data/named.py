@@ -14,7 +14,7 @@ from typing import Protocol
 from filelock import FileLock
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import MissingSplit, UserError
 from .cache import cache_directory
 from .cifar import find_cifar10
 from .idx import find_fashion, find_idx
@@ -118,7 +118,7 @@ def _labelled(
     center_crop: bool,
 ) -> ImageData:
     if split not in SPLITS:
-        raise UserError(f"{name}: has no split {split!r}: choose one of {', '.join(SPLITS)}")
+        raise MissingSplit(f"{name}: has no split {split!r}: choose one of {', '.join(SPLITS)}")
     if caption_column not in ("text", "label", None):
         raise UserError(f"{name}: has no caption column {caption_column!r}: choose text or label, or null")
     pixels, labels = files.read(split)

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import MissingSplit, UserError
 from .embedded import STYLES
 from .named import NAMED
 
@@ -56,11 +56,11 @@ def _split_folder(folder: Path, split: str) -> Path:
         return folder / split
     there = [s for s in SPLIT_FOLDERS if (folder / s).is_dir()]
     if there:
-        raise UserError(
+        raise MissingSplit(
             f"{folder}: has no split {split!r}, only {', '.join(there)}: put its files into {folder / split}"
         )
     if split != "train":
-        raise UserError(
+        raise MissingSplit(
             f"{folder}: has no split {split!r}: move those files into {folder / split}, the others into "
             f"{folder / 'train'}, each with its own metadata.jsonl"
         )
@@ -96,7 +96,7 @@ def _check_metadata(path: Path, caption_column: str | None) -> None:
 def open_shards(pattern: str, split: str) -> Any:
     """Tar shards by a path, or a pattern with *, ?, [..], {a,b} or {000..099}."""
     if split != "train":
-        raise UserError(
+        raise MissingSplit(
             f"{pattern}: a pattern is all of split 'train': name the shards of {split!r} by one of their own"
         )
     shards = []
@@ -181,7 +181,7 @@ def _load(builder: str, name: str, split: str = "train", **files: Any) -> Any:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         reason = " ".join(str(cause or error).split())
         if reason.startswith("Unknown split"):
-            raise UserError(
+            raise MissingSplit(
                 f"{name}: {reason}: choose one of these, or give a folder with the subfolder {split}"
             ) from error
         raise UserError(

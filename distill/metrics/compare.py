@@ -23,6 +23,7 @@ from .remote_code import own_code
 from .report import check_writable, read_report, write_report
 from .strips import check_data, draw_conditions, draw_strips, strip_inputs
 from .table import by_column, by_steps, columns_of, markdown, protocol_notes
+from .trained_on import data_for
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def compare(
     steps: Sequence[int] = (1, 2, 4),
     teacher: str | None = None,
     teacher_steps: Sequence[int] = (1, 2, 4, 8, 50),
-    data: str = "emoji",
+    data: str | None = None,
     num_images: int = 500,
     seeds: int = 3,
     device: str | None = None,
@@ -120,6 +121,7 @@ def compare(
     entries        as in `read_entry`; reports are taken as they are and must be of the same protocol
     steps          of students; those that an export does not offer are left out
     teacher        scored at teacher_steps; None: the one that the runs name, "none": no row
+    data           as of `evaluate --data`; None: what the runs were trained on
     device         None: cuda if there is one, else cpu
     options        further flags of `evaluate` (--batch_size 32, --clip lite0-minilm, --trust_remote_code, ...)
 
@@ -133,15 +135,22 @@ def compare(
     if len(set(slugs)) < len(slugs):
         twice = next(s for s in slugs if slugs.count(s) > 1)
         raise UserError(f"{twice}: two entries have this name; give one as NAME=PATH")
-    check_data(data, options)  # before the long work
-    check_writable(output / "compare.json")
-    quiet()
     jobs = [(m, _offered(m, steps)) for m in models]
     if origin is not None:
         jobs.insert(0, (origin, _offered(origin, teacher_steps)))
+    scored = [m.pipeline for m in models if m.pipeline is not None]
+    if data is None and "--protocol" not in options and (scored or (origin and origin.pipeline)):
+        found = data_for(scored, origin.pipeline if origin else None)
+        data = str(found)
+        if found.split != "train" and "--split" not in options:
+            options = [*options, "--split", found.split]
+    if data is not None or "--protocol" in options:
+        check_data(data or "", options)  # before the long work
+    check_writable(output / "compare.json")
+    quiet()
     rows: list[dict[str, Any]] = []
     shared = ["--num_images", str(num_images), "--seeds", str(seeds), *options]
-    shared += [] if "--protocol" in options else ["--data", data]
+    shared += [] if "--protocol" in options or data is None else ["--data", data]
     shared += ["--device", device] if device is not None else []
     for model, count in jobs:
         report = _score(model, count, shared, output / "reports")
@@ -152,7 +161,7 @@ def compare(
         "call": {"data": data, "num_images": num_images, "seeds": seeds, "options": list(options)},
         "rows": rows,
         "strips": _strips(
-            [m for m, _ in jobs if m.pipeline is not None], rows, data, device, options, output
+            [m for m, _ in jobs if m.pipeline is not None], rows, data or "", device, options, output
         ),
         "published": published(rows),
     }

@@ -1,7 +1,6 @@
 """Score a pipeline or a folder of pictures against real pictures; every number carries its protocol."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,6 +30,7 @@ from .scorers import make_scorer
 from .scoring import Setting, condition_score, image_text_score
 from .source import Source, first_line
 from .standards import get_standard
+from .trained_on import check_place
 
 __all__ = ["caption_match", "evaluate", "open_source", "real_floor", "reference"]
 
@@ -239,6 +239,7 @@ def real_floor(
 def open_source(pipeline: str, device: torch.device, trust_remote_code: bool = False) -> Source:
     """An embedded teacher, a pipeline folder, a folder of images or a hub id; of pipelines also `PIPELINE+LORA`, with
     the LoRA of a file in the weights. Raises UserError if it is none."""
+    check_place(pipeline)
     lora = None
     if not Path(pipeline).exists() and "+" in pipeline:
         pipeline, _, lora = pipeline.partition("+")
@@ -251,8 +252,6 @@ def open_source(pipeline: str, device: torch.device, trust_remote_code: bool = F
         if lora is not None:
             raise UserError(f"{pipeline}+{lora}: a folder of images takes no LoRA; give a pipeline")
         return FolderSource(path)
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", pipeline):
-        raise UserError(f"{pipeline}: no such folder; give a pipeline folder, a folder of images or a hub id")
     return PipelineSource(pipeline, device, lora=lora, trust_remote_code=trust_remote_code)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checkpoint import writing
 from ..data import other_split
-from ..errors import UserError
+from ..errors import MissingSplit
 from ..grid import strip
 from .conditions import Conditions, Place, read_control
 from .inputs import Inputs
@@ -18,13 +18,14 @@ from .prepare import load_prompts
 from .reference import captions_of, labels_of, places_of
 from .source import Source
 from .standards import get_standard
+from .trained_on import Data, read_data
 
 SEEN, UNSEEN = 8, 4
 
 
 def check_data(data: str, options: Sequence[str]) -> None:
     """Raises UserError on data that cannot be read."""
-    _captions(data, dict(pairwise(options)))
+    _captions(read_data(data), dict(pairwise(options)))
 
 
 def strip_inputs(source: Source, data: str, options: Sequence[str]) -> tuple[Inputs, int]:
@@ -35,19 +36,19 @@ def strip_inputs(source: Source, data: str, options: Sequence[str]) -> tuple[Inp
     Captions of the training split, then of the hold-out, with the conditions of their first pictures; the classes in
     turn; or nothing, with empty captions. Raises UserError on data that cannot be read.
     """
-    given = dict(pairwise(options))
+    given, chosen = dict(pairwise(options)), read_data(data)
     blank = Inputs("none", [""] * SEEN, [""] * SEEN), SEEN
     if source.conditioning == "caption":
-        captions, seen, places = _captions(data, given)
+        captions, seen, places = _captions(chosen, given)
         control = read_control(given["--control"]) if "--control" in given else source.control
         if not captions:
             return blank
         inputs = Inputs.of_captions(captions)
         if source.controlled and control is not None:
-            inputs = replace(inputs, conditions=Conditions(control, places), controlled=True)
+            inputs = replace(inputs, conditions=Conditions(control, places, chosen.options), controlled=True)
         return inputs, seen
     if source.conditioning == "class":
-        classes = _classes(data, given)
+        classes = _classes(chosen, given)
         labels = [i % len(classes) for i in range(SEEN + UNSEEN)]
         return Inputs.of_labels(labels, classes), len(labels)
     return blank
@@ -78,7 +79,7 @@ def _save(images: Tensor, path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def _captions(data: str, given: Mapping[str, str]) -> tuple[list[str], int, list[Place]]:
+def _captions(data: Data, given: Mapping[str, str]) -> tuple[list[str], int, list[Place]]:
     """Captions, how many are of the reference split, and where the first picture of each stands."""
     if "--protocol" in given:
         return load_prompts(get_standard(given["--protocol"]))[:SEEN], SEEN, []
@@ -87,24 +88,27 @@ def _captions(data: str, given: Mapping[str, str]) -> tuple[list[str], int, list
     if not any(seen):
         return [], SEEN, []
     try:
-        unseen = _first(data, given.get("--holdout", other_split(data, split)), UNSEEN)
-    except UserError:  # data without a hold-out split
+        holdout = given.get("--holdout", other_split(data.name, split))
+        unseen = {} if holdout == "none" else _first(data, holdout, UNSEEN)
+    except MissingSplit:
         unseen = {}
     return [*seen, *unseen], len(seen), [*seen.values(), *unseen.values()]
 
 
-def _first(data: str, split: str, count: int) -> dict[str, Place]:
+def _first(data: Data, split: str, count: int) -> dict[str, Place]:
     """The first different captions of a split and where their pictures stand."""
     found: dict[str, Place] = {}
-    for caption, place in zip(captions_of(data, split), places_of(data, split), strict=True):
+    captions = captions_of(data.name, split, data.options)
+    places = places_of(data.name, split, data.options)
+    for caption, place in zip(captions, places, strict=True):
         if len(found) == count:
             break
         found.setdefault(caption, place)
     return found
 
 
-def _classes(data: str, given: Mapping[str, str]) -> Sequence[str]:
+def _classes(data: Data, given: Mapping[str, str]) -> Sequence[str]:
     if "--protocol" in given:
         number = get_standard(given["--protocol"]).num_classes
         return [f"class {i}" for i in range(number.value)] if number else []
-    return labels_of(data, given.get("--split", "train"))[1]
+    return labels_of(data.name, given.get("--split", "train"), data.options)[1]

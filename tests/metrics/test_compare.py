@@ -188,7 +188,7 @@ def test_what_cannot_be_compared(runs: Path, tmp_path: Path, capfd: pytest.Captu
     for entries, flags, message in (
         ([full, full], [], "full: two entries have this name; give one as NAME=PATH"),
         ([full], ["--steps", "4"], "offers 1, 2; add one of them to --steps"),
-        ([str(tmp_path / "nowhere")], ["--teacher", "none", "--num_images", "4"], "could not be scored"),
+        ([str(tmp_path / "nowhere")], ["--teacher", "none", "--data", "emoji"], "could not be scored"),
     ):
         output = str(tmp_path / "out")
         assert main(["compare", *entries, "--output", output, "--teacher_steps", "1", *flags]) == 2
