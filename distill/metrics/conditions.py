@@ -60,32 +60,32 @@ class Conditions:
         """Where the real pictures come from."""
         return " and ".join(dict.fromkeys(f"{Path(data).name}/{split}" for data, split, _ in self.places))
 
-    def real(self, rows: range, side: int) -> Tensor:
+    def real(self, rows: Sequence[int], side: int) -> Tensor:
         """uint8 (B, 3, side, side)."""
         found = [self.places[i % len(self.places)] for i in rows]
         return torch.cat([self._set(place, side).images([place[2]]) for place in found])
 
-    def seen(self, images: Tensor, rows: range) -> Tensor:
+    def seen(self, images: Tensor, rows: Sequence[int]) -> Tensor:
         """The control's view of uint8 pictures `rows` (B, 3, H, W): float32 of that shape, or embeddings (B, D)."""
         device = self.device if isinstance(self._view, nn.Module) else "cpu"
         return self._view(images.float().to(device) / 255, Draws(MASK_SEED, 0, rows, device)).cpu()
 
-    def of(self, rows: range, side: int) -> Tensor:
+    def of(self, rows: Sequence[int], side: int) -> Tensor:
         """Conditions `rows`: float32 (B, 3, side, side), in [0, 1] but for hidden pixels, or embeddings (B, D)."""
         return self.seen(self.real(rows, side), rows)
 
-    def shown(self, rows: range, side: int) -> Tensor:
+    def shown(self, rows: Sequence[int], side: int) -> Tensor:
         """Pictures of conditions `rows`: float32 (B, 3, side, side) in [0, 1], hidden pixels black."""
         real = self.real(rows, side)
         return self.control.shown(real.float() / 255, self.seen(real, rows)).clamp(min=0)
 
-    def errors(self, images: Tensor, rows: range) -> Tensor:
+    def errors(self, images: Tensor, rows: Sequence[int]) -> Tensor:
         """Of uint8 pictures `rows` (B, 3, H, W): float64 (B,), as the control's definition says. The formula of NCT's
         consistency (arXiv 2506.19741) is lost in the text that was read; a mean absolute difference fits its figures.
         """
         return self.control.error(self.of(rows, images.shape[-1]), self.seen(images, rows))
 
-    def identity(self, rows: range) -> str:
+    def identity(self, rows: Sequence[int]) -> str:
         """Hash of the control and of where real pictures `rows` come from, their content included."""
         found = [self.places[i % len(self.places)] for i in rows]
         sets = {f"{p[0]} {p[1]}": self._set(p, 1).fingerprint for p in found}

@@ -61,7 +61,8 @@ def evaluate(
 
     pipeline            a diffusers pipeline folder or hub id, or the name of an embedded teacher; or a folder of
                         images: then no steps, 1 seed
-    num_images, seeds   pictures in one value; values of disjoint noise, whose mean and sd are reported
+    num_images, seeds   pictures in one value, of a folder a fixed random draw; values of disjoint noise, whose mean and
+                        sd are reported
     split, holdout      reference of KID, FD and prompts; unseen real pictures, None where there are none
     device              None: cuda if there is one, else cpu
     guidance_scale      None: what sampling.json or the pipeline says
@@ -88,7 +89,13 @@ def evaluate(
     if output is not None:
         check_writable(output)
     where, rank, processes = _place(device)
-    source = open_source(pipeline, where, trust_remote_code)
+    center_crop = bool((data_options or {}).get("center_crop", True))
+    source = open_source(pipeline, where, trust_remote_code, center_crop)
+    if protocol is not None and source.touched is not None:
+        raise UserError(
+            f"{source.touched}, and protocol {protocol} takes files as they are; make all square, upright and of one "
+            "size"
+        )
     calls = source.calls(steps, seeds, guidance_scale, num_images)
     judge: Judge
     with PartialState().main_process_first() if processes > 1 else nullcontext():
@@ -137,7 +144,8 @@ def evaluate(
             scores.append(image_text_score(cosines, scorer, measure, setting))
         if inputs.conditions is not None:
             errors = [m.errors for m in made[n] if m.errors is not None]
-            scores.append(condition_score(errors, inputs.conditions, setting))
+            rows_of = source.inputs_of(range(num_images))
+            scores.append(condition_score(errors, inputs.conditions, rows_of, setting))
         row = {
             "steps": n,
             "nfe": made[n][0].nfe or None,
@@ -236,9 +244,12 @@ def real_floor(
     return out
 
 
-def open_source(pipeline: str, device: torch.device, trust_remote_code: bool = False) -> Source:
+def open_source(
+    pipeline: str, device: torch.device, trust_remote_code: bool = False, center_crop: bool = True
+) -> Source:
     """An embedded teacher, a pipeline folder, a folder of images or a hub id; of pipelines also `PIPELINE+LORA`, with
-    the LoRA of a file in the weights. Raises UserError if it is none."""
+    the LoRA of a file in the weights. `center_crop`: how a folder's images become squares, as of load_data. Raises
+    UserError if it is none."""
     check_place(pipeline)
     lora = None
     if not Path(pipeline).exists() and "+" in pipeline:
@@ -251,7 +262,7 @@ def open_source(pipeline: str, device: torch.device, trust_remote_code: bool = F
             raise UserError(f"{path}: this is a run folder; give {path / 'pipeline'}")
         if lora is not None:
             raise UserError(f"{pipeline}+{lora}: a folder of images takes no LoRA; give a pipeline")
-        return FolderSource(path)
+        return FolderSource(path, center_crop)
     return PipelineSource(pipeline, device, lora=lora, trust_remote_code=trust_remote_code)
 
 

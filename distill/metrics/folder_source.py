@@ -1,37 +1,58 @@
-"""Pictures from a folder of image files."""
+"""Pictures from a folder of image files, read as a data set is."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
-from ..data.images import over_white
+from ..data import load_data
+from ..data.images import PICTURE_SUFFIXES
+from ..data.tables import SPLIT_FOLDERS
 from ..errors import UserError
 from .inputs import Inputs
-from .source import Source, first_line, hash_files, short, side
+from .reference import ORDER_SEED, in_order
+from .source import Source, short
+from .squares import squares_of
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+log = logging.getLogger(__name__)
 
 
 class FolderSource(Source):
-    """The image files of a folder in the order of their names, taken as they are."""
+    """The pictures that `load_data` finds in a folder, of its split "train" where it has splits.
 
-    seed_rule = "files of a folder"
+    Every picture is cut to a square as the reference is (`center_crop` of load_data), with the side of the smallest
+    one. Picture i is that of row i in the fixed random order that the rows of a reference have too, so that the first
+    of them are a fair sample of any size.
+    """
 
-    def __init__(self, folder: Path):
+    seed_rule = f"files of a folder in a fixed random order (seed {ORDER_SEED})"
+
+    def __init__(self, folder: Path, center_crop: bool = True):
         self.folder = folder
-        self.files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not self.files:
+        if not any(p.suffix.lower() in PICTURE_SUFFIXES for p in folder.rglob("*")):
             raise UserError(
                 f"{folder}: holds neither a pipeline (model_index.json) nor images; give another folder"
             )
-        formats = sorted({p.suffix.lower().lstrip(".") for p in self.files})
-        self.quantisation = f"uint8, image files ({', '.join(formats)})"
+        splits = [name for name in SPLIT_FOLDERS if (folder / name).is_dir()]
+        if splits and "train" not in splits:
+            raise UserError(f"{folder}: holds the splits {', '.join(splits)}; give {folder / splits[0]}")
+        self.shown = folder / "train" if splits else folder
+        how: dict[str, Any] = {"caption_column": None, "center_crop": center_crop}
+        squares = squares_of(load_data(str(folder), resolution=1, **how))
+        self.data, self.order = in_order(str(folder), "train", squares.side, how)
+        self.touched = squares.touched
+        self.quantisation = f"uint8, image files ({', '.join(squares.suffixes)})"
+        if squares.cut:
+            self.quantisation += f"; {squares.cut}"
+        if squares.largest != squares.side:
+            self.quantisation += f"; resized to {squares.side} px, bicubic antialiased"
+            log.warning(
+                "%s: squares of %d to %d pixels: all are resized to %d, the side of %s",
+                folder, squares.side, squares.largest, squares.side, squares.smallest,
+            )  # fmt: skip
 
     def calls(
         self, steps: Sequence[int], seeds: int, guidance_scale: float | None, num_images: int
@@ -43,9 +64,9 @@ class FolderSource(Source):
         ):
             if not idle:
                 raise UserError(f"{name}: has no effect on a folder of images ({self.folder}); leave it out")
-        if num_images > len(self.files):
+        if num_images > len(self.order):
             raise UserError(
-                f"num_images: {num_images} wanted, {self.folder} holds {len(self.files)} images; lower it"
+                f"num_images: {num_images} wanted, {self.folder} holds {len(self.order)} images; lower it"
             )
         return {None: {}}
 
@@ -56,34 +77,18 @@ class FolderSource(Source):
         seed_block: int,
         arguments: dict[str, Any],
     ) -> tuple[Tensor, float]:
-        """The files at `rows`; UserError if one is unreadable or not as large as the first."""
+        """Those of `rows`, from the start again after the last; UserError if one is unreadable."""
         start = time.perf_counter()
-        first = read_image(self.files[0])
-        side(str(self.files[0]), first[None])
-        pictures = [read_image(self.files[i]) for i in rows]
-        for i, picture in zip(rows, pictures, strict=True):
-            if picture.shape != first.shape:
-                is_, others = (f"{s[2]}x{s[1]}" for s in (picture.shape, first.shape))
-                raise UserError(
-                    f"{self.files[i]}: {is_} pixels, the first has {others}; make all of one size"
-                )
-        return torch.stack(pictures), time.perf_counter() - start
+        return self.data.images(self.inputs_of(rows)), time.perf_counter() - start
+
+    def inputs_of(self, rows: range) -> list[int]:
+        return [self.order[i % len(self.order)] for i in rows]
 
     def quantise_by(self, rule: Callable[[Tensor], Tensor], name: str) -> None:
         pass
 
     def identity(self) -> str:
-        return hash_files(self.folder, self.files)
+        return self.data.fingerprint
 
     def describe(self) -> dict[str, Any]:
-        return {"pipeline": short(self.folder), "pipeline_sha256": self.identity()}
-
-
-def read_image(path: Path) -> Tensor:
-    """An image file as uint8 (3, H, W), transparency on white. Raises UserError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            rgb = over_white(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: unreadable image ({first_line(error)}); mend or remove it") from None
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+        return {"pipeline": short(self.shown), "pipeline_sha256": self.identity()}

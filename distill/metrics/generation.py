@@ -142,7 +142,7 @@ class Generation:
             captions = [inputs.captions[i % len(inputs.captions)] for i in rows]
             out["cosines"] = pair_cosines(self.scorer, images, captions, self.batch_size)[:, None]
         if inputs.conditions is not None:
-            out["errors"] = inputs.conditions.errors(images, rows)[:, None]
+            out["errors"] = inputs.conditions.errors(images, self.source.inputs_of(rows))[:, None]
         out["seconds"] = torch.full((len(rows), 1), taken / len(rows))
         out["nfe"] = torch.full((len(rows), 1), nfe, dtype=torch.int32)
         out["memory"] = torch.full((len(rows), 1), peak.bytes or 0, dtype=torch.int64)
@@ -153,7 +153,7 @@ class Generation:
     def _records(self, rows: range, inputs: Inputs, seed_block: int, arguments: dict[str, Any]) -> Records:
         network, conditions = self.network, []
         if inputs.conditions is not None:
-            conditions = [inputs.controlled, inputs.conditions.identity(rows)]
+            conditions = [inputs.controlled, inputs.conditions.identity(self.source.inputs_of(rows))]
         key = {
             "source": self.source.identity(),
             "rules": [self.source.seed_rule, self.source.quantisation, self.crop_rule],

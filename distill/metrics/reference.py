@@ -22,6 +22,7 @@ from .manifold import COVERAGE_NEIGHBOURS, PRECISION_NEIGHBOURS, radii
 from .neighbours import unseen_distance
 from .protocol import hash_pictures
 from .report import LIBRARIES
+from .squares import squares_of
 
 ORDER_SEED = 0
 CHUNK = 1024
@@ -34,13 +35,13 @@ def reference(
 
     So the first rows are a fair sample of any size. `data_options` go to `load_data` (caption_column, ...).
     """
-    rows, order = _ordered(data, split, resolution, data_options)
+    rows, order = in_order(data, split, resolution, data_options)
     return rows.images(order), [rows.captions[i] for i in order]
 
 
 def captions_of(data: str, split: str, data_options: Mapping[str, Any] | None = None) -> list[str]:
     """The captions of `reference`, without a look at the pictures."""
-    rows, order = _ordered(data, split, 1, data_options)
+    rows, order = in_order(data, split, 1, data_options)
     return [rows.captions[i] for i in order]
 
 
@@ -48,7 +49,7 @@ def labels_of(
     data: str, split: str, data_options: Mapping[str, Any] | None = None
 ) -> tuple[list[int], tuple[str, ...]]:
     """The class labels of `reference`, and the names of the classes. Raises UserError if the data have none."""
-    rows, order = _ordered(data, split, 1, data_options)
+    rows, order = in_order(data, split, 1, data_options)
     labels = rows.labels
     return [labels[i] for i in order], rows.classes
 
@@ -57,12 +58,14 @@ def places_of(
     data: str, split: str, data_options: Mapping[str, Any] | None = None
 ) -> list[tuple[str, str, int]]:
     """(data, split, row) of the pictures of `reference`."""
-    return [(data, split, i) for i in _ordered(data, split, 1, data_options)[1]]
+    return [(data, split, i) for i in in_order(data, split, 1, data_options)[1]]
 
 
-def _ordered(
+def in_order(
     data: str, split: str, resolution: int, data_options: Mapping[str, Any] | None
 ) -> tuple[ImageData, list[int]]:
+    """A split and the fixed random order of its rows, of which those of a folder are sorted by path, or stand as in its
+    metadata."""
     rows = load_data(data, split=split, resolution=resolution, **(data_options or {}))
     return rows, torch.randperm(len(rows), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
 
@@ -133,7 +136,7 @@ def load_reference(
 
     Raises UserError on data that cannot be read or fewer than 2 pictures.
     """
-    rows, order = _ordered(data, split, resolution, data_options)
+    rows, order = in_order(data, split, resolution, data_options)
     if len(rows) < 2:
         raise UserError(f"data {data}: split {split!r} has {len(rows)} pictures; scores need at least 2")
     captions = [rows.captions[i] for i in order]
@@ -147,7 +150,8 @@ def load_reference(
         return {"features": extract(network, rows.images(order[start:stop]), batch_size)}
 
     records.build(features, batch_size, None, True, lambda: None)
-    name = f"{Path(data).name}/{split}"
+    cut = squares_of(rows).cut
+    name = f"{Path(data).name}/{split}" + (f", {cut}" if cut else "")
     return Reference(name, sha256, captions, records.read(range(len(rows)))["features"])
 
 

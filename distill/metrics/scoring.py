@@ -140,9 +140,11 @@ def image_text_score(runs: Sequence[Tensor], scorer: Scorer, measure: Measure, s
     return Score.over_seeds(measure.label(scorer), [measure.of(x) for x in runs], protocol)
 
 
-def condition_score(runs: Sequence[Tensor], conditions: Conditions, setting: Setting) -> Score:
-    """Score of the condition errors (N,) of each seed's pictures."""
-    rows = range(min(setting.n_gen, len(conditions.places)))
+def condition_score(
+    runs: Sequence[Tensor], conditions: Conditions, rows: Sequence[int], setting: Setting
+) -> Score:
+    """Score of the condition errors (N,) of each seed's pictures, which belong to `rows` of the conditions."""
+    rows = sorted({i % len(conditions.places) for i in rows})
     protocol = Protocol(
         metric="condition error",
         definition=conditions.control.definition,

@@ -23,6 +23,7 @@ class Source(ABC):
     controlled    whether pictures are made from a condition picture too
     control       that the source itself names; None where it names none
     grey          whether the pictures made last had one channel
+    touched       a picture that is not taken as its file is, and why; None without
     """
 
     conditioning: str = "none"
@@ -30,6 +31,7 @@ class Source(ABC):
     grey: bool = False
     controlled: bool = False
     control: Control | None = None
+    touched: str | None = None
     seed_rule: ClassVar[str]
     quantisation: str
 
@@ -55,6 +57,10 @@ class Source(ABC):
     @abstractmethod
     def quantise_by(self, rule: Callable[[Tensor], Tensor], name: str) -> None:
         """Turn pictures in [0, 1] into uint8 by this rule; no effect on files, which are uint8 already."""
+
+    def inputs_of(self, rows: range) -> Sequence[int]:
+        """Which row of the inputs each of the pictures belongs to."""
+        return rows
 
     def evaluations(self) -> int:
         """Samples that have passed through the denoising network so far; guidance passes each twice. 0 for files."""
