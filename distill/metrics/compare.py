@@ -79,7 +79,7 @@ def compare(
         report = _score(model, count, shared, output / "reports")
         rows += _rows(model, report)
     columns_of(rows)  # refuses mixed protocols before the pictures are made
-    record = {
+    record: dict[str, Any] = {
         "title": title or "Few-step students" + (f" of {Path(origin.pipeline or '').name}" if origin else ""),
         "call": {"data": data, "num_images": num_images, "seeds": seeds, "options": list(options)},
         "rows": rows,

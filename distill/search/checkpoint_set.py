@@ -91,7 +91,7 @@ class CheckpointSet:
         """Mean of the logged losses since the checkpoint before, of each. Raises UserError where none was logged."""
         log = self.run / LOG
         try:
-            rows = [row for _, row in log_lines(log)]
+            rows = [dict[str, Any](row) for _, row in log_lines(log)]
         except FileNotFoundError:
             raise UserError(f"method.metric: {log} is missing; restore it, or use metric step") from None
         spacing = self.steps[1] - self.steps[0]
