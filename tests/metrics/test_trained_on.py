@@ -30,6 +30,7 @@ def photos(data_folder: Path, tmp_path: Path) -> Path:
 def run_on(folder: Path, tiny_pipeline: Path, data: Any, **changes: Any) -> Path:
     """The pipeline in a run folder that was trained on `data`."""
     shutil.copytree(tiny_pipeline, folder / "pipeline")
+    (folder / "pipeline" / "sampling.json").write_text('{"default": {}}')
     tree = {"method": {"name": "lcd"}, "teacher": {"path": "emoji-sd"}, "data": data, **changes}
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     return folder / "pipeline"
@@ -121,7 +122,7 @@ def test_a_holdout_that_is_not_there_is_told_from_one_that_is_broken(
     (broken / "holdout" / "metadata.jsonl").write_text("{")
     assert default_holdout(Data(str(broken)), "train") == "holdout"
     assert main(["evaluate", str(data_folder / "train"), "--data", str(broken), "--num_images", "4"]) == 2
-    assert "holdout/metadata.jsonl: line 1 is not JSON" in capsys.readouterr().err
+    assert "holdout/metadata.jsonl: line 1: is not JSON" in capsys.readouterr().err
 
 
 def test_models_of_different_data_are_not_compared_unasked(
