@@ -74,7 +74,7 @@ def adapter_loading_lines(config: RunConfig, export: Export, folder: str = "lora
     imports, source, where = "", f'"{public(teacher)}"', "the teacher's folder or hub id"
     if teacher in EMBEDDED:
         imports = "from importlib.resources import files\n\n"
-        place, where = (
+        source, where = (
             f'files("fewstep.distill") / "teachers/{EMBEDDED[teacher].name}"',
             f"{teacher} of fewstep",
         )

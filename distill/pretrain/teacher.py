@@ -25,10 +25,10 @@ from .card import PIXEL_STEPS, STEPS, write_card, write_own_card, write_pixel_ca
 STAGES = ("autoencoder", "text_encoder", "diffusion")
 PIXEL_STAGES = ("pixels",)
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES: dict[str, Callable[[Path], Any]] = {
+RECIPES: dict[str, Callable[[Path], Any]] = {  # of the embedded teachers
     "emoji": write_card,
     "fashion": write_pixel_card,
-}  # of the embedded teachers
+}
 
 
 def train(tree: dict[str, Any]) -> Path:
