@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 
 from ..pipelines.export import sampling_of
 from .checkpoint import write_file
-from .config import load_config, read_yaml, with_overrides
+from .config import fitted, load_config, read_yaml, with_overrides
 from .grid import rows_image
 from .metrics.evaluate import evaluate
 from .metrics.pipeline_source import quantise, quiet
@@ -40,7 +40,8 @@ def run_demo(
     """
     begun = time.perf_counter()
     quiet()
-    tree = with_overrides(read_yaml(config), overrides)
+    ready = read_yaml(config)
+    tree = fitted(with_overrides(ready, overrides), ready)
     run = output_dir / "student"
     runner = Runner(load_config({**tree, "output_dir": str(run)}))
     if not runner.finished():
