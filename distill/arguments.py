@@ -36,6 +36,13 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
+def place(text: str) -> str:
+    """The type of a name or a path, which has a character at least."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' names nothing; give a name or a path")
+    return text
+
+
 def scale(text: str) -> float:
     """The type of a guidance scale."""
     try:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import MOST_IMAGES, MOST_STEPS, Parser, scale, whole
+from .arguments import MOST_IMAGES, MOST_STEPS, Parser, place, scale, whole
 from .errors import UserError
 from .interrupts import exit_code, terminations_raised
 from .metrics.commands import prepare_data_command, verify_metrics_command
@@ -74,7 +74,7 @@ def turbo(arguments: list[str]) -> int:
         description="Distil a few-step LoRA of your own model from prompts alone, on one device.",
         epilog="Any key of a configuration is a flag too: --max_train_steps 500, --student.rank 16, ...",
     )
-    parser.add_argument("model", help="pipeline folder, embedded teacher or hub id")
+    parser.add_argument("model", type=place, help="pipeline folder, embedded teacher or hub id")
     parser.add_argument("--prompts", help="text file of one prompt a line, or a folder of such files")
     parser.add_argument("--lora", help="a style LoRA that the model shall have: file, or owner/name/file")
     parser.add_argument("--method", help="default: lcd for Stable Diffusion and SDXL, rcm for the others")
@@ -123,10 +123,12 @@ def _evaluate_parser() -> Parser:
     parser = Parser(prog="fewstep evaluate", description="Score a pipeline or a folder of pictures.")
     parser.add_argument(
         "pipeline",
+        type=place,
         help="diffusers pipeline folder, embedded teacher, hub id, each with +LORA; or folder of images",
     )
     parser.add_argument(
         "--data",
+        type=place,
         help="name or folder, or '{name: photos, caption_column: null}'; default: what the pipeline was trained on, "
         "where it is a run's or an embedded teacher",
     )
@@ -216,11 +218,11 @@ def sample(arguments: list[str]) -> int:
         prog="fewstep sample",
         description="A folder of pictures, each of the caption or class of a real one, or of a line of a text file.",
     )
-    parser.add_argument("pipeline", help="as of evaluate, images apart")
+    parser.add_argument("pipeline", type=place, help="as of evaluate, images apart")
     parser.add_argument(
         "--output", type=Path, required=True, help="a new folder, or one that was not finished"
     )
-    parser.add_argument("--data", help="as of evaluate")
+    parser.add_argument("--data", type=place, help="as of evaluate")
     parser.add_argument("--split", help="as of evaluate")
     parser.add_argument("--prompts", help="a text file with one a line, in place of --data")
     parser.add_argument(
@@ -262,6 +264,7 @@ def compare(arguments: list[str]) -> int:
     parser.add_argument(
         "entries",
         nargs="+",
+        type=place,
         help="[NAME=] run folder, pipeline folder, embedded teacher, hub id, each but runs with +LORA; or report.json",
     )
     parser.add_argument("--output", type=Path, required=True)
@@ -270,7 +273,7 @@ def compare(arguments: list[str]) -> int:
     )
     parser.add_argument("--teacher", help="scored too; default: the one that the runs name; none: no row")
     parser.add_argument("--teacher_steps", type=whole(1, MOST_STEPS), nargs="+", default=[1, 2, 4, 8, 50])
-    parser.add_argument("--data", help="as of evaluate; default: what the models were trained on")
+    parser.add_argument("--data", type=place, help="as of evaluate; default: what the models were trained on")
     parser.add_argument("--num_images", type=whole(1, MOST_IMAGES), default=500)
     parser.add_argument(
         "--seeds", type=whole(1, 1000), default=3, help="disjoint blocks of num_images pictures"

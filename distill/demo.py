@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 
 from ..pipelines.export import sampling_of
 from .checkpoint import write_file
-from .config import RunConfig, load_config, read_yaml, with_overrides
+from .config import RunConfig, fitted, load_config, read_yaml, with_overrides
 from .grid import rows_image
 from .metrics.evaluate import evaluate
 from .metrics.pipeline_source import quantise, quiet
@@ -41,7 +41,8 @@ def run_demo(
     many values; None for 3, and 1 where the teacher takes 50 and 8 steps.
     """
     quiet()
-    tree = with_overrides(read_yaml(config), overrides)
+    ready = read_yaml(config)
+    tree = fitted(with_overrides(ready, overrides), ready)
     student = load_config({**tree, "output_dir": str(output_dir / "student")})
     with locked(output_dir):
         return _run(output_dir, student, num_images, seeds)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .config import RunConfig, load_config, with_overrides
+from .config import RunConfig, fitted, load_config, with_overrides
 from .data.prompts import read_prompts
 from .errors import UserError
 from .launch import num_processes
@@ -115,22 +115,6 @@ def configured(
         "validation_prompts": list(validation),
     }
     return load_config(fitted(with_overrides(tree, overrides), tree))
-
-
-def fitted(tree: dict[str, Any], ready: dict[str, Any]) -> dict[str, Any]:
-    """A tree whose ready values, those that the caller left alone, fit the caller's: without `use_ema` there is no
-    ema_decay, with a constant rate no warm-up, and a short run warms up in a twentieth of it."""
-    out, total = dict(tree), tree["max_train_steps"]
-    if not out["use_ema"] or out.get("ema_std") is not None:
-        out = {k: v for k, v in out.items() if k != "ema_decay" or v != ready[k]}
-    if out.get("lr_warmup_steps") == ready["lr_warmup_steps"]:
-        if out["lr_scheduler"] == "constant":
-            del out["lr_warmup_steps"]
-        elif isinstance(total, int) and total < out["lr_warmup_steps"]:
-            out["lr_warmup_steps"] = total // 20
-    if out["validation_steps"] == 0 and out["validation_prompts"] == ready["validation_prompts"]:
-        del out["validation_prompts"]
-    return out
 
 
 def method_settings(name: str, guidance: float, kind: str) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """The verbs of the command line."""
 
+import errno
 import json
 import shutil
 
 import pytest
-from fewstep.distill.cli import main
+from fewstep.distill.cli import VERBS, main
 
 
 def test_evaluate_prints_a_table_and_writes_the_report(tiny_pipeline, tmp_path, capsys):
@@ -58,3 +59,43 @@ def test_help_names_every_verb(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"fewstep {verb} " in printed for verb in ("distill", "evaluate", "train-teacher", "demo"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("odd\nmore"), 1, "ValueError: odd (this is a fault of fewstep or of a library; --traceback shows"),
+        (RecursionError(), 1, "RecursionError: (this is a fault"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.png"), 2,
+         "a.png: cannot be read or written (No space left on device); free space, or write elsewhere"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "runs"), 2, "runs: cannot be read or written (Is a dir"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)  # fmt: skip
+def test_any_error_is_one_line_and_traceback_shows_it(
+    error: BaseException,
+    code: int,
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[list[str]] = []
+
+    def verb(arguments: list[str]) -> int:
+        seen.append(arguments)
+        raise error
+
+    monkeypatch.setitem(VERBS, "demo", verb)
+    assert main(["demo", "--seed", "1"]) == code
+    written = capsys.readouterr().err
+    assert written.startswith(f"fewstep: error: {line}" if line else "") and written.count("\n") == bool(line)
+    if code != 130:
+        with pytest.raises(type(error)):
+            main(["demo", "--traceback", "--seed", "1"])
+        assert seen == [["--seed", "1"]] * 2
+
+
+def test_a_flag_is_not_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
+    """--seed is a key of the configuration, not --seeds."""
+    assert main(["demo", "--seed", "x"]) == 2
+    assert "error: seed: 'x'" in capsys.readouterr().err

@@ -1,10 +1,12 @@
 """Configurations: typed YAML, dotted overrides, and one line for each mistake."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from fewstep.distill.catalog import METHODS, SEARCHES
 from fewstep.distill.config import (
     RunConfig,
     as_tree,
@@ -14,9 +16,11 @@ from fewstep.distill.config import (
     with_defaults,
     with_overrides,
 )
+from fewstep.distill.controls import Canny
 from fewstep.distill.errors import UserError
 from fewstep.distill.search.config import is_search, load_search
 from fewstep.distill.settings import LORA_TARGETS
+from pydantic import ValidationError
 
 TREE: dict[str, Any] = {
     "output_dir": "run",
@@ -244,3 +248,15 @@ def test_a_seed_has_63_bits(seed: int) -> None:
     tree = {"output_dir": "x", "data": {"name": "emoji"}, "method": {"name": "ict"}, "seed": seed}
     with pytest.raises(UserError, match=f"seed: {seed} does not fit: input should be"):
         load_config(tree)
+
+
+@pytest.mark.parametrize("name", [*METHODS, *SEARCHES])
+def test_settings_hold_no_infinity(name: str) -> None:
+    """Also where they are made by code: each number of each method."""
+    kind: Any = {**METHODS, **SEARCHES}[name].Settings
+    needed = {"control": Canny()} if name in ("nct", "controlnet") else {}
+    kind(**needed)
+    for key, info in kind.__pydantic_fields__.items():
+        if info.annotation in (float, float | None):
+            with pytest.raises(ValidationError, match=f"{key}\n  Input should be (a finite|less than)"):
+                kind(**needed, **{key: math.inf})

@@ -194,6 +194,6 @@ def test_a_norm_without_new_weights_is_refused(tiny_pipeline: Path, tmp_path: Pa
         "--method.guidance_dim",
         "8",
     ]
-    with pytest.raises(UserError, match=r"student\.norm: the teacher's weights have its norms"):
+    with pytest.raises(UserError, match=r"student\.norm: has no effect on method lcd"):
         describe(load_config(with_overrides(tree, overrides)))
     assert main(["distill", str(CONFIGS / "emoji" / "lct.yaml"), "--method.c", "0", "--dry_run"]) == 2

@@ -90,7 +90,8 @@ def settings(teacher: Path, output: Path, **student: Any) -> dict[str, Any]:
         "teacher": {"path": str(teacher)},
         "student": student,
         "data": {"name": "emoji-noto"},
-        "method": {"name": "lcd", "guidance_dim": 16, "w_min": 1, "w_max": 3, "w_export": 2},
+        "method": {"name": "lcd", "w_min": 1, "w_max": 3, "w_export": 2}
+        | ({} if student.get("kind") == "lora" else {"guidance_dim": 16}),
         "train_batch_size": 4,
         "max_train_steps": 5,
         "learning_rate": 2e-3,

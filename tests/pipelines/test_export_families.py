@@ -75,7 +75,8 @@ def sdxl_runs(tiny_families: Families, tmp_path_factory: pytest.TempPathFactory)
             "teacher": {"path": str(tiny_families("sdxl"))},
             "student": student,
             "data": {"name": "emoji-noto", "split": "score"},
-            "method": {"name": "lcd", "guidance_dim": 16, "w_min": 1, "w_max": 3, "w_export": 2},
+            "method": {"name": "lcd", "w_min": 1, "w_max": 3, "w_export": 2}
+            | ({} if student else {"guidance_dim": 16}),
             "train_batch_size": 2,
             "max_train_steps": 2,
             "learning_rate": 5e-3,
