@@ -15,8 +15,8 @@ from types import ModuleType
 def _step_aside() -> None:
     """Put the installed `kernels` in this module's place, or an empty module where there is none.
 
-    The empty one looks like a folder without `__init__.py` (no `__file__`, no `__version__`): the probes take
-    that for "not installed". Raising instead would break transformers, whose probe imports unguarded.
+    The empty one has no `__file__`, and a version older than any: the probes take that for "not installed". Raising
+    instead would break transformers, whose probe imports unguarded; before 5.12 it also parses the version unguarded.
     """
     # Another clone on the path steps aside in its turn, and must not come back to this one.
     passed = {Path(__file__).resolve().parent.parent, *globals().get("_passed", ())}
@@ -32,6 +32,7 @@ def _step_aside() -> None:
             return
     empty = ModuleType("kernels", "Empty: the Hub's `kernels` package is not installed.")
     empty.__spec__ = ModuleSpec("kernels", None)
+    vars(empty)["__version__"] = "0"
     sys.modules["kernels"] = empty
 
 

@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "mps", "xpu", "xla", "hpu")
+    if torch.amp.is_autocast_available(device)
+)
+"""Asked once: Dynamo of torch 2.11 cannot trace the question."""
 
 
 class Problem(NamedTuple):
@@ -118,7 +124,7 @@ def leading_shape(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[in
 def autocast(x: Tensor) -> Tensor:
     """A floating tensor in the dtype of an enabled autocast, as torch's operator takes it; float64 stays."""
     device = x.device.type
-    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if not x.is_floating_point() or x.dtype == torch.float64 or device not in AUTOCAST_DEVICES:
         return x
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 

@@ -1,5 +1,6 @@
 """Reverse mode, forward mode and vmap around the operators: one launch computes O and tO."""
 
+import functools
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ FORWARD_ONCE = f"attention is differentiated forward once, not jvp of jvp or jvp
 Tangents = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def differentiable(problem: Problem) -> tuple[Tensor, Tensor]:
-    """O, which carries a tangent if q, k, v or the bias does, and LSE (B, H, Lq)."""
+def differentiable(problem: Problem, bare: bool = False) -> tuple[Tensor, Tensor]:
+    """O, which carries a tangent if q, k, v or the bias does, and LSE (B, H, Lq); `bare` as in `launch`."""
     q, k, v, bias, is_causal, scale = problem
     inputs = (q, k, v, bias)
     if forward_ad._current_level < 0 or innermost_is_vmap():
-        out, _, lse = launch(problem, (None, None, None, None))
+        out, _, lse = launch(problem, (None, None, None, None), bare)
         return out, lse
     if torch.compiler.is_compiling() and eager_transforms.JVP_NESTING > 1:
         raise NotImplementedError(FORWARD_ONCE)
@@ -34,16 +35,19 @@ def differentiable(problem: Problem) -> tuple[Tensor, Tensor]:
     pq, pk, pv, pbias = primals
     assert pq is not None and pk is not None and pv is not None
     tq, tk, tv, tbias = tangents
-    out, tangent, lse = launch(Problem(pq, pk, pv, pbias, is_causal, scale), (tq, tk, tv, tbias))
+    out, tangent, lse = launch(Problem(pq, pk, pv, pbias, is_causal, scale), (tq, tk, tv, tbias), bare)
     return (out if tangent is None else forward_ad.make_dual(out, tangent)), lse
 
 
-def launch(problem: Problem, tangents: Tangents) -> tuple[Tensor, Tensor | None, Tensor]:
-    """O, tO (None without tangents) and LSE, differentiable in reverse through O."""
+def launch(problem: Problem, tangents: Tangents, bare: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
+    """O, tO (None without tangents) and LSE, differentiable in reverse through O.
+
+    `bare` calls the operator instead of `Attention`, as under torch.compile: what Dynamo makes of an
+    autograd.Function differs between versions.
+    """
     q, k, v, bias, is_causal, scale = problem
     inputs = (q, k, v, *tangents[:3], bias, tangents[3])
-    if torch.compiler.is_compiling():
-        # A compiled graph holds the operator: what Dynamo makes of an autograd.Function differs between versions.
+    if bare or torch.compiler.is_compiling():
         if forward_ad._current_level >= 0 and any(has_tangent(x) for x in inputs):
             raise NotImplementedError(FORWARD_ONCE)
         out, tangent, lse = attention_forward(*inputs, is_causal, scale, requested())
@@ -72,17 +76,19 @@ def gradients(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     return dq, dk, dv, None, None, None, dbias if bias_grad else None, None, None, None, None
 
 
-def batched(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+def batched(
+    info: Any, in_dims: tuple[Any, ...], *inputs: Any, bare: bool = False
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """The rule of vmap: the mapped dimension joins the batch; tangents that live below the map are found there."""
     is_causal, scale, _ = inputs[8:]
     q, k, v, tq, tk, tv, bias, tbias = join_batch(inputs[:8], in_dims, info.batch_size)
     problem = Problem(q, k, v, batched_like(bias, q), is_causal, scale)
     tbias = batched_like(tbias, q)
     if tq is None and tk is None and tv is None and tbias is None:
-        out, lse = differentiable(problem)
+        out, lse = differentiable(problem, bare)
         tangent = None
     else:
-        out, tangent, lse = launch(problem, (tq, tk, tv, tbias))
+        out, tangent, lse = launch(problem, (tq, tk, tv, tbias), bare)
     split = (info.batch_size, -1)
     out, lse = out.unflatten(0, split), lse.unflatten(0, split)
     if tangent is None:
@@ -184,4 +190,4 @@ def compiled_gradients(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 attention_forward.register_autograd(compiled_gradients, setup_context=setup_compiled)
-attention_forward.register_vmap(batched)
+attention_forward.register_vmap(functools.partial(batched, bare=True))

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from .tiny_families import saved
+from .whole_files import pytest_make_collect_report  # noqa: F401
 
 MERGES = ["c a", "ca t</w>", "d o", "do g</w>", "r e", "re d</w>"]
 MAX_TOKENS = 12

@@ -62,7 +62,6 @@ def test_what_cannot_run_says_so(script: ModuleType, monkeypatch: pytest.MonkeyP
 
 
 def test_plots_and_tables_are_json_and_png(script: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="plots need matplotlib")
     quantiles = {"median": 0.1, "q20": 0.1, "q80": 0.1}
     row = {"shape": "cpu-2048", "dtype": "float32", "pass": "jvp", "contender": "ours", "seconds": quantiles}
     script.plot([{**row, "extra_mib": 3.0}, {**row, "failed": "no"}], tmp_path)

@@ -73,7 +73,6 @@ def eager() -> Any:
 
 def test_8_bit_moments(train: Train, eager: None, tmp_path: Path) -> None:
     """Close to AdamW, in a quarter of its bytes, and resumed from a checkpoint bit for bit."""
-    pytest.importorskip("torchao.optim")
     plain, small = train("plain"), train("small", optimizer="adamw_8bit")
     moved = lora(plain).norm()
     assert 0 < (lora(small) - lora(plain)).norm() < 0.1 * moved

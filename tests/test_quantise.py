@@ -10,8 +10,6 @@ from fewstep.distill.errors import UserError
 from fewstep.distill.quantise import Scheme, held_bytes, quantised, unfit
 from torch import Tensor, nn
 
-pytest.importorskip("torchao")
-
 
 def on_grid(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """Integers and dequantised weights: symmetric, scale = amax / (2^(b-1) - 1/2), to the nearest, ties to even."""

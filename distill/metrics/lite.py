@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class Lite:
 
         path  a copy of the package's file. Raises UserError if it is missing or another file.
         """
-        network = self.unfolded(path)
+        network: Any = self.unfolded(path)  # some stubs of Module.to lack memory_format
         _fold_batch_norms(network)
         return network.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 

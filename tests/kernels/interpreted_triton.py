@@ -4,14 +4,27 @@ The interpreter cuts bfloat16 off instead of rounding it, and computes products 
 bounds ends the process.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from attention_reference import Inputs, assert_close, explicit, gradients, inputs, oracle
 from fewstep.kernels import attention, attention_jvp, attention_triton_backward, backends, use_backend
 from fewstep.kernels import attention_triton as forward_module
 from fewstep.kernels.triton_tiles import Blocks, aligned, fit, stage_bytes
+from triton.runtime import interpreter
 
 assert backends.interpreting(), "set TRITON_INTERPRET=1"
+PATCH = interpreter._patch_lang_tensor
+
+
+def with_index(tensor: type, scope: Any) -> None:
+    """The interpreter of Triton 3.6 takes int() of an array (1,), which numpy refuses from 2.4 on."""
+    PATCH(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = with_index
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 

@@ -143,9 +143,20 @@ def test_checkpoint_around_a_block_with_a_jvp(backend: str) -> None:
 
 
 def test_checkpoint_inside_a_jvp_without_grad(backend: str) -> None:
-    with torch.no_grad():
-        inside = query_jvp(lambda *a: checkpoint(attention, *a, use_reentrant=False))
-    assert_close("tO", inside, query_jvp(explicit), 1e-12)
+    """As far as torch's checkpoint has a forward mode: 2.11's has none for any function."""
+
+    def inside(f: Function) -> Tensor:
+        with torch.no_grad():
+            return query_jvp(lambda *a: checkpoint(f, *a, use_reentrant=False))
+
+    try:
+        expected = inside(explicit)
+    except NotImplementedError:
+        assert torch.__version__ < "2.14"
+        with pytest.raises(NotImplementedError, match="must implement the jvp function"):
+            inside(attention)
+    else:
+        assert_close("tO", inside(attention), expected, 1e-12)
 
 
 REFUSED = {
@@ -217,11 +228,20 @@ def test_compiled_gradients(name: str) -> None:
         assert_close(function.__name__, q.grad, expected, 1e-12)
 
 
-@pytest.mark.parametrize("case", ["jvp of jvp", "jvp of grad", "attention_jvp of tangents"])
-def test_compiled_second_derivatives_are_refused(case: str) -> None:
-    with pytest.raises(
-        Exception, match=r"differentiated forward once|must implement the jvp|Observed exception"
-    ):
+TORCHS_WORDS = "autograd.Function with functorch transforms"
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("jvp of jvp", "differentiated forward once"),
+        ("jvp of grad", TORCHS_WORDS),
+        ("gradient through the tangent", TORCHS_WORDS),
+        ("attention_jvp of tangents", "differentiated forward once"),
+    ],
+)
+def test_compiled_second_derivatives_are_refused(case: str, message: str) -> None:
+    with pytest.raises(Exception, match=message):
         compiled(REFUSED[case])()
 
 

@@ -59,7 +59,8 @@ def test_agrees_with_torchmetrics_and_torch_fidelity_on_one_whole_subset() -> No
     """Both take the mean over subsets of equal size: one subset of all rows is the value of whole sets."""
     x, y = torch.randn(60, 8), torch.randn(60, 8) * 1.2 + 0.3
     ours = kid(x, y)
-    metric_kid = pytest.importorskip("torch_fidelity.metric_kid")
+    from torch_fidelity import metric_kid
+
     theirs = metric_kid.kid_features_to_metric(
         x.double(), y.double(), kid_subsets=2, kid_subset_size=60, verbose=False, rng_seed=0
     )

@@ -19,7 +19,6 @@ RECIPES = ("sdxl_turbo/q_sched", "flux/q_sched", "sd15/q_sched_lcm", "sd15/q_sch
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_pass_a_dry_run_offline(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torchao")
     assert main(["distill", str(CONFIGS / f"{name}.yaml"), "--dry_run"]) == 0
     text = capsys.readouterr().out
     config = load_search(read_yaml(CONFIGS / f"{name}.yaml"))
@@ -29,7 +28,6 @@ def test_recipes_pass_a_dry_run_offline(name: str, capsys: pytest.CaptureFixture
 
 def test_counts_of_a_dry_run() -> None:
     """2 subjects x (101 candidates x 20 pictures + 7 x 100 finalists) x 4 steps."""
-    pytest.importorskip("torchao")
     text = describe(load_search(read_yaml(CONFIGS / "sd15" / "q_sched_lcm.yaml")))
     assert f"about {2 * (101 * 20 + 7 * 100) * 4:,}" in text
 
