@@ -174,7 +174,18 @@ def test_folders_of_one_variant(
         ):
             opened(TeacherSettings(str(folder)))
         opened(TeacherSettings(str(folder), variant="fp16"))
-    sample = ["sample", str(folder), "--num_images", "2", "--steps", "1", "--output", str(tmp_path / "out")]
+    sample = [
+        "sample",
+        str(folder),
+        "--data",
+        "emoji",
+        "--num_images",
+        "2",
+        "--steps",
+        "1",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main(sample) == 0 and len(list((tmp_path / "out").glob("*.png"))) == 2
     both = shutil.copytree(folder, tmp_path / "both")
     pipe.save_pretrained(both)

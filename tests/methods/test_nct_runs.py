@@ -195,8 +195,8 @@ def test_a_wrong_key_of_a_control_is_named(tiny_pipeline: Path, tmp_path: Path) 
             {"name": "superres", "facto": 4},
             r"method.control.facto: no such key; the nearest is factor",
         ),
-        ({"name": "cany"}, r"method.control: .*cany.* does not fit.*canny"),
-        ({"low": 3}, r"method.control: .* does not fit: unable to extract tag"),
+        ({"name": "cany"}, r"method.control.name: there is no 'cany'; the nearest is canny"),
+        ({"low": 3}, r"method.control: .* has no name; write"),
     ):
         settings = tree(tiny_pipeline, tmp_path, method={"name": "nct", "control": control})
         with pytest.raises(UserError, match=message):

@@ -113,9 +113,11 @@ def test_accumulated_batches_follow_whole_ones(
     reference: tuple[str, Runner], tiny_pipeline: Path, tmp_path: Path
 ) -> None:
     name, whole = reference
+    """Adam divides each gradient by its own size: the rounding of other sums, 1e-7 of the largest, is 1e-5 and more of
+    small ones."""
     changes = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
     train(tree(tiny_pipeline, tmp_path / "run", name, **changes))
-    assert_near(tmp_path / "run", whole.run)
+    assert_near(tmp_path / "run", whole.run, 1e-5)
 
 
 def test_gradient_checkpointing_changes_nothing(

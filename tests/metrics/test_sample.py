@@ -126,7 +126,9 @@ def test_places_and_numbers_that_cannot_be(
         assert refused(output).startswith(f"output: {output} could not be written (")
     out = tmp_path / "out"
     for block in ("-1", str(2**63), str(10**13)):
-        assert refused(out, "--seed_block", block).startswith(f"seed_block: {block}; give 0 to 92233")
+        assert refused(out, "--seed_block", block).startswith(
+            f"argument --seed_block: {block} is outside 0 to"
+        )
     assert not out.exists()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (650, before[1]))

@@ -102,12 +102,13 @@ def test_steps_are_even_without_timesteps_and_a_single_prompt_is_one_picture(
     assert pipeline("dog", generator=seeded(1, 3)).images[0].size == (16, 16)
 
 
-def test_latents_are_scaled_and_shifted_before_they_are_decoded(pipeline: LatentCMPipeline) -> None:
+def test_latents_are_scaled_as_stable_diffusion_scales_them(pipeline: LatentCMPipeline) -> None:
+    """By scaling_factor alone: StableDiffusionPipeline does not read shift_factor."""
     pipeline.register_modules(vae=copy.deepcopy(pipeline.vae))  # it is the teacher's
     pipeline.vae.register_to_config(shift_factor=0.3, scaling_factor=0.5)
     latents = pipeline("dog", generator=seeded(1, 3), output_type="latent").images
     with torch.no_grad():
-        expected = (pipeline.vae.decode(latents / 0.5 + 0.3).sample / 2 + 0.5).clamp(0, 1)
+        expected = (pipeline.vae.decode(latents / 0.5).sample / 2 + 0.5).clamp(0, 1)
     images: Tensor = pipeline("dog", generator=seeded(1, 3), output_type="pt").images
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
 
