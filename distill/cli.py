@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def distill(arguments: list[str]) -> int:
     """distill CONFIG [--key.sub value ...] [--output_dir DIR] [--max_train_steps N] [--dry_run]"""
-    from .config import load_config, read_yaml, with_overrides
+    from .config import fitted, load_config, read_yaml, with_overrides
     from .search.config import is_search, load_search
 
     dry = "--dry_run" in arguments
@@ -30,10 +30,10 @@ def distill(arguments: list[str]) -> int:
     tree = read_yaml(path)
     if "stages" in tree:
         raise UserError(f"{path} trains a teacher in stages; use `fewstep train-teacher {path}`")
-    tree = with_overrides(tree, rest)
+    ready, tree = tree, with_overrides(tree, rest)
     if is_search(tree):
         return _search(load_search(tree), dry)
-    config = load_config(tree)
+    config = load_config(fitted(tree, ready))
     if dry:
         from .planning.dry_run import describe
 
@@ -111,11 +111,18 @@ def push_to_hub(arguments: list[str]) -> int:
 
 def train_teacher(arguments: list[str]) -> int:
     """train-teacher CONFIG [--stages.<stage>.key value ...]: autoencoder, text encoder, then the network"""
-    from .config import read_yaml, with_overrides
+    from .config import fitted, read_yaml, with_overrides
     from .pretrain.teacher import train
 
     path, *rest = _with_config(arguments, train_teacher)
-    print(f"teacher: {train(with_overrides(read_yaml(path), rest))}")
+    ready = read_yaml(path)
+    tree = with_overrides(ready, rest)
+    before, after = ready.get("stages"), tree.get("stages")
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name, stage in after.items():
+            if isinstance(stage, dict) and isinstance(before.get(name), dict):
+                after[name] = fitted(stage, before[name])
+    print(f"teacher: {train(tree)}")
     return 0
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -146,22 +146,33 @@ def with_overrides(tree: dict[str, Any], arguments: Sequence[str]) -> dict[str, 
 
 
 def fitted(tree: dict[str, Any], ready: dict[str, Any]) -> dict[str, Any]:
-    """A tree whose `ready` values, those that the caller left alone, fit the caller's: without `use_ema` there is no
-    ema_decay, with a constant rate no warm-up, and a short run warms up in a twentieth of it."""
-    out, total = dict(tree), numbers(tree.get("max_train_steps", 1000))
+    """`tree` without those values of `ready` that the caller left alone and whose effect he took away.
 
-    def left(key: str) -> bool:
-        return key in out and out[key] == ready.get(key)
+    Without `use_ema` there is no ema_decay, with a constant rate no warm-up, without pictures no prompts for them, and
+    a run that was cut short warms up in a twentieth of it. What `ready` itself has in vain stays, and is refused.
+    """
+    out = dict(tree)
 
-    if left("ema_decay") and (not out.get("use_ema") or out.get("ema_std") is not None):
+    def lost(key: str, idle: Callable[[dict[str, Any]], bool]) -> bool:
+        return key in out and out[key] == ready.get(key) and idle(out) and not idle(ready)
+
+    if lost("ema_decay", lambda t: not t.get("use_ema") or t.get("ema_std") is not None):
         del out["ema_decay"]
-    if left("lr_warmup_steps") and out.get("lr_scheduler", "constant") == "constant":
+    if lost("lr_warmup_steps", lambda t: t.get("lr_scheduler", "constant") == "constant"):
         del out["lr_warmup_steps"]
-    if left("lr_warmup_steps") and isinstance(total, int) and total < out["lr_warmup_steps"]:
-        out["lr_warmup_steps"] = total // 20
-    if left("validation_prompts") and not out.get("validation_steps"):
+    if lost(
+        "lr_warmup_steps", lambda t: _number(t, "max_train_steps", 1000) < _number(t, "lr_warmup_steps", 0)
+    ):
+        out["lr_warmup_steps"] = _number(out, "max_train_steps", 1000) // 20
+    if lost("validation_prompts", lambda t: not t.get("validation_steps")):
         del out["validation_prompts"]
     return out
+
+
+def _number(tree: dict[str, Any], key: str, default: int) -> int:
+    """An integer of a tree that was not checked yet, `default` where it is none."""
+    value = numbers(tree.get(key, default))
+    return value if isinstance(value, int) else default
 
 
 def parse_value(text: str, *, written: bool = False) -> Any:

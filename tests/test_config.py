@@ -10,6 +10,7 @@ from fewstep.distill.catalog import METHODS, SEARCHES
 from fewstep.distill.config import (
     RunConfig,
     as_tree,
+    fitted,
     load_config,
     numbers,
     read_yaml,
@@ -22,6 +23,7 @@ from fewstep.distill.search.config import is_search, load_search
 from fewstep.distill.settings import LORA_TARGETS
 from pydantic import ValidationError
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TREE: dict[str, Any] = {
     "output_dir": "run",
     "teacher": {"path": "emoji-sd"},
@@ -198,8 +200,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, text: str, message: str) ->
 
 
 def test_every_ready_configuration_of_a_run_is_valid() -> None:
-    configs = Path(__file__).resolve().parents[1] / "configs"
-    seen = [p for p in sorted(configs.rglob("*.yaml")) if "method" in read_yaml(p)]
+    seen = [p for p in sorted(CONFIGS.rglob("*.yaml")) if "method" in read_yaml(p)]
     assert len(seen) >= 4
     for path in seen:
         tree = read_yaml(path)
@@ -260,3 +261,31 @@ def test_settings_hold_no_infinity(name: str) -> None:
         if info.annotation in (float, float | None):
             with pytest.raises(ValidationError, match=f"{key}\n  Input should be (a finite|less than)"):
                 kind(**needed, **{key: math.inf})
+
+
+def test_a_recipe_that_flags_cut_short_fits_them_and_its_own_idle_keys_are_refused() -> None:
+    ready = read_yaml(CONFIGS / "emoji" / "lcd_lora.yaml")
+
+    def given(*flags: str, file: dict[str, Any] = ready) -> RunConfig:
+        return load_config(fitted(with_overrides(file, flags), file))
+
+    whole = given()
+    assert whole.lr_warmup_steps > 0 and whole.validation_prompts and whole.use_ema
+    short = given("--max_train_steps", "1", "--validation_steps", "0", "--use_ema", "false")
+    assert (short.lr_warmup_steps, short.validation_prompts) == (0, ())
+    assert given("--max_train_steps", "41", "--lr_warmup_steps", "7").lr_warmup_steps == 7
+    for flags, file, line in (
+        (
+            ["--max_train_steps", "1", "--lr_warmup_steps", "7"],
+            ready,
+            "lr_warmup_steps: 7 is longer than the run",
+        ),
+        (
+            ["--seed", "1"],
+            {**ready, "lr_warmup_steps": 10_000},
+            "lr_warmup_steps: 10000 is longer than the run",
+        ),
+        (["--seed", "1"], {**ready, "validation_steps": 0}, "validation_prompts: "),
+    ):
+        with pytest.raises(UserError, match=line):
+            given(*flags, file=file)
