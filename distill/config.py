@@ -149,9 +149,10 @@ def fitted(tree: dict[str, Any], ready: dict[str, Any]) -> dict[str, Any]:
     """`tree` without those values of `ready` that the caller left alone and whose effect he took away.
 
     Without `use_ema` there is no ema_decay, with a constant rate no warm-up, without pictures no prompts for them, and
-    a run that was cut short warms up in a twentieth of it. What `ready` itself has in vain stays, and is refused.
+    where a run was cut short what would begin or end after it does so in a twentieth of it. What `ready` itself has in
+    vain stays, and is refused.
     """
-    out = dict(tree)
+    out = copy.deepcopy(tree)
 
     def lost(key: str, idle: Callable[[dict[str, Any]], bool]) -> bool:
         return key in out and out[key] == ready.get(key) and idle(out) and not idle(ready)
@@ -160,19 +161,41 @@ def fitted(tree: dict[str, Any], ready: dict[str, Any]) -> dict[str, Any]:
         del out["ema_decay"]
     if lost("lr_warmup_steps", lambda t: t.get("lr_scheduler", "constant") == "constant"):
         del out["lr_warmup_steps"]
-    if lost(
-        "lr_warmup_steps", lambda t: _number(t, "max_train_steps", 1000) < _number(t, "lr_warmup_steps", 0)
-    ):
-        out["lr_warmup_steps"] = _number(out, "max_train_steps", 1000) // 20
     if lost("validation_prompts", lambda t: not t.get("validation_steps")):
         del out["validation_prompts"]
+    for key in _bounded_by_the_run(out):
+        owner, here, there = key.split(".")[:-1], _number(out, key), _number(ready, key)
+        total, whole = (_number(t, "max_train_steps") or 1000 for t in (out, ready))
+        if here is not None and here == there and total < here <= whole:
+            _section(out, owner)[key.split(".")[-1]] = total // 20
     return out
 
 
-def _number(tree: dict[str, Any], key: str, default: int) -> int:
-    """An integer of a tree that was not checked yet, `default` where it is none."""
-    value = numbers(tree.get(key, default))
-    return value if isinstance(value, int) else default
+def _bounded_by_the_run(tree: dict[str, Any]) -> list[str]:
+    """The keys of steps that have no effect beyond max_train_steps."""
+    from .catalog import settings_of
+
+    try:
+        rows = (*RUN, *getattr(settings_of(method_name(tree)), "idle", ()))
+    except UserError:  # told when the tree is checked
+        rows = RUN
+    return [key for row in rows if row.longer for key in row.keys.split()]
+
+
+def _section(tree: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """The section of a tree that was not checked yet, {} where there is none."""
+    for part in parts:
+        tree = tree.get(part, {})
+        if not isinstance(tree, dict):
+            return {}
+    return tree
+
+
+def _number(tree: dict[str, Any], key: str) -> int | None:
+    """The integer at a dotted key of a tree that was not checked yet, None where there is none."""
+    *owner, last = key.split(".")
+    value = numbers(_section(tree, owner).get(last))
+    return value if isinstance(value, int) else None
 
 
 def parse_value(text: str, *, written: bool = False) -> Any:
@@ -277,6 +300,14 @@ def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     from .search.config import is_search, load_search
 
     try:
-        return as_tree(load_search(tree) if is_search(tree) else recorded(tree))
+        return as_tree(load_search(tree) if is_search(tree) else recorded(_as_before(tree)))
     except UserError:
         return tree
+
+
+def _as_before(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree that was written before keys of its method were added, with what runs did then (`Settings.before`)."""
+    from .catalog import settings_of
+
+    before = getattr(settings_of(method_name(tree)), "before", {})
+    return {**tree, "method": {**before, **tree["method"]}}

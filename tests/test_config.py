@@ -289,3 +289,25 @@ def test_a_recipe_that_flags_cut_short_fits_them_and_its_own_idle_keys_are_refus
     ):
         with pytest.raises(UserError, match=line):
             given(*flags, file=file)
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for p in CONFIGS.rglob("*.yaml") if "method" in read_yaml(p)),
+    ids=lambda p: f"{p.parent.name}/{p.stem}",
+)
+def test_every_ready_configuration_may_be_cut_to_four_steps(path: Path) -> None:
+    ready = read_yaml(path)
+    if not is_search(ready):
+        assert (
+            load_config(fitted(with_overrides(ready, ["--max_train_steps", "4"]), ready)).max_train_steps == 4
+        )
+
+
+def test_a_run_of_before_a_key_was_added_is_taken_up_as_it_was() -> None:
+    """rcm weights rows by default; a folder that does not know the key was trained without."""
+    tree = {**TREE, "method": {"name": "rcm"}}
+    assert with_defaults(tree)["method"]["output_weight"] is False
+    assert load_config(tree).method["output_weight"] is True
+    given = {**tree, "method": {"name": "rcm", "output_weight": True}}
+    assert with_defaults(given)["method"]["output_weight"] is True

@@ -90,6 +90,7 @@ class RCMSettings:
     sigma_max: float = Field(80.0, gt=0)
     times: tuple[float, ...] = (1.3, 1.0, 0.6)
 
+    before: ClassVar[dict[str, Any]] = {"output_weight": False}
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.source method.p_mean method.p_std method.tangent_form method.tangent_c method.per_element "
              "method.derivative method.derivative_step", "method.scm_weight", values=(0,)),
