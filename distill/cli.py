@@ -10,20 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import MOST_IMAGES, MOST_STEPS, Parser, place, scale, whole
+from .commands.arguments import MOST_IMAGES, MOST_STEPS, Parser, place, scale, whole
+from .commands.protocols import prepare_data_command, verify_metrics_command
+from .config.nearest import hint
 from .errors import UserError
-from .interrupts import exit_code, terminations_raised
-from .metrics.commands import prepare_data_command, verify_metrics_command
-from .nearest import hint
+from .training.interrupts import exit_code, terminations_raised
 
 if TYPE_CHECKING:
-    from .search.config import SearchConfig
+    from .config.search import SearchConfig
 
 
 def distill(arguments: list[str]) -> int:
     """distill CONFIG [--key.sub value ...] [--output_dir DIR] [--max_train_steps N] [--dry_run]"""
-    from .config import fitted, load_config, read_yaml, with_overrides
-    from .search.config import is_search, load_search
+    from .config.run import fitted, load_config, read_yaml, with_overrides
+    from .config.search import is_search, load_search
 
     dry = "--dry_run" in arguments
     path, *rest = _with_config([a for a in arguments if a != "--dry_run"], distill)
@@ -39,7 +39,7 @@ def distill(arguments: list[str]) -> int:
 
         print(describe(config))
         return 0
-    from .runner import Runner
+    from .training.runner import Runner
 
     runner = Runner(config)
     if runner.finished():
@@ -82,8 +82,8 @@ def turbo(arguments: list[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="print what it would take")
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the LoRA when it is finished")
     args, overrides = parser.parse_known_args(arguments)
-    from .hub import check_name, push
-    from .turbo import turbo as run
+    from .commands.turbo import turbo as run
+    from .models.hub import check_name, push
 
     if args.push_to_hub is not None:
         check_name(args.push_to_hub)
@@ -103,7 +103,7 @@ def push_to_hub(arguments: list[str]) -> int:
     parser.add_argument("repo_id", help="OWNER/NAME on the hub, made if it is not there")
     parser.add_argument("--private", action="store_true", help="of a repository that is made")
     args = parser.parse_args(arguments)
-    from .hub import push
+    from .models.hub import push
 
     print(push(args.run, args.repo_id, private=args.private))
     return 0
@@ -111,8 +111,8 @@ def push_to_hub(arguments: list[str]) -> int:
 
 def train_teacher(arguments: list[str]) -> int:
     """train-teacher CONFIG [--stages.<stage>.key value ...]: autoencoder, text encoder, then the network"""
-    from .config import fitted, read_yaml, with_overrides
-    from .pretrain.teacher import train
+    from .commands.train_teacher import train
+    from .config.run import fitted, read_yaml, with_overrides
 
     path, *rest = _with_config(arguments, train_teacher)
     ready = read_yaml(path)
@@ -175,13 +175,13 @@ def evaluate(arguments: list[str]) -> int:
     """evaluate PIPELINE --data NAME_OR_FOLDER --num_images N --steps 1 2 4 [--seeds 3] [--output report.json]"""
     args = _evaluate_parser().parse_args(arguments)
 
-    from .metrics.conditions import read_control
-    from .metrics.evaluate import evaluate as score
-    from .metrics.pipeline_source import quiet
-    from .metrics.table import markdown_table, rows_of
-    from .metrics.trained_on import data_for, default_holdout, read_data
-    from .model_card import with_scores
-    from .teacher import EMBEDDED
+    from .models.teacher import EMBEDDED
+    from .reports.conditions import read_control
+    from .reports.evaluate import evaluate as score
+    from .reports.pipeline_source import quiet
+    from .reports.table import markdown_table, rows_of
+    from .reports.trained_on import data_for, default_holdout, read_data
+    from .training.model_card import with_scores
 
     if args.pipeline in EMBEDDED:
         name, args.pipeline = args.pipeline, str(EMBEDDED[args.pipeline])
@@ -246,10 +246,10 @@ def sample(arguments: list[str]) -> int:
     parser.add_argument("--trust_remote_code", action="store_true")
     args = vars(parser.parse_args(arguments))
 
-    from .metrics.conditions import read_control
-    from .metrics.pipeline_source import quiet
-    from .metrics.sample import sample as make
-    from .metrics.trained_on import data_for, read_data
+    from .reports.conditions import read_control
+    from .reports.pipeline_source import quiet
+    from .reports.sample import sample as make
+    from .reports.trained_on import data_for, read_data
 
     quiet()
     given, split = args.pop("data"), args.pop("split")
@@ -290,7 +290,7 @@ def compare(arguments: list[str]) -> int:
     args, options = parser.parse_known_args(arguments)
     _evaluate_parser().parse_args(["pipeline", *options])  # before the long work
 
-    from .metrics.compare import compare as score
+    from .reports.compare import compare as score
 
     score(
         args.entries, args.output, steps=args.steps, teacher=args.teacher, teacher_steps=args.teacher_steps,
@@ -312,7 +312,7 @@ def demo(arguments: list[str]) -> int:
         "--seeds", type=whole(1, 1000), help="values per row (default: 3; 1 at the teacher's 50 and 8 steps)"
     )
     args, overrides = parser.parse_known_args(arguments)
-    from .demo import CONFIGS, run_demo
+    from .commands.demo import CONFIGS, run_demo
 
     config = args.config or CONFIGS / "emoji" / "demo.yaml"
     run_demo(args.output_dir, overrides, config=config, num_images=args.num_images, seeds=args.seeds)
@@ -380,7 +380,7 @@ def _run(verb: str, *arguments: str) -> int:
         print(f"usage: fewstep {VERBS[verb].__doc__}")
         return 0
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        from .launch import join_on_cpus
+        from .training.launch import join_on_cpus
 
         join_on_cpus()
     return VERBS[verb](rest)

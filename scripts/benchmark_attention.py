@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from fewstep.distill.measure import environment, peak_mib, quantiles, seconds
+from fewstep.distill.training.measure import environment, peak_mib, quantiles, seconds
 from fewstep.kernels import attention_jvp, chunked, naive, use_backend
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel

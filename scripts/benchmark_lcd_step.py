@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from fewstep.distill.config import load_config
+from fewstep.distill.config.run import load_config
 from fewstep.distill.data import load_data
-from fewstep.distill.draws import Draws
+from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.measure import environment, peak_mib, quantiles, seconds
-from fewstep.distill.runner import Runner
-from fewstep.distill.teacher import locate
+from fewstep.distill.models.teacher import locate
+from fewstep.distill.training.measure import environment, peak_mib, quantiles, seconds
+from fewstep.distill.training.runner import Runner
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -222,10 +222,10 @@ def random_pipeline(folder: Path) -> str:
     """A pipeline of the shape of configs/emoji/teacher.yaml with random weights, saved to `folder`."""
     import yaml
     from diffusers import DDIMScheduler
-    from fewstep.distill.config import StudentSettings
-    from fewstep.distill.methods.base import Parts
+    from fewstep.distill.config.run import StudentSettings
     from fewstep.distill.pretrain.autoencoder import Autoencoder
     from fewstep.distill.pretrain.text_encoder import TextEncoderSettings, train_tokenizer
+    from fewstep.distill.training.contract import Parts
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tree = yaml.safe_load((ROOT / "configs" / "emoji" / "teacher.yaml").read_text())

@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fewstep.distill.derivative import DERIVATIVES
-from fewstep.distill.draws import Draws
-from fewstep.distill.measure import (
+from fewstep.distill.diffusion.derivative import DERIVATIVES
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.methods.meanflow.meanflow import MeanFlow, MeanFlowSettings
+from fewstep.distill.settings import StudentSettings
+from fewstep.distill.training.contract import Batch, Parts, Progress
+from fewstep.distill.training.measure import (
     added_mib,
     environment,
     in_turns,
@@ -28,9 +31,6 @@ from fewstep.distill.measure import (
     quantiles,
     three_quantiles,
 )
-from fewstep.distill.methods.base import Batch, Parts, Progress
-from fewstep.distill.methods.meanflow import MeanFlow, MeanFlowSettings
-from fewstep.distill.settings import StudentSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTENDERS = ("flow", *DERIVATIVES)

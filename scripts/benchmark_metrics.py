@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fewstep.distill.measure import environment, quantiles, seconds
-from fewstep.distill.metrics.evaluate import evaluate
 from fewstep.distill.metrics.features import extract, make_extractor
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
-from fewstep.distill.metrics.pipeline_source import SEED_STRIDE, quantise, quiet
 from fewstep.distill.metrics.reference import captions_of, load_reference
-from fewstep.distill.teacher import EMBEDDED
+from fewstep.distill.models.teacher import EMBEDDED
+from fewstep.distill.reports.evaluate import evaluate
+from fewstep.distill.reports.pipeline_source import SEED_STRIDE, quantise, quiet
+from fewstep.distill.training.measure import environment, quantiles, seconds
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,9 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fewstep.distill.derivative import DERIVATIVES
-from fewstep.distill.draws import Draws
-from fewstep.distill.measure import (
+from fewstep.distill.diffusion.derivative import DERIVATIVES
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.diffusion.process import RectifiedFlow
+from fewstep.distill.methods.score_distillation.rcm import RCM, RCMSettings
+from fewstep.distill.models.network_adapters import TwoTimeDiTDenoiser
+from fewstep.distill.models.teacher import Teacher
+from fewstep.distill.settings import StudentSettings
+from fewstep.distill.training.contract import Batch, Parts, Progress
+from fewstep.distill.training.measure import (
     added_mib,
     environment,
     in_turns,
@@ -29,12 +35,6 @@ from fewstep.distill.measure import (
     quantiles,
     three_quantiles,
 )
-from fewstep.distill.methods.base import Batch, Parts, Progress
-from fewstep.distill.methods.rcm import RCM, RCMSettings
-from fewstep.distill.network_adapters import TwoTimeDiTDenoiser
-from fewstep.distill.process import RectifiedFlow
-from fewstep.distill.settings import StudentSettings
-from fewstep.distill.teacher import Teacher
 from fewstep.pipelines.transformer_two_time import TwoTimeDiT
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 
 import torch
-from fewstep.distill.checkpoint import write_file, writing
-from fewstep.distill.config import load_config, read_yaml, with_overrides
+from fewstep.distill.config.run import load_config, read_yaml, with_overrides
 from fewstep.distill.errors import UserError
-from fewstep.distill.grid import save_rows
-from fewstep.distill.measure import environment
-from fewstep.distill.metrics.pipeline_source import quiet
-from fewstep.distill.metrics.restoration import as_markdown, benchmark
+from fewstep.distill.reports.pipeline_source import quiet
+from fewstep.distill.reports.restoration import as_markdown, benchmark
+from fewstep.distill.training.checkpoint import write_file, writing
+from fewstep.distill.training.grid import save_rows
+from fewstep.distill.training.measure import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 

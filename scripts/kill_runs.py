@@ -40,13 +40,13 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVI
 import torch
 import yaml
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline  # noqa: F401  (imported before forks)
-from fewstep.distill import runner
 from fewstep.distill.cli import main as fewstep
 from fewstep.distill.data import cache, load_data
-from fewstep.distill.measure import environment
-from fewstep.distill.metrics import compare, evaluate, generation
 from fewstep.distill.readers import read_json, read_json_lines, read_objects
+from fewstep.distill.reports import compare, evaluate, generation
 from fewstep.distill.search import runner as search
+from fewstep.distill.training import runner
+from fewstep.distill.training.measure import environment
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent

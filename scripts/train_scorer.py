@@ -2,7 +2,7 @@
 
 import sys
 
-from fewstep.distill.pretrain.image_text import main
+from fewstep.distill.pretrain.scorers import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -120,7 +120,7 @@ def tiny_tokenizer(folder: Path):
 def lcm_pipeline(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline with an embedding of the guidance scale that does something."""
     from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
-    from fewstep.distill.student import with_guidance_input
+    from fewstep.distill.models.student import with_guidance_input
 
     folder = tmp_path_factory.mktemp("lcm") / "pipeline"
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)

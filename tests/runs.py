@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fewstep.distill.config import load_config
-from fewstep.distill.runner import Runner
+from fewstep.distill.config.run import load_config
+from fewstep.distill.training.runner import Runner
 
 
 def train(tree: dict[str, Any]) -> Runner:

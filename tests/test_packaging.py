@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("distill", "kernels", "pipelines")
 DATA = (
     "distill/data/emoji",
-    "distill/metrics/heads",
+    "distill/scorers/heads",
     "distill/teachers/emoji_sd",
     "distill/teachers/fashion_edm",
 )

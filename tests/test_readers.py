@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fewstep.distill.readers import (
+from fewstep.distill.readers import (  # fmt: skip
     Unreadable,
     open_tensors,
     parse_json,
@@ -13,7 +13,7 @@ from fewstep.distill.readers import (
     read_tensors,
     read_text,
     read_yaml_file,
-)  # fmt: skip
+)
 from safetensors.torch import save_file
 from typing_extensions import TypedDict
 

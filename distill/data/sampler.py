@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..draws import mix
+from ..diffusion.draws import mix
 
 
 def rows_of(seed: int, iteration: int, batch_size: int, num_rows: int) -> list[int]:

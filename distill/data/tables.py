@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from glob import escape
 from typing import Any
 
+from ..config.nearest import nearest
 from ..errors import MissingSplit, UserError
-from ..nearest import nearest
 from .embedded import STYLES
 from .images import Cells
 from .named import NAMED

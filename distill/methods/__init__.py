@@ -1,1 +1,1 @@
-"""One file a paper; the list of them is distill/catalog.py."""
+"""The published methods, each family in a folder of its own."""

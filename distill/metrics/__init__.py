@@ -1,0 +1,1 @@
+"""Distances between sets of pictures, and the protocol that every number carries."""

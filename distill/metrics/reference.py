@@ -15,13 +15,13 @@ from ..data import ImageData, load_data
 from ..data.cache import cache_directory
 from ..data.records import Records
 from ..errors import UserError
+from ..reports.report import LIBRARIES
 from .features import Extractor, extract
 from .frechet import Moments, frechet_distance
 from .kid import DEFINITION, between, within
 from .manifold import COVERAGE_NEIGHBOURS, PRECISION_NEIGHBOURS, radii
 from .neighbours import unseen_distance
 from .protocol import hash_pictures
-from .report import LIBRARIES
 from .squares import squares_of
 
 ORDER_SEED = 0

@@ -10,7 +10,7 @@ from PIL import ExifTags, Image
 from ..data import ImageData
 from ..data.images import TableImages
 from ..errors import UserError
-from .source import first_line
+from ..reports.source import first_line
 
 
 @dataclass(frozen=True)

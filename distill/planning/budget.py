@@ -13,13 +13,13 @@ import psutil
 import torch
 from accelerate import PartialState
 
-from ..config import RunConfig
+from ..config.run import RunConfig
 from ..data.cache import cache_directory, cache_in
 from ..errors import UserError
-from ..measure import PeakMemory, seconds
-from ..runner import Runner
-from ..teacher_data import NAME as TAUGHT
-from ..teacher_data import STEPS, TeacherData
+from ..training.measure import PeakMemory, seconds
+from ..training.runner import Runner
+from ..training.teacher_data import NAME as TAUGHT
+from ..training.teacher_data import STEPS, TeacherData
 from .meta_memory import nbytes
 from .plan import Plan, components
 

@@ -4,15 +4,15 @@ import re
 from glob import glob
 from pathlib import Path
 
-from ..codec import Autoencoder, is_here
-from ..config import RunConfig
+from ..config.run import RunConfig
 from ..data.embedded import STYLES
 from ..data.named import NAMED, find_named
 from ..data.shards import expand_braces
 from ..errors import UserError
-from ..launch import num_processes
-from ..model_card import data_line, teacher_line
-from ..teacher_data import NAME as TAUGHT
+from ..models.codec import Autoencoder, is_here
+from ..training.launch import num_processes
+from ..training.model_card import data_line, teacher_line
+from ..training.teacher_data import NAME as TAUGHT
 from .plan import Plan, count, parameters, planned
 
 

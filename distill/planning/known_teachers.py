@@ -12,12 +12,12 @@ import transformers
 
 from ...pipelines.pipeline_edm import EDMPipeline
 from ..errors import UserError
-from ..families import FAMILIES
-from ..hub import refusal
+from ..models.families import FAMILIES
+from ..models.hub import refusal
+from ..models.teacher import EMBEDDED, KNOWN_CLASSES, LatentTeacher, PixelTeacher, Teacher, class_of, locate
+from ..models.weight_files import component_sizes, refuse_variant, variants_in
 from ..readers import Unreadable, read_json
 from ..settings import TeacherSettings
-from ..teacher import EMBEDDED, KNOWN_CLASSES, LatentTeacher, PixelTeacher, Teacher, class_of, locate
-from ..weight_files import component_sizes, refuse_variant, variants_in
 from .published_teachers import KNOWN_TEACHERS, Architecture
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..quantise import plain_parts
+from ..models.quantise import plain_parts
 
 
 def nbytes(tensors: Any) -> int:

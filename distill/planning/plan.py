@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..catalog import method_named
-from ..codec import Autoencoder, Codec
-from ..condition import Condition
-from ..config import RunConfig
+from ..catalog.methods import method_named
+from ..config.run import RunConfig
 from ..data.embedded import STYLES
-from ..draws import Draws
-from ..ema import EMA
+from ..diffusion.condition import Condition
+from ..diffusion.draws import Draws
+from ..diffusion.ema import EMA
 from ..errors import UserError
-from ..launch import num_processes
-from ..lora_files import lora_place
-from ..methods.base import Batch, Method, Parts, Progress
-from ..rewards import Reward, UnloadedReward
-from ..runner import DTYPES, Carry
-from ..teacher import LatentTeacher, Teacher
-from ..teacher_data import NAME as TAUGHT
-from ..teacher_data import captions_of, check_keys, open_data
-from ..vision import PlannedVision
+from ..models.codec import Autoencoder, Codec
+from ..models.lora_files import lora_place
+from ..models.teacher import LatentTeacher, Teacher
+from ..scorers.rewards import Reward, UnloadedReward
+from ..scorers.vision import PlannedVision
+from ..training.contract import Batch, Method, Parts, Progress
+from ..training.launch import num_processes
+from ..training.runner import DTYPES, Carry
+from ..training.teacher_data import NAME as TAUGHT
+from ..training.teacher_data import captions_of, check_keys, open_data
 from .known_teachers import Blueprint, blueprint, meta_teacher
 from .meta_memory import LiveBytes, fused_attention, nbytes
 

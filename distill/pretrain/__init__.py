@@ -1,0 +1,1 @@
+"""How the embedded teachers and scorers were trained."""

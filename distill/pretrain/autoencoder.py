@@ -8,9 +8,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ...pipelines.export import Export
-from ..draws import Draws
-from ..methods.base import Batch, Method, Parts, Progress
+from ..diffusion.draws import Draws
 from ..settings import settings
+from ..training.contract import Batch, Method, Parts, Progress
 
 
 @settings

@@ -8,15 +8,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...pipelines.export import Export, in_float32
-from ..controls import SpatialControl
-from ..draws import Draws
+from ..diffusion.draws import Draws
+from ..diffusion.generator import ddim_sample, ends_at_data, seeded
 from ..errors import UserError
-from ..frozen import weights_hash
-from ..generator import ddim_sample, ends_at_data, seeded
-from ..methods.base import Batch, Method, Parts, Progress
-from ..notes import Notes
-from ..one_step import ControlledDenoiser, controlnet_of
+from ..models.controls import SpatialControl
+from ..models.frozen import weights_hash
+from ..models.one_step import ControlledDenoiser, controlnet_of
 from ..settings import StudentSettings, settings
+from ..training.contract import Batch, Method, Parts, Progress
+from ..training.notes import Notes
 
 
 @settings

@@ -7,11 +7,11 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from ...pipelines.export import Export, in_float32
-from ..generator import ddim_sample, ends_at_data, seeded
-from ..methods.base import Batch, Method, Parts, Progress
-from ..process import per_sample
+from ..diffusion.generator import ddim_sample, ends_at_data, seeded
+from ..diffusion.process import per_sample
+from ..models.student import Student
 from ..settings import StudentSettings, settings
-from ..student import Student
+from ..training.contract import Batch, Method, Parts, Progress
 
 
 @settings

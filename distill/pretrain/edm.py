@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from ...pipelines.export import Export
 from ...pipelines.pipeline_edm import EDMPipeline
+from ..diffusion.generator import seeded
+from ..diffusion.process import EDM, per_sample
 from ..errors import UserError
-from ..generator import seeded
-from ..methods.base import Batch, Method, Parts, Progress
-from ..process import EDM, per_sample
+from ..models.space import pixel_space
+from ..models.student import Student, new_denoiser
 from ..settings import settings
-from ..space import pixel_space
-from ..student import Student, new_denoiser
+from ..training.contract import Batch, Method, Parts, Progress
 
 
 @settings

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ...pipelines.export import Export
-from ..methods.base import Batch, Method, Parts, Progress
-from ..minilm import minilm_folder
+from ..scorers.minilm import minilm_folder
 from ..settings import settings
+from ..training.contract import Batch, Method, Parts, Progress
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..readers import fitting, open_tensors
-from ..run_folder import LOG, log_lines
+from ..training.run_folder import LOG, log_lines
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 

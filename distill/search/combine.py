@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import read_yaml, recorded
+from ..config.run import read_yaml, recorded
 from ..errors import UserError
-from ..run_folder import CONFIG
-from ..teacher import load_pipeline, locate
+from ..models.teacher import load_pipeline, locate
+from ..training.run_folder import CONFIG
 from .checkpoint_set import CheckpointSet
 
 Space = Literal["weights", "lora_factors", "lora_delta"]

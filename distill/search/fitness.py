@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.search import FitnessSettings, SearchDataSettings
 from ..errors import UserError
 from ..metrics.features import extract
-from ..metrics.image_text import pair_cosines
-from ..metrics.judges import DataJudge
 from ..metrics.manifold import radii
 from ..metrics.reference import Reference, load_reference
-from ..metrics.scorers import make_scorer
-from .config import FitnessSettings, SearchDataSettings
+from ..reports.judges import DataJudge
+from ..scorers.by_name import make_scorer
+from ..scorers.image_text import pair_cosines
 
 Term = Callable[[Tensor, Sequence[str]], float]
 

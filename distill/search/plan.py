@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from ..catalog import SEARCHES
-from ..metrics.entries import size_of
-from ..metrics.lite_minilm import SHIPPED
+from ..catalog.methods import SEARCHES
+from ..config.search import SearchConfig
 from ..planning.dry_run import gib, missing_data
-from ..student_folder import located
+from ..reports.entries import size_of
+from ..scorers.lite_minilm import SHIPPED
 from .candidates import SearchParts
-from .config import SearchConfig
+from .student_folder import located
 
 
 def describe(config: SearchConfig) -> str:

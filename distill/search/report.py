@@ -6,16 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_file
-from ..metrics.entries import kind_of, size_of
-from ..metrics.evaluate import evaluate
-from ..metrics.markup import markdown_text
+from ..config.search import SearchConfig
 from ..metrics.protocol import Score
-from ..metrics.table import by_column, markdown, protocol_notes
-from ..model_card import markdown as plain_table
-from ..model_card import with_scores
+from ..reports.entries import kind_of, size_of
+from ..reports.evaluate import evaluate
+from ..reports.markup import markdown_text
+from ..reports.table import by_column, markdown, protocol_notes
+from ..training.checkpoint import write_file
+from ..training.model_card import markdown as plain_table
+from ..training.model_card import with_scores
 from .candidates import Candidate, Search
-from .config import SearchConfig
 from .fitness import balance
 
 

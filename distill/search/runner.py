@@ -14,26 +14,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...pipelines.export import is_own, write_variant
-from ..catalog import SEARCHES
-from ..checkpoint import recover, write_folder
-from ..draws import mix
+from ..catalog.methods import SEARCHES
+from ..config.search import SearchConfig
+from ..diffusion.draws import mix
 from ..errors import UserError
-from ..interrupts import held_back
-from ..measure import processor
-from ..metrics.evaluate import choose_device
-from ..metrics.judges import inputs_for
-from ..metrics.pipeline_source import NotFinite, PipelineSource, quiet
-from ..metrics.remote_code import own_code
-from ..model_card import search_card
-from ..quantise import held_bytes
+from ..models.quantise import held_bytes
 from ..readers import fitting
-from ..run_folder import LOG, RunFolder, log_lines
-from ..run_lock import locked
-from ..student_folder import StudentFiles
+from ..reports.evaluate import choose_device
+from ..reports.judges import inputs_for
+from ..reports.pipeline_source import NotFinite, PipelineSource, quiet
+from ..reports.remote_code import own_code
+from ..training.checkpoint import recover, write_folder
+from ..training.interrupts import held_back
+from ..training.measure import processor
+from ..training.model_card import search_card
+from ..training.run_folder import LOG, RunFolder, log_lines
+from ..training.run_lock import locked
 from .candidates import Candidate, Search, SearchParts, Trial, TrialRow, ranked
-from .config import SearchConfig
 from .fitness import Fitness
 from .report import Cell, report
+from .student_folder import StudentFiles
 
 SEARCH_BLOCK = 1000  # noise of the search lies above the report's seed blocks 0, 1, ...
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from fewstep.distill.methods.base import Parts
-from fewstep.distill.methods.latent_consistency import LatentConsistency
-from fewstep.distill.methods.lcd import LCD
-from fewstep.distill.methods.rg_lcd import RGLCD
-from fewstep.distill.methods.scott import SCott
-from fewstep.distill.rewards import Reward
+from fewstep.distill.methods.latent_consistency.base import LatentConsistency
+from fewstep.distill.methods.latent_consistency.lcd import LCD
+from fewstep.distill.methods.latent_consistency.rg_lcd import RGLCD
+from fewstep.distill.methods.latent_consistency.scott import SCott
+from fewstep.distill.models.teacher import LatentTeacher
+from fewstep.distill.scorers.rewards import Reward
 from fewstep.distill.settings import StudentSettings
-from fewstep.distill.teacher import LatentTeacher
+from fewstep.distill.training.contract import Parts
 from torch import Tensor
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from diffusers import CMStochasticIterativeScheduler, StableDiffusionPipeline, UNet2DModel
-from fewstep.distill.condition import Condition
-from fewstep.distill.draws import Draws
-from fewstep.distill.methods.base import Batch, Parts, Progress
-from fewstep.distill.methods.ict import ICT, ICTSettings
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.methods.consistency_training.ict import ICT, ICTSettings
+from fewstep.distill.models.teacher import LatentTeacher, PixelTeacher
 from fewstep.distill.settings import StudentSettings
-from fewstep.distill.teacher import LatentTeacher, PixelTeacher
+from fewstep.distill.training.contract import Batch, Parts, Progress
 from fewstep.pipelines.pipeline_edm import EDMPipeline
 from torch import Tensor, nn
 

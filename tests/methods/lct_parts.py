@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from fewstep.distill.codec import Autoencoder
-from fewstep.distill.condition import Condition
-from fewstep.distill.draws import Draws
-from fewstep.distill.methods.base import Batch, Parts
-from fewstep.distill.methods.lct import LCT, LCTSettings
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.methods.consistency_training.lct import LCT, LCTSettings
+from fewstep.distill.models.codec import Autoencoder
 from fewstep.distill.settings import StudentSettings
+from fewstep.distill.training.contract import Batch, Parts
 from torch import Tensor
 
 from .ict_parts import CAPTIONS, CLASSES, GREY, latent_teacher

@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-from fewstep.distill.condition import Condition
-from fewstep.distill.draws import Draws
-from fewstep.distill.methods.base import Batch, Parts, Progress
-from fewstep.distill.methods.meanflow import MeanFlow, MeanFlowSettings
-from fewstep.distill.network_adapters import TwoTimeDenoiser
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.methods.meanflow.meanflow import MeanFlow, MeanFlowSettings
+from fewstep.distill.models.network_adapters import TwoTimeDenoiser
+from fewstep.distill.models.space import PixelSpace
 from fewstep.distill.settings import StudentSettings
-from fewstep.distill.space import PixelSpace
+from fewstep.distill.training.contract import Batch, Parts, Progress
 from torch import Tensor, nn
 
 TINY = {"_class_name": "TwoTimeDiT", "sample_size": 4, "in_channels": 3, "num_class_embeds": None}

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from fewstep.distill import network_adapters
-from fewstep.distill.condition import Condition
-from fewstep.distill.denoiser import Denoiser
-from fewstep.distill.draws import Draws
-from fewstep.distill.methods.base import Batch, Parts, Progress
-from fewstep.distill.process import NoiseProcess, RectifiedFlow, TrigFlow
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.denoiser import Denoiser
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.diffusion.process import NoiseProcess, RectifiedFlow, TrigFlow
+from fewstep.distill.models import network_adapters
+from fewstep.distill.models.teacher import Teacher
 from fewstep.distill.settings import StudentSettings
-from fewstep.distill.teacher import Teacher
+from fewstep.distill.training.contract import Batch, Parts, Progress
 from torch import Tensor, nn
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from fewstep.distill.condition import Condition
-from fewstep.distill.denoiser import reach
-from fewstep.distill.draws import Draws
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.denoiser import reach
+from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.base import Batch, Parts
-from fewstep.distill.methods.dmd2 import DMD2, DMD2Settings, head_of
+from fewstep.distill.methods.score_distillation.dmd2 import DMD2, DMD2Settings, head_of
+from fewstep.distill.models.teacher import LatentTeacher
 from fewstep.distill.settings import StudentSettings
-from fewstep.distill.teacher import LatentTeacher
+from fewstep.distill.training.contract import Batch, Parts
 from rcm_reference import Affine, batch_of, built, progress, straight
 from torch import Tensor
 

@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill import consistency_training, draws
-from fewstep.distill.checkpoint import kept_state
-from fewstep.distill.condition import Condition
-from fewstep.distill.curriculum import lognormal_bins
-from fewstep.distill.denoiser import Denoiser
-from fewstep.distill.draws import Draws
-from fewstep.distill.methods.base import Batch
-from fewstep.distill.methods.ict import ICT, ICTSettings
+from fewstep.distill.diffusion import draws
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.denoiser import Denoiser
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.methods.consistency_training import base as consistency_training
+from fewstep.distill.methods.consistency_training.curriculum import lognormal_bins
+from fewstep.distill.methods.consistency_training.ict import ICT, ICTSettings
+from fewstep.distill.training.checkpoint import kept_state
+from fewstep.distill.training.contract import Batch
 from scipy.stats import chisquare
 from torch import Tensor, nn
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.condition import Condition
-from fewstep.distill.consistency import ConsistencyFunction, edm_boundary
-from fewstep.distill.denoiser import Denoiser
-from fewstep.distill.draws import Draws
-from fewstep.distill.ema import EMA
-from fewstep.distill.generator import Generator
-from fewstep.distill.methods.base import Batch
-from fewstep.distill.methods.ict import ICT
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.consistency import ConsistencyFunction, edm_boundary
+from fewstep.distill.diffusion.denoiser import Denoiser
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.diffusion.ema import EMA
+from fewstep.distill.diffusion.generator import Generator
+from fewstep.distill.methods.consistency_training.ict import ICT
+from fewstep.distill.training.contract import Batch
 from torch import Tensor, nn
 
 from .ict_parts import at, pixel_ict, pixel_teacher

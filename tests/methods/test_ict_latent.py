@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from fewstep.distill.denoiser import DenoiserView
-from fewstep.distill.draws import Draws
+from fewstep.distill.diffusion.denoiser import DenoiserView
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.diffusion.generator import seeded
+from fewstep.distill.diffusion.process import EDM
 from fewstep.distill.errors import UserError
-from fewstep.distill.generator import seeded
-from fewstep.distill.methods.ict import ICT
-from fewstep.distill.process import EDM
+from fewstep.distill.methods.consistency_training.ict import ICT
+from fewstep.distill.models.space import LatentSpace
 from fewstep.distill.settings import StudentSettings
-from fewstep.distill.space import LatentSpace
 from fewstep.pipelines.pipeline_latent_cm import LatentCMPipeline
 from torch import Tensor, nn
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.draws import Draws
-from fewstep.distill.methods.base import Batch, Progress
-from fewstep.distill.methods.ict import ICT
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.methods.consistency_training.ict import ICT
+from fewstep.distill.training.contract import Batch, Progress
 from torch import Tensor, nn
 
 from .ict_parts import (

@@ -6,15 +6,15 @@ import pytest
 import torch
 from diffusers import ConsistencyModelPipeline, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
-from fewstep.distill.condition import Condition
-from fewstep.distill.config import validate
-from fewstep.distill.denoiser import DenoiserView
+from fewstep.distill.config.run import validate
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.denoiser import DenoiserView
+from fewstep.distill.diffusion.generator import seeded
 from fewstep.distill.errors import UserError
-from fewstep.distill.generator import seeded
-from fewstep.distill.methods.base import Parts
-from fewstep.distill.methods.ict import ICT, ICTSettings
+from fewstep.distill.methods.consistency_training.ict import ICT, ICTSettings
+from fewstep.distill.models.student import set_dropout
 from fewstep.distill.settings import StudentSettings
-from fewstep.distill.student import set_dropout
+from fewstep.distill.training.contract import Parts
 from torch import Tensor, nn
 
 from ..rounding import rounding

@@ -6,20 +6,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fewstep.distill.condition import Condition
-from fewstep.distill.degradation import Degradation
-from fewstep.distill.draws import Draws
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.diffusion.generator import fresh_from, seeded
+from fewstep.distill.diffusion.guidance import guidance_embedding
 from fewstep.distill.errors import UserError
-from fewstep.distill.frozen import weights_hash
-from fewstep.distill.generator import fresh_from, seeded
-from fewstep.distill.guidance import guidance_embedding
-from fewstep.distill.methods.base import Batch, Parts, Progress
-from fewstep.distill.methods.interlcm import InterLCM, InterLCMSettings, VisualSettings
-from fewstep.distill.model_card import loading_lines
-from fewstep.distill.patch_discriminator import PatchSettings
+from fewstep.distill.methods.restoration.degradation import Degradation
+from fewstep.distill.methods.restoration.interlcm import InterLCM, InterLCMSettings, VisualSettings
+from fewstep.distill.methods.restoration.patch_discriminator import PatchSettings
+from fewstep.distill.models.frozen import weights_hash
+from fewstep.distill.models.teacher import Teacher
+from fewstep.distill.scorers.vision import ImageDistance, ImageEncoder, Vision
 from fewstep.distill.settings import StudentSettings, TeacherSettings
-from fewstep.distill.teacher import Teacher
-from fewstep.distill.vision import ImageDistance, ImageEncoder, Vision
+from fewstep.distill.training.contract import Batch, Parts, Progress
+from fewstep.distill.training.model_card import loading_lines
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel
-from fewstep.distill.config import load_config, read_yaml
+from fewstep.distill.config.run import load_config, read_yaml
+from fewstep.distill.diffusion.generator import fresh_from
 from fewstep.distill.errors import UserError
-from fewstep.distill.generator import fresh_from
-from fewstep.distill.methods.interlcm import InterLCM
+from fewstep.distill.methods.restoration.interlcm import InterLCM
 from fewstep.distill.planning.dry_run import describe
-from fewstep.distill.runner import Runner
+from fewstep.distill.training.runner import Runner
 from safetensors.torch import load_file
 
 from ..runs import train, train_in_two_processes

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from fewstep.distill.draws import Draws
-from fewstep.distill.guidance import guidance_embedding
-from fewstep.distill.methods.base import Batch, Progress
-from fewstep.distill.methods.lcd import LCD
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.diffusion.guidance import guidance_embedding
+from fewstep.distill.methods.latent_consistency.lcd import LCD
 from fewstep.distill.settings import StudentSettings
+from fewstep.distill.training.contract import Batch, Progress
 from peft import LoraConfig
 from torch import Tensor, nn
 

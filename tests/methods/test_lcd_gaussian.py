@@ -3,12 +3,12 @@
 from collections.abc import Callable
 
 import torch
-from fewstep.distill.condition import Condition
-from fewstep.distill.consistency import ConsistencyFunction
-from fewstep.distill.denoiser import Denoiser
-from fewstep.distill.draws import Draws
-from fewstep.distill.methods.base import Batch, Progress
-from fewstep.distill.methods.lcd import LCD
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.consistency import ConsistencyFunction
+from fewstep.distill.diffusion.denoiser import Denoiser
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.methods.latent_consistency.lcd import LCD
+from fewstep.distill.training.contract import Batch, Progress
 from torch import Tensor, nn
 
 Build = Callable[..., LCD]

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.checkpoint import kept_state
-from fewstep.distill.draws import Draws
+from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.base import Parts
-from fewstep.distill.methods.lcd import LCD, LCDSettings
+from fewstep.distill.methods.latent_consistency.lcd import LCD, LCDSettings
 from fewstep.distill.settings import StudentSettings
+from fewstep.distill.training.checkpoint import kept_state
+from fewstep.distill.training.contract import Parts
 from torch import Tensor
 
 Build = Callable[..., LCD]

@@ -5,10 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.curriculum import doubling, early_level, lognormal_bins, robust_scale
-from fewstep.distill.losses import robust
-from fewstep.distill.methods.lct import early_diffusion
-from fewstep.distill.process import EDM
+from fewstep.distill.diffusion.losses import robust
+from fewstep.distill.diffusion.process import EDM
+from fewstep.distill.methods.consistency_training.curriculum import (
+    doubling,
+    early_level,
+    lognormal_bins,
+    robust_scale,
+)
+from fewstep.distill.methods.consistency_training.lct import early_diffusion
 from torch import Tensor
 
 from .lct_parts import SCALES

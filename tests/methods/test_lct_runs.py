@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from fewstep.distill.cli import main
-from fewstep.distill.config import load_config, read_yaml, with_overrides
+from fewstep.distill.config.run import load_config, read_yaml, with_overrides
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.lct import LCT
-from fewstep.distill.normalised_latents import Statistics
+from fewstep.distill.methods.consistency_training.lct import LCT
+from fewstep.distill.methods.consistency_training.normalised_latents import Statistics
 from fewstep.distill.planning.dry_run import describe
-from fewstep.distill.runner import Runner
+from fewstep.distill.training.runner import Runner
 from safetensors.torch import load_file
 
 from ..runs import train, train_in_two_processes

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.condition import Condition
-from fewstep.distill.derivative import total_derivative
-from fewstep.distill.losses import adaptive, unit_step
-from fewstep.distill.methods.meanflow import MeanFlow
-from fewstep.distill.process import RectifiedFlow
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.derivative import total_derivative
+from fewstep.distill.diffusion.losses import adaptive, unit_step
+from fewstep.distill.diffusion.process import RectifiedFlow
+from fewstep.distill.methods.meanflow.meanflow import MeanFlow
 from meanflow_reference import EPS, X0, Analytic, Known, R, T, meanflow_on, run
 from torch import Tensor, nn
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.condition import Condition
-from fewstep.distill.denoiser import Denoiser
-from fewstep.distill.derivative import total_derivative
-from fewstep.distill.draws import Draws
-from fewstep.distill.generator import mean_velocity_sample
-from fewstep.distill.process import RectifiedFlow
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.denoiser import Denoiser
+from fewstep.distill.diffusion.derivative import total_derivative
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.diffusion.generator import mean_velocity_sample
+from fewstep.distill.diffusion.process import RectifiedFlow
 from meanflow_reference import MLP, Direct, ExactMean, Gaussian, Known, meanflow_on, run
 from torch import Tensor, nn
 

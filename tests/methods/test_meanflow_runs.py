@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from fewstep.distill.errors import UserError
-from fewstep.distill.runner import Runner
+from fewstep.distill.training.runner import Runner
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from fewstep.distill.derivative import DERIVATIVES, derivative_of, total_derivative
-from fewstep.distill.draws import Draws
+from fewstep.distill.diffusion.derivative import DERIVATIVES, derivative_of, total_derivative
+from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.base import Batch, Parts, Progress
-from fewstep.distill.methods.meanflow import MeanFlow, MeanFlowSettings
+from fewstep.distill.methods.meanflow.meanflow import MeanFlow, MeanFlowSettings
+from fewstep.distill.models.teacher import LatentTeacher
 from fewstep.distill.settings import StudentSettings
-from fewstep.distill.teacher import LatentTeacher
+from fewstep.distill.training.contract import Batch, Parts, Progress
 from torch import Tensor
 
 SCRATCH = StudentSettings(init="scratch")

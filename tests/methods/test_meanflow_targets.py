@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.base import Parts
-from fewstep.distill.methods.meanflow import MeanFlowSettings, check
+from fewstep.distill.methods.meanflow.meanflow import MeanFlowSettings, check
+from fewstep.distill.methods.meanflow.targets import alpha_target, annealed_alpha, split_target
 from fewstep.distill.settings import StudentSettings
-from fewstep.distill.span_targets import alpha_target, annealed_alpha, split_target
+from fewstep.distill.training.contract import Parts
 from meanflow_reference import EPS, X0, Analytic, Gaussian, Known, R, T, meanflow_on, run
 from torch import Tensor, nn
 

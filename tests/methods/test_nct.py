@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from fewstep.distill.condition import Condition
-from fewstep.distill.draws import Draws
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.diffusion.guidance import guidance_embedding
 from fewstep.distill.errors import UserError
-from fewstep.distill.frozen import weights_hash
-from fewstep.distill.guidance import guidance_embedding
-from fewstep.distill.methods.base import Batch, Parts, Progress
-from fewstep.distill.methods.nct import NCT, NCTSettings
-from fewstep.distill.noise_consistency import coupled
+from fewstep.distill.methods.control.nct import NCT, NCTSettings
+from fewstep.distill.methods.control.noise_consistency import coupled
+from fewstep.distill.models.frozen import weights_hash
+from fewstep.distill.models.teacher import Teacher
 from fewstep.distill.settings import StudentSettings, TeacherSettings
-from fewstep.distill.teacher import Teacher
+from fewstep.distill.training.contract import Batch, Parts, Progress
 from torch import Tensor
 
 CAPTIONS = ["red cat", "dog", "cat", "go"]

@@ -7,17 +7,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import IPAdapterAttnProcessor
-from fewstep.distill.control_adapters import IPAdapter
-from fewstep.distill.control_networks import ImageEmbedder
-from fewstep.distill.draws import Draws
+from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.frozen import weights_hash
-from fewstep.distill.methods.base import Batch, Parts, Progress
-from fewstep.distill.methods.nct import NCT, NCTSettings
-from fewstep.distill.noise_consistency import coupled
+from fewstep.distill.methods.control.control_adapters import IPAdapter
+from fewstep.distill.methods.control.nct import NCT, NCTSettings
+from fewstep.distill.methods.control.noise_consistency import coupled
+from fewstep.distill.models.control_networks import ImageEmbedder
+from fewstep.distill.models.frozen import weights_hash
+from fewstep.distill.models.teacher import Teacher
+from fewstep.distill.scorers.vision import Vision
 from fewstep.distill.settings import StudentSettings, TeacherSettings
-from fewstep.distill.teacher import Teacher
-from fewstep.distill.vision import Vision
+from fewstep.distill.training.contract import Batch, Parts, Progress
 from fewstep.pipelines.export import write_export
 from PIL import Image
 from torch import Tensor
@@ -285,6 +285,8 @@ def test_samples_learn_to_follow_the_picture(tiny_pipeline: Path, monkeypatch: p
     """In 60 steps; without the consistency loss they ignore it."""
     error, rest = learnt(tiny_pipeline, monkeypatch)
     assert error < 0.6 and rest > 0.85
-    monkeypatch.setattr("fewstep.distill.methods.nct.noise_consistency", lambda generate, z, *rest: (z, z))
+    monkeypatch.setattr(
+        "fewstep.distill.methods.control.nct.noise_consistency", lambda generate, z, *rest: (z, z)
+    )
     error, _ = learnt(tiny_pipeline, monkeypatch)
     assert error > 0.95

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.config import load_config, read_yaml
-from fewstep.distill.draws import Draws
+from fewstep.distill.config.run import load_config, read_yaml
+from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.nct import NCT
+from fewstep.distill.methods.control.nct import NCT
 from fewstep.distill.planning.dry_run import describe
-from fewstep.distill.runner import Runner
+from fewstep.distill.training.runner import Runner
 from PIL import Image
 from safetensors.torch import load_file
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fewstep.distill.config import validate
+from fewstep.distill.config.run import validate
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.q_sched import QSched, QSchedSettings, coefficients, dimensions, won_back
 from fewstep.distill.metrics.protocol import Protocol, Score
 from fewstep.distill.search.candidates import Candidate, SearchParts, Trial, compared, deviation, ranked
+from fewstep.distill.search.q_sched import QSched, QSchedSettings, coefficients, dimensions, won_back
 
 FULL: dict[str, Any] = {"quantisation": None}
 

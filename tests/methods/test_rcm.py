@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.condition import Condition
-from fewstep.distill.denoiser import Prediction
-from fewstep.distill.derivative import scaled_derivative
-from fewstep.distill.draws import Draws
-from fewstep.distill.ema import EMA, power_decay
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.denoiser import Prediction
+from fewstep.distill.diffusion.derivative import scaled_derivative
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.diffusion.ema import EMA, power_decay
+from fewstep.distill.diffusion.generator import Generator
+from fewstep.distill.diffusion.process import VP, per_sample
 from fewstep.distill.errors import UserError
-from fewstep.distill.generator import Generator
-from fewstep.distill.methods.rcm import RCM, LogWeight, RCMSettings, tangent
-from fewstep.distill.process import VP, per_sample
+from fewstep.distill.methods.score_distillation.rcm import RCM, LogWeight, RCMSettings, tangent
 from rcm_reference import (
     Affine,
     Direct,

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fewstep.distill.config import load_config, read_yaml
-from fewstep.distill.generator import seeded
+from fewstep.distill.config.run import load_config, read_yaml
+from fewstep.distill.diffusion.generator import seeded
 from fewstep.distill.planning.dry_run import describe
-from fewstep.distill.runner import Runner
+from fewstep.distill.training.runner import Runner
 
 Families = Callable[[str], Path]
 PROMPTS = ["red cat", "dog"]

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.condition import Condition
-from fewstep.distill.derivative import DERIVATIVES
-from fewstep.distill.draws import Draws
-from fewstep.distill.methods.rcm import RCM, RCMSettings, tangent
-from fewstep.distill.process import TrigFlow
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.derivative import DERIVATIVES
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.diffusion.process import TrigFlow
+from fewstep.distill.methods.score_distillation.rcm import RCM, RCMSettings, tangent
 from rcm_reference import (
     Formula,
     GaussianConsistency,

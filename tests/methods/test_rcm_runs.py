@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from fewstep.distill.config import load_config, read_yaml
-from fewstep.distill.methods.base import Parts
-from fewstep.distill.methods.rcm import RCM, RCMSettings
+from fewstep.distill.config.run import load_config, read_yaml
+from fewstep.distill.methods.score_distillation.rcm import RCM, RCMSettings
 from fewstep.distill.planning.dry_run import describe
-from fewstep.distill.runner import Runner
 from fewstep.distill.settings import StudentSettings
+from fewstep.distill.training.contract import Parts
+from fewstep.distill.training.runner import Runner
 from fewstep.pipelines.unet_norms import NormedUNet2DModel
 from safetensors.torch import load_file
 from torch import Tensor

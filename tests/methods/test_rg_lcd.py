@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.draws import Draws
+from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.base import Progress
-from fewstep.distill.methods.lcd import LCD
-from fewstep.distill.methods.rg_lcd import RGLCD, CtrlUSettings
-from fewstep.distill.rewards import Reward
+from fewstep.distill.methods.latent_consistency.lcd import LCD
+from fewstep.distill.methods.latent_consistency.rg_lcd import RGLCD, CtrlUSettings
+from fewstep.distill.scorers.rewards import Reward
 from fewstep.distill.settings import StudentSettings
+from fewstep.distill.training.contract import Progress
 from torch import Tensor, nn
 
 from .test_lcd import CAPTIONS, batch_of

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fewstep.distill.draws import Draws
+from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.base import Progress
-from fewstep.distill.methods.rg_lcd import RGLCD
-from fewstep.distill.rewards import Reward
+from fewstep.distill.methods.latent_consistency.rg_lcd import RGLCD
+from fewstep.distill.scorers.rewards import Reward
 from fewstep.distill.settings import StudentSettings
+from fewstep.distill.training.contract import Progress
 from torch import Tensor, nn
 
 from .test_lcd import CAPTIONS, batch_of

@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.condition import Condition
-from fewstep.distill.consistency import ConsistencyFunction
-from fewstep.distill.denoiser import Denoiser
-from fewstep.distill.draws import Draws
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.consistency import ConsistencyFunction
+from fewstep.distill.diffusion.denoiser import Denoiser
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.diffusion.generator import Generator
 from fewstep.distill.errors import UserError
-from fewstep.distill.generator import Generator
-from fewstep.distill.methods.base import Batch, Progress
-from fewstep.distill.methods.lcd import LCD
-from fewstep.distill.methods.scott import SCott
+from fewstep.distill.methods.latent_consistency.lcd import LCD
+from fewstep.distill.methods.latent_consistency.scott import SCott
 from fewstep.distill.settings import StudentSettings
+from fewstep.distill.training.contract import Batch, Progress
 from torch import Tensor
 
 from .test_lcd import CAPTIONS, batch_of

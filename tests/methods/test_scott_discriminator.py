@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from fewstep.distill.discriminator import Discriminator
-from fewstep.distill.draws import Draws
-from fewstep.distill.losses import hinge_critic, hinge_generator
-from fewstep.distill.methods.base import Progress
-from fewstep.distill.methods.scott import SCott
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.diffusion.losses import hinge_critic, hinge_generator
+from fewstep.distill.methods.latent_consistency.scott import SCott
+from fewstep.distill.models.discriminator import Discriminator
 from fewstep.distill.planning.known_teachers import meta_teacher
 from fewstep.distill.planning.published_teachers import SD15
 from fewstep.distill.settings import LORA_TARGETS, StudentSettings, TeacherSettings
+from fewstep.distill.training.contract import Progress
 from torch import Tensor, nn
 
 from .test_lcd import CAPTIONS, batch_of

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.condition import Condition
-from fewstep.distill.consistency import ConsistencyFunction
-from fewstep.distill.denoiser import Denoiser
-from fewstep.distill.ema import EMA
-from fewstep.distill.methods.base import Batch, Progress
-from fewstep.distill.methods.latent_consistency import LatentConsistency
-from fewstep.distill.methods.scott import SCott
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.consistency import ConsistencyFunction
+from fewstep.distill.diffusion.denoiser import Denoiser
+from fewstep.distill.diffusion.ema import EMA
+from fewstep.distill.methods.latent_consistency.base import LatentConsistency
+from fewstep.distill.methods.latent_consistency.scott import SCott
+from fewstep.distill.training.contract import Batch, Progress
 from torch import Tensor, nn
 
 ROWS, WARM_UP, STEPS, NOTHING = 256, 800, 1500, -30.0

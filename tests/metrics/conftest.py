@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from fewstep.distill.cli import main
-from fewstep.distill.metrics import compare as comparing
 from fewstep.distill.metrics.features import EfficientNetLite0
-from fewstep.distill.metrics.lite_minilm import LiteMiniLM
+from fewstep.distill.reports import compare as comparing
+from fewstep.distill.scorers.lite_minilm import LiteMiniLM
 from PIL import Image
 
 CAPTIONS = ["cat", "dog", "red", "red cat", "red dog", "cat dog"]

@@ -11,11 +11,11 @@ import pytest
 import yaml
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
-from fewstep.distill.interrupts import run_child
-from fewstep.distill.metrics import compare as comparing
-from fewstep.distill.metrics.compare import compare
-from fewstep.distill.metrics.entries import kind_of, read_entry
-from fewstep.distill.metrics.table import by_column
+from fewstep.distill.reports import compare as comparing
+from fewstep.distill.reports.compare import compare
+from fewstep.distill.reports.entries import kind_of, read_entry
+from fewstep.distill.reports.table import by_column
+from fewstep.distill.training.interrupts import run_child
 from PIL import Image
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from fewstep.distill.cli import main
-from fewstep.distill.controls import Canny, Inpainting, SuperResolution
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.compare import compare
-from fewstep.distill.metrics.conditions import Conditions, control_in, read_control
-from fewstep.distill.metrics.evaluate import evaluate, open_source
-from fewstep.distill.metrics.judges import DataJudge, inputs_for
 from fewstep.distill.metrics.reference import places_of, reference
-from fewstep.distill.metrics.table import by_column
+from fewstep.distill.models.controls import Canny, Inpainting, SuperResolution
+from fewstep.distill.reports.compare import compare
+from fewstep.distill.reports.conditions import Conditions, control_in, read_control
+from fewstep.distill.reports.evaluate import evaluate, open_source
+from fewstep.distill.reports.judges import DataJudge, inputs_for
+from fewstep.distill.reports.table import by_column
 
 CPU = torch.device("cpu")
 SUPERRES = SuperResolution(factor=4)

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.entries import offered, read_entry
-from fewstep.distill.metrics.report import read_report
+from fewstep.distill.reports.entries import offered, read_entry
+from fewstep.distill.reports.report import read_report
 
 from .test_protocol import score
 

@@ -15,16 +15,16 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
-from fewstep.distill.measure import PeakMemory
-from fewstep.distill.metrics.evaluate import caption_match, evaluate, open_source, real_floor, reference
 from fewstep.distill.metrics.features import EfficientNetLite0, extract
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
-from fewstep.distill.metrics.inputs import Inputs
 from fewstep.distill.metrics.kid import kid
 from fewstep.distill.metrics.manifold import manifold
-from fewstep.distill.metrics.pipeline_source import PipelineSource, hash_parts, quantise
 from fewstep.distill.metrics.protocol import Score
-from fewstep.distill.metrics.report import read_report
+from fewstep.distill.reports.evaluate import caption_match, evaluate, open_source, real_floor, reference
+from fewstep.distill.reports.inputs import Inputs
+from fewstep.distill.reports.pipeline_source import PipelineSource, hash_parts, quantise
+from fewstep.distill.reports.report import read_report
+from fewstep.distill.training.measure import PeakMemory
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor

@@ -15,14 +15,14 @@ from diffusers import (
 )
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics import reference
-from fewstep.distill.metrics.evaluate import caption_match, evaluate
 from fewstep.distill.metrics.features import EfficientNetLite0, extract
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
-from fewstep.distill.metrics.image_text import pair_cosines
-from fewstep.distill.metrics.inputs import Inputs
-from fewstep.distill.metrics.lite_minilm import LiteMiniLM
-from fewstep.distill.metrics.pipeline_source import PipelineSource, quantise
 from fewstep.distill.metrics.protocol import Score, hash_prompts, same_protocol
+from fewstep.distill.reports.evaluate import caption_match, evaluate
+from fewstep.distill.reports.inputs import Inputs
+from fewstep.distill.reports.pipeline_source import PipelineSource, quantise
+from fewstep.distill.scorers.image_text import pair_cosines
+from fewstep.distill.scorers.lite_minilm import LiteMiniLM
 from torch import Tensor
 
 from .tiny_classes import CLASSES, class_data, consistency_folder

@@ -10,13 +10,13 @@ from fewstep.distill.cli import main
 from fewstep.distill.data import load_data
 from fewstep.distill.data.images import PICTURE_SUFFIXES
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.evaluate import evaluate, open_source, reference
 from fewstep.distill.metrics.features import EfficientNetLite0, extract
-from fewstep.distill.metrics.folder_source import FolderSource
-from fewstep.distill.metrics.inputs import Inputs
 from fewstep.distill.metrics.kid import kid
 from fewstep.distill.metrics.protocol import Score
-from fewstep.distill.metrics.report import read_report
+from fewstep.distill.reports.evaluate import evaluate, open_source, reference
+from fewstep.distill.reports.folder_source import FolderSource
+from fewstep.distill.reports.inputs import Inputs
+from fewstep.distill.reports.report import read_report
 from PIL import Image
 
 CPU = torch.device("cpu")

@@ -7,13 +7,13 @@ import pytest
 import torch
 from diffusers import ConsistencyModelPipeline, DDPMPipeline, DDPMScheduler
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.evaluate import evaluate
 from fewstep.distill.metrics.features import EfficientNetLite0, extract
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
-from fewstep.distill.metrics.inputs import Inputs
-from fewstep.distill.metrics.pipeline_source import QUANTISATION, PipelineSource, quantise
 from fewstep.distill.metrics.protocol import Score
 from fewstep.distill.metrics.reference import reference
+from fewstep.distill.reports.evaluate import evaluate
+from fewstep.distill.reports.inputs import Inputs
+from fewstep.distill.reports.pipeline_source import QUANTISATION, PipelineSource, quantise
 
 from .tiny_classes import consistency_folder, tiny_unet
 

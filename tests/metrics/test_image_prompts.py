@@ -9,18 +9,18 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from fewstep.distill.cli import main
-from fewstep.distill.controls import Canny, ImagePrompt
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.base import Parts
-from fewstep.distill.methods.nct import NCT, NCTSettings
-from fewstep.distill.metrics.conditions import Conditions, control_in
-from fewstep.distill.metrics.evaluate import evaluate, open_source
+from fewstep.distill.methods.control.nct import NCT, NCTSettings
 from fewstep.distill.metrics.features import make_extractor
-from fewstep.distill.metrics.judges import DataJudge, inputs_for
 from fewstep.distill.metrics.reference import places_of, reference
-from fewstep.distill.metrics.table import by_column
+from fewstep.distill.models.controls import Canny, ImagePrompt
+from fewstep.distill.models.teacher import Teacher
+from fewstep.distill.reports.conditions import Conditions, control_in
+from fewstep.distill.reports.evaluate import evaluate, open_source
+from fewstep.distill.reports.judges import DataJudge, inputs_for
+from fewstep.distill.reports.table import by_column
 from fewstep.distill.settings import StudentSettings, TeacherSettings
-from fewstep.distill.teacher import Teacher
+from fewstep.distill.training.contract import Parts
 from fewstep.pipelines.export import write_export
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 

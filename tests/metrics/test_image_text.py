@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fewstep.distill.data import load_data
-from fewstep.distill.metrics import image_text
-from fewstep.distill.metrics.image_text import (
+from fewstep.distill.scorers import image_text
+from fewstep.distill.scorers.image_text import (
     CLIP_SCORE,
     CLIP_SCORE_HESSEL,
     COSINE,
@@ -21,8 +21,8 @@ from fewstep.distill.metrics.image_text import (
     image_text_protocol,
     pair_cosines,
 )
-from fewstep.distill.metrics.lite_minilm import LiteMiniLM
-from fewstep.distill.metrics.picture_rule import PictureRule
+from fewstep.distill.scorers.lite_minilm import LiteMiniLM
+from fewstep.distill.scorers.picture_rule import PictureRule
 from torch import Tensor, nn
 
 SETTING = {"input": "uint8 rounded", "conditioning": "caption", "seed_rule": "i", "image_size": 32}
@@ -222,7 +222,7 @@ def test_exact_products_are_switched_on_and_back(choice: str) -> None:
     """Whichever of torch's ways the caller chose them by; in a process of its own, since not all can be undone."""
     program = f"""
 import torch
-from fewstep.distill.metrics.image_text import full_float32
+from fewstep.distill.scorers.image_text import full_float32
 parts = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
 {choice}
 before = [p.fp32_precision for p in parts]

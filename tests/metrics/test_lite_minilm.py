@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fewstep.distill import minilm
 from fewstep.distill.data import load_data
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics import lite, lite_minilm
+from fewstep.distill.metrics import lite
 from fewstep.distill.metrics.features import EfficientNetLite0
 from fewstep.distill.metrics.lite import LITE2
-from fewstep.distill.metrics.lite_minilm import HEADS, SHIPPED, LiteMiniLM, sentences, token_ids
-from fewstep.distill.metrics.scorers import make_scorer
-from fewstep.distill.pretrain.image_text import retrieval
+from fewstep.distill.pretrain.scorers import retrieval
+from fewstep.distill.scorers import lite_minilm, minilm
+from fewstep.distill.scorers.by_name import make_scorer
+from fewstep.distill.scorers.lite_minilm import HEADS, SHIPPED, LiteMiniLM, sentences, token_ids
 from safetensors.torch import load_file, save_file
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fewstep.distill.metrics.markup import filled, markdown_text, script_json
-from fewstep.distill.metrics.page import page
-from fewstep.distill.metrics.table import by_steps, markdown, markdown_table
+from fewstep.distill.reports.markup import filled, markdown_text, script_json
+from fewstep.distill.reports.page import page
+from fewstep.distill.reports.table import by_steps, markdown, markdown_table
 from PIL import Image
 
 from .test_protocol import score

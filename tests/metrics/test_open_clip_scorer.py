@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.image_text import CLIP_SCORE, image_text_protocol, pair_cosines
-from fewstep.distill.metrics.open_clip_scorer import PRESETS, OpenClipScorer
-from fewstep.distill.metrics.scorers import make_scorer
+from fewstep.distill.scorers.by_name import make_scorer
+from fewstep.distill.scorers.image_text import CLIP_SCORE, image_text_protocol, pair_cosines
+from fewstep.distill.scorers.open_clip import PRESETS, OpenClipScorer
 from open_clip.pretrained import _PRETRAINED, _pcfg
 from safetensors.torch import load_file
 from torch import Tensor

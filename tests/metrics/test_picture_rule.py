@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from fewstep.distill.metrics.picture_rule import PictureRule, lanczos_matrix
+from fewstep.distill.scorers.picture_rule import PictureRule, lanczos_matrix
 from PIL import Image
 from torch import Tensor
 

@@ -17,8 +17,8 @@ from fewstep.distill.metrics.protocol import (
     hash_prompts,
     same_protocol,
 )
-from fewstep.distill.metrics.report import check_writable, read_report, write_report
-from fewstep.distill.metrics.table import markdown_table, rows_of
+from fewstep.distill.reports.report import check_writable, read_report, write_report
+from fewstep.distill.reports.table import markdown_table, rows_of
 
 PROTOCOL = Protocol(
     metric="KID",

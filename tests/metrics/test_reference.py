@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from fewstep.distill.metrics import reference
-from fewstep.distill.metrics.evaluate import evaluate
 from fewstep.distill.metrics.kid import kid, within
 from fewstep.distill.metrics.manifold import radii
 from fewstep.distill.metrics.neighbours import unseen_distance
 from fewstep.distill.metrics.reference import Reference
+from fewstep.distill.reports.evaluate import evaluate
 
 
 @pytest.fixture(autouse=True)

@@ -15,18 +15,19 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
-from fewstep.distill import teacher
 from fewstep.distill.cli import main
 from fewstep.distill.data import load_data
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics import compare as comparing
-from fewstep.distill.metrics import loading, reference, remote_code
-from fewstep.distill.metrics.compare import compare
-from fewstep.distill.metrics.conditions import control_in
-from fewstep.distill.metrics.evaluate import evaluate, open_source
-from fewstep.distill.metrics.inputs import Inputs
-from fewstep.distill.metrics.pipeline_source import PipelineSource
-from fewstep.distill.metrics.remote_code import may_run
+from fewstep.distill.metrics import reference
+from fewstep.distill.models import teacher
+from fewstep.distill.reports import compare as comparing
+from fewstep.distill.reports import loading, remote_code
+from fewstep.distill.reports.compare import compare
+from fewstep.distill.reports.conditions import control_in
+from fewstep.distill.reports.evaluate import evaluate, open_source
+from fewstep.distill.reports.inputs import Inputs
+from fewstep.distill.reports.pipeline_source import PipelineSource
+from fewstep.distill.reports.remote_code import may_run
 from PIL import Image
 
 from .tiny_classes import CLASSES, class_data, consistency_folder
@@ -189,8 +190,8 @@ def test_a_fresh_process_without_network(folder: Path, ours: Path, modules: Path
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules)}
     code = (
         "import sys, torch; from pathlib import Path; from fewstep.distill.metrics import remote_code\n"
-        "from fewstep.distill.metrics.evaluate import open_source\n"
-        "from fewstep.distill.metrics.inputs import Inputs\n"
+        "from fewstep.distill.reports.evaluate import open_source\n"
+        "from fewstep.distill.reports.inputs import Inputs\n"
         f"remote_code.OURS = Path({str(ours)!r})\n"
         f"source = open_source({str(folder)!r}, torch.device('cpu'))\n"
         "print(source.pictures(range(3), Inputs('class', [0]), 0, {})[0].shape)"

@@ -9,21 +9,21 @@ from typing import Any
 import cv2
 import pytest
 import torch
-from fewstep.distill.config import load_config, read_yaml
-from fewstep.distill.degradation import Degradation, enlarged
-from fewstep.distill.draws import Draws
+from fewstep.distill.config.run import load_config, read_yaml
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.diffusion.generator import fresh_from
 from fewstep.distill.errors import UserError
-from fewstep.distill.generator import fresh_from
-from fewstep.distill.grid import to_uint8
+from fewstep.distill.methods.restoration.degradation import Degradation, enlarged
+from fewstep.distill.methods.restoration.restorer import Restorer
 from fewstep.distill.metrics.features import extract, make_extractor
 from fewstep.distill.metrics.kid import kid
 from fewstep.distill.metrics.reference import reference
-from fewstep.distill.metrics.restoration import benchmark
-from fewstep.distill.restoration import Restorer
-from fewstep.distill.runner import Runner
+from fewstep.distill.models.teacher import Teacher
+from fewstep.distill.reports.restoration import benchmark
+from fewstep.distill.scorers.vision import Vision
 from fewstep.distill.settings import TeacherSettings
-from fewstep.distill.teacher import Teacher
-from fewstep.distill.vision import Vision
+from fewstep.distill.training.grid import to_uint8
+from fewstep.distill.training.runner import Runner
 
 ROOT = Path(__file__).resolve().parents[2]
 DEGRADATION = {"kernel_size": 3, "blur": [0.1, 1.0], "downsample": [2.0, 4.0]}

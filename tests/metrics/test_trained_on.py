@@ -9,11 +9,11 @@ import pytest
 import yaml
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.compare import compare
 from fewstep.distill.metrics.protocol import Score
-from fewstep.distill.metrics.report import read_report
-from fewstep.distill.metrics.trained_on import Data, data_for, default_holdout, read_data, trained_on
-from fewstep.distill.teacher import EMBEDDED
+from fewstep.distill.models.teacher import EMBEDDED
+from fewstep.distill.reports.compare import compare
+from fewstep.distill.reports.report import read_report
+from fewstep.distill.reports.trained_on import Data, data_for, default_holdout, read_data, trained_on
 
 
 @pytest.fixture(autouse=True)

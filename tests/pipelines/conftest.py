@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fewstep.distill.methods.base import Parts
-from fewstep.distill.methods.ict import ICT, ICTSettings
+from fewstep.distill.methods.consistency_training.ict import ICT, ICTSettings
 from fewstep.distill.settings import StudentSettings
+from fewstep.distill.training.contract import Parts
 from fewstep.pipelines.export import Export, write_export
 
 from ..methods.ict_parts import CLASSES, COLOUR, GREY, latent_ict, pixel_ict, pixel_teacher, shaken

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fewstep.distill.config import load_config
-from fewstep.distill.generator import seeded
-from fewstep.distill.runner import Runner
+from fewstep.distill.config.run import load_config
+from fewstep.distill.diffusion.generator import seeded
+from fewstep.distill.training.runner import Runner
 from fewstep.pipelines.export import forget_paths, sampling_of
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fewstep.distill.config import load_config
-from fewstep.distill.generator import seeded
-from fewstep.distill.methods.base import Parts
-from fewstep.distill.methods.lcd import LCD
-from fewstep.distill.runner import Runner
+from fewstep.distill.config.run import load_config
+from fewstep.distill.diffusion.generator import seeded
+from fewstep.distill.methods.latent_consistency.lcd import LCD
+from fewstep.distill.models.student import Student
+from fewstep.distill.models.teacher import LatentTeacher, Teacher
 from fewstep.distill.settings import StudentSettings, TeacherSettings
-from fewstep.distill.student import Student
-from fewstep.distill.teacher import LatentTeacher, Teacher
+from fewstep.distill.training.contract import Parts
+from fewstep.distill.training.runner import Runner
 from fewstep.pipelines.export import Export, write_adapter
 from safetensors.torch import load_file
 

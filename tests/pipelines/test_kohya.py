@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fewstep.distill.config import load_config
-from fewstep.distill.runner import Runner
+from fewstep.distill.config.run import load_config
+from fewstep.distill.training.runner import Runner
 from safetensors.torch import load_file
 
 

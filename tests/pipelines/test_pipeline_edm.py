@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fewstep.distill.diffusion.generator import seeded
+from fewstep.distill.diffusion.process import EDM
 from fewstep.distill.errors import UserError
-from fewstep.distill.generator import seeded
-from fewstep.distill.process import EDM
+from fewstep.distill.models.teacher import PixelTeacher, Teacher
 from fewstep.distill.settings import TeacherSettings
-from fewstep.distill.teacher import PixelTeacher, Teacher
 from fewstep.pipelines.pipeline_edm import EDMPipeline
 from torch import Tensor
 

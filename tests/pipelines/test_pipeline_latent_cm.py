@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fewstep.distill.generator import seeded
+from fewstep.distill.diffusion.generator import seeded
 from fewstep.pipelines.pipeline_latent_cm import LatentCMPipeline
 from torch import Tensor
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fewstep.distill.generator import fresh_from, seeded
-from fewstep.distill.restoration import Restorer
+from fewstep.distill.diffusion.generator import fresh_from, seeded
+from fewstep.distill.methods.restoration.restorer import Restorer
+from fewstep.distill.models.teacher import Teacher
 from fewstep.distill.settings import TeacherSettings
-from fewstep.distill.teacher import Teacher
 from fewstep.pipelines.pipeline_restoration import (
     RestorationPipeline,
     colour_fixed,

@@ -7,22 +7,17 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from fewstep.distill.diffusion.process import EDM
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.base import Parts
-from fewstep.distill.methods.meanflow import MeanFlow, MeanFlowSettings
-from fewstep.distill.network_adapters import denoiser_of
+from fewstep.distill.methods.meanflow.meanflow import MeanFlow, MeanFlowSettings
+from fewstep.distill.models.network_adapters import denoiser_of
+from fewstep.distill.models.student import Student, new_denoiser
 from fewstep.distill.pretrain.edm import EDMSettings, EDMTraining
-from fewstep.distill.process import EDM
 from fewstep.distill.settings import Norm, StudentSettings
-from fewstep.distill.student import Student, new_denoiser
+from fewstep.distill.training.contract import Parts
 from fewstep.pipelines import transformer_two_time, unet_norms
 from fewstep.pipelines.transformer_two_time import TwoTimeDiT
-from fewstep.pipelines.unet_norms import (
-    NORM_TYPES,
-    NormedUNet2DConditionModel,
-    NormedUNet2DModel,
-    SampleNorm,
-)
+from fewstep.pipelines.unet_norms import NORM_TYPES, NormedUNet2DConditionModel, NormedUNet2DModel, SampleNorm
 from torch import Tensor, nn
 
 from ..methods.ict_parts import GREY, latent_teacher

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from fewstep.distill.cli import main
-from fewstep.distill.config import RunConfig, load_config, read_yaml, with_overrides
+from fewstep.distill.config.run import RunConfig, load_config, read_yaml, with_overrides
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.base import Parts
-from fewstep.distill.methods.lcd import LCD, LCDSettings
+from fewstep.distill.methods.latent_consistency.lcd import LCD, LCDSettings
+from fewstep.distill.models.student import Student
 from fewstep.distill.planning import dry_run, plan
 from fewstep.distill.planning.dry_run import describe, missing_data
 from fewstep.distill.planning.known_teachers import blueprint, meta_teacher
 from fewstep.distill.planning.meta_memory import LiveBytes, fused_attention
 from fewstep.distill.planning.published_teachers import SD15
 from fewstep.distill.settings import TeacherSettings
-from fewstep.distill.student import Student
+from fewstep.distill.training.contract import Parts
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SD = TeacherSettings("stable-diffusion-v1-5/stable-diffusion-v1-5")
@@ -113,7 +113,7 @@ def test_missing_embedded_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_memory_of_the_states_is_that_of_the_real_networks(configure: Configure, tiny_pipeline: Path) -> None:
     """Against a method that was really built: teacher, student, gradients, moments, target, average."""
-    from fewstep.distill.teacher import Teacher
+    from fewstep.distill.models.teacher import Teacher
 
     config = configure(use_ema=True)
     teacher = Teacher.load(TeacherSettings(str(tiny_pipeline)))

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 from fewstep.distill.cli import main
-from fewstep.distill.config import load_config, read_yaml
+from fewstep.distill.config.run import load_config, read_yaml
+from fewstep.distill.diffusion.process import VP
 from fewstep.distill.errors import UserError
+from fewstep.distill.models.student import Student
+from fewstep.distill.models.teacher import LatentTeacher
 from fewstep.distill.planning.dry_run import describe
 from fewstep.distill.planning.known_teachers import blueprint, meta_teacher
 from fewstep.distill.planning.plan import count, prompt_size
 from fewstep.distill.planning.published_teachers import KNOWN_TEACHERS
-from fewstep.distill.process import VP
 from fewstep.distill.settings import TeacherSettings
-from fewstep.distill.student import Student
-from fewstep.distill.teacher import LatentTeacher
 
 from .test_dry_run import rows
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill import turbo
+from fewstep.distill.commands import turbo
 from fewstep.distill.planning.meta_memory import nbytes
 from fewstep.distill.planning.plan import planned
-from fewstep.distill.runner import Runner
+from fewstep.distill.training.runner import Runner
 from torch.profiler import ProfilerActivity, profile
 
 

@@ -3,10 +3,10 @@
 import math
 
 import torch
-from fewstep.distill.draws import Draws
-from fewstep.distill.methods.base import Batch, Parts, Progress
+from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.pretrain.autoencoder import Autoencoder, AutoencoderSettings
 from fewstep.distill.settings import StudentSettings
+from fewstep.distill.training.contract import Batch, Parts, Progress
 
 
 def small(**changes):

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionControlNetPipeline
-from fewstep.distill.config import load_config
-from fewstep.distill.controls import SuperResolution
-from fewstep.distill.draws import Draws
+from fewstep.distill.config.run import load_config
+from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.frozen import weights_hash
-from fewstep.distill.methods.base import Batch, Parts, Progress
-from fewstep.distill.metrics.conditions import control_in
+from fewstep.distill.models.controls import SuperResolution
+from fewstep.distill.models.frozen import weights_hash
+from fewstep.distill.models.teacher import Teacher
 from fewstep.distill.pretrain.controlnet import ControlNetSettings, ControlNetTraining
+from fewstep.distill.reports.conditions import control_in
 from fewstep.distill.settings import StudentSettings, TeacherSettings
-from fewstep.distill.teacher import Teacher
+from fewstep.distill.training.contract import Batch, Parts, Progress
 from torch import Tensor
 
 ROWS = range(6)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from fewstep.distill.draws import Draws
-from fewstep.distill.methods.base import Batch, Parts, Progress
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.models.teacher import Teacher
 from fewstep.distill.pretrain.diffusion import Diffusion, DiffusionSettings
 from fewstep.distill.settings import StudentSettings, TeacherSettings
-from fewstep.distill.teacher import Teacher
+from fewstep.distill.training.contract import Batch, Parts, Progress
 
 ROWS = range(6)
 

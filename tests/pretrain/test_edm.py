@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.condition import Condition
-from fewstep.distill.draws import Draws
+from fewstep.distill.diffusion.condition import Condition
+from fewstep.distill.diffusion.draws import Draws
+from fewstep.distill.diffusion.generator import seeded
 from fewstep.distill.errors import UserError
-from fewstep.distill.generator import seeded
-from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.pretrain.edm import EDMSettings, EDMTraining
 from fewstep.distill.settings import StudentSettings
+from fewstep.distill.training.contract import Batch, Parts, Progress
 
 from ..rounding import rounding
 

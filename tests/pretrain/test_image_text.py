@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fewstep.distill.config import read_yaml
+from fewstep.distill.config.run import read_yaml
 from fewstep.distill.data import load_data
 from fewstep.distill.data.images import ImageData
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.lite_minilm import HEADS, SHIPPED, LiteMiniLM
-from fewstep.distill.pretrain import image_text
-from fewstep.distill.pretrain.image_text import (
+from fewstep.distill.pretrain import scorers as image_text
+from fewstep.distill.pretrain.scorers import (
     Pairs,
     ScorersSettings,
     batches,
@@ -27,6 +26,7 @@ from fewstep.distill.pretrain.image_text import (
     train_heads,
     train_scorers,
 )
+from fewstep.distill.scorers.lite_minilm import HEADS, SHIPPED, LiteMiniLM
 from safetensors import safe_open
 from torch import nn
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fewstep.distill import minilm
-from fewstep.distill.draws import Draws
+from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.base import Batch, Parts, Progress
 from fewstep.distill.pretrain import text_encoder
 from fewstep.distill.pretrain.text_encoder import TextEncoder, TextEncoderSettings, train_tokenizer
+from fewstep.distill.scorers import minilm
 from fewstep.distill.settings import StudentSettings
+from fewstep.distill.training.contract import Batch, Parts, Progress
 from transformers import CLIPTokenizer
 
 PHRASES = ["red apple", "green apple", "red car", "green car", "apple", "car"]

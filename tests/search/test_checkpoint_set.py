@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.lcsc import ema_alpha
 from fewstep.distill.search.checkpoint_set import CheckpointSet
+from fewstep.distill.search.lcsc import ema_alpha
 from safetensors.torch import save_file
 
 

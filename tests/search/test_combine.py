@@ -7,11 +7,11 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from fewstep.distill.errors import UserError
+from fewstep.distill.models.student import Student
+from fewstep.distill.models.teacher import Teacher
 from fewstep.distill.search.checkpoint_set import CheckpointSet
 from fewstep.distill.search.combine import LoRASpace, WeightSpace, network_prefix, open_space
 from fewstep.distill.settings import StudentSettings
-from fewstep.distill.student import Student
-from fewstep.distill.teacher import Teacher
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +19,7 @@ TARGETS = ("to_q", "conv1", "conv_shortcut")
 
 
 def lora(folder: Path) -> Student:
-    from fewstep.distill.config import TeacherSettings
+    from fewstep.distill.config.run import TeacherSettings
 
     settings = StudentSettings(kind="lora", rank=2, lora_alpha=6, target_modules=TARGETS)
     return Student(Teacher.load(TeacherSettings(path=str(folder))).denoiser, settings)

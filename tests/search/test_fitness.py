@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.config import validate
+from fewstep.distill.config.run import validate
+from fewstep.distill.config.search import FitnessSettings, SearchDataSettings
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.image_text import pair_cosines
 from fewstep.distill.metrics.kid import kid
 from fewstep.distill.metrics.manifold import radii
 from fewstep.distill.metrics.reference import reference
-from fewstep.distill.metrics.scorers import make_scorer
+from fewstep.distill.scorers.by_name import make_scorer
+from fewstep.distill.scorers.image_text import pair_cosines
 from fewstep.distill.search import fitness as module
-from fewstep.distill.search.config import FitnessSettings, SearchDataSettings
 from fewstep.distill.search.fitness import Fitness, balance, realism
 from torch import Tensor
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, TCDScheduler
 from fewstep.distill.cli import main
-from fewstep.distill.config import read_yaml
+from fewstep.distill.config.run import read_yaml
+from fewstep.distill.config.search import StudentFolder, load_search
 from fewstep.distill.errors import UserError
-from fewstep.distill.search.config import StudentFolder, load_search
 from fewstep.distill.search.plan import describe
-from fewstep.distill.student_folder import StudentFiles, located
+from fewstep.distill.search.student_folder import StudentFiles, located
 from safetensors.torch import save_file
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

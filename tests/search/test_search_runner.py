@@ -14,14 +14,14 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from fewstep.distill.cli import main
+from fewstep.distill.config.search import load_search
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.evaluate import open_source
-from fewstep.distill.metrics.inputs import Inputs
-from fewstep.distill.run_lock import locked
+from fewstep.distill.reports.evaluate import open_source
+from fewstep.distill.reports.inputs import Inputs
 from fewstep.distill.search import runner as module
 from fewstep.distill.search.checkpoint_set import CheckpointSet
-from fewstep.distill.search.config import load_search
 from fewstep.distill.search.runner import SearchRunner
+from fewstep.distill.training.run_lock import locked
 from safetensors.torch import save_file
 
 

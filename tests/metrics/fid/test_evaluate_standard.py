@@ -10,21 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from fewstep.distill.cli import main
-from fewstep.distill.metrics import judges, prepare
 from fewstep.distill.metrics.features import extract
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
-from fewstep.distill.metrics.image_text import COSINE, pair_cosines
 from fewstep.distill.metrics.inception import InceptionFID
-from fewstep.distill.metrics.inputs import Inputs
-from fewstep.distill.metrics.pictures import Crop
-from fewstep.distill.metrics.pipeline_source import PipelineSource
-from fewstep.distill.metrics.prepare import prepare_data
 from fewstep.distill.metrics.protocol import Score, hash_prompts
 from fewstep.distill.metrics.reference import captions_of
-from fewstep.distill.metrics.report import read_report
-from fewstep.distill.metrics.scorers import make_scorer
-from fewstep.distill.metrics.standards import Stated, truncate_pixels
-from fewstep.distill.metrics.standards_table import COCO2014, STANDARDS
+from fewstep.distill.protocols import prepare
+from fewstep.distill.protocols.archives import Crop
+from fewstep.distill.protocols.prepare import prepare_data
+from fewstep.distill.protocols.standards import Stated, truncate_pixels
+from fewstep.distill.protocols.table import COCO2014, STANDARDS
+from fewstep.distill.reports import judges
+from fewstep.distill.reports.inputs import Inputs
+from fewstep.distill.reports.pipeline_source import PipelineSource
+from fewstep.distill.reports.report import read_report
+from fewstep.distill.scorers.by_name import make_scorer
+from fewstep.distill.scorers.image_text import COSINE, pair_cosines
 from PIL import Image
 from torch import Tensor
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.files import GIVEN, PINNED, PUBLISHED, RemoteFile, Store
+from fewstep.distill.protocols.fetched_files import GIVEN, PINNED, PUBLISHED, RemoteFile, Store
 
 DATA = bytes(range(256)) * 4000
 SHA256 = hashlib.sha256(DATA).hexdigest()

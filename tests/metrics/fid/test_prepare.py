@@ -16,22 +16,22 @@ import pytest
 import torch
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics import prepare
 from fewstep.distill.metrics.features import Extractor, extract
-from fewstep.distill.metrics.files import GIVEN, PINNED, PUBLISHED, RemoteFile
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
 from fewstep.distill.metrics.inception import SHA256, InceptionFID
-from fewstep.distill.metrics.moments_file import (
+from fewstep.distill.protocols import prepare
+from fewstep.distill.protocols.archives import Crop
+from fewstep.distill.protocols.fetched_files import GIVEN, PINNED, PUBLISHED, RemoteFile
+from fewstep.distill.protocols.moments_file import (
     import_statistics,
     moments_of,
     published_inception_id,
     read_statistics,
     save_statistics,
 )
-from fewstep.distill.metrics.pictures import Crop
-from fewstep.distill.metrics.prepare import load_prompts, load_reference, prepare_data
-from fewstep.distill.metrics.standards import Standard, Stated
-from fewstep.distill.metrics.standards_table import COCO2014, IMAGENET256, MJHQ, STANDARDS
+from fewstep.distill.protocols.prepare import load_prompts, load_reference, prepare_data
+from fewstep.distill.protocols.standards import Standard, Stated
+from fewstep.distill.protocols.table import COCO2014, IMAGENET256, MJHQ, STANDARDS
 from PIL import Image
 from torch import Tensor
 

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.checks import CHECKS
 from fewstep.distill.metrics.inception import RESIZES
-from fewstep.distill.metrics.pictures import (
+from fewstep.distill.protocols.archives import (
     Crop,
     all_pictures,
     batches,
@@ -22,7 +21,8 @@ from fewstep.distill.metrics.pictures import (
     npz_pictures,
     zip_pictures,
 )
-from fewstep.distill.metrics.standards import (
+from fewstep.distill.protocols.published_numbers import CHECKS
+from fewstep.distill.protocols.standards import (
     PROMPT_RULES,
     QUANTISATIONS,
     caption_lines,
@@ -31,7 +31,7 @@ from fewstep.distill.metrics.standards import (
     mjhq_names,
     mjhq_prompts,
 )
-from fewstep.distill.metrics.standards_table import STANDARDS
+from fewstep.distill.protocols.table import STANDARDS
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import center_crop, pil_to_tensor

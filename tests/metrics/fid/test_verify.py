@@ -11,13 +11,14 @@ import pytest
 import torch_fidelity
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics import checks, verify
-from fewstep.distill.metrics.checks import Check, Side
 from fewstep.distill.metrics.features import Extractor
-from fewstep.distill.metrics.files import RemoteFile, Store
 from fewstep.distill.metrics.inception import InceptionFID, sha256_of
-from fewstep.distill.metrics.moments_file import moments_of, published_inception_id
-from fewstep.distill.metrics.verify import NOT_VERIFIED, is_verified, verify_metrics
+from fewstep.distill.protocols import published_numbers as checks
+from fewstep.distill.protocols import verify
+from fewstep.distill.protocols.fetched_files import RemoteFile, Store
+from fewstep.distill.protocols.moments_file import moments_of, published_inception_id
+from fewstep.distill.protocols.published_numbers import Check, Side
+from fewstep.distill.protocols.verify import NOT_VERIFIED, is_verified, verify_metrics
 from PIL import Image
 from torch import Tensor
 

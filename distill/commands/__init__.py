@@ -1,0 +1,1 @@
+"""What `fewstep VERB` does."""

@@ -1,0 +1,1 @@
+"""The mathematics: noise processes, denoisers, guidance, solvers, losses, averages."""

@@ -1,0 +1,1 @@
+"""iCT, CT, CD, ECT and latent consistency training."""

@@ -1,0 +1,1 @@
+"""NCT: controls learnt for a frozen one-step generator."""

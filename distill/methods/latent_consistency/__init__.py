@@ -1,0 +1,1 @@
+"""LCD, RG-LCD and SCott: consistency distillation of latent teachers."""

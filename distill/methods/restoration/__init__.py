@@ -1,0 +1,1 @@
+"""InterLCM: restoration that begins at a middle time of a consistency model."""

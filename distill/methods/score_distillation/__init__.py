@@ -1,0 +1,1 @@
+"""rCM, sCM and DMD2: consistency by derivatives, and matching of scores."""

@@ -1,0 +1,1 @@
+"""Networks: teachers, students and what stands between them and diffusers."""

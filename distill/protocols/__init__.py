@@ -1,0 +1,1 @@
+"""Published protocols by name, their files, and the numbers that they reproduce."""

@@ -1,0 +1,1 @@
+"""Pictures made, scored and compared: evaluate, sample, compare and the page."""

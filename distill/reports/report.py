@@ -1,0 +1,171 @@
+"""Reports: read, and written whole or not at all."""
+
+import json
+import os
+import platform
+from glob import escape
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+import torch
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
+
+from ..errors import UserError
+from ..metrics.protocol import Protocol, Score
+from ..readers import Unreadable, check_finite, fitting, read_json
+from ..training.measure import commit, processor
+from ..training.run_folder import Count, Seconds, Training
+
+LIBRARIES = ("torch", "diffusers", "transformers", "timm", "torch-fidelity", "pillow")
+ROOT = Path(__file__).resolve().parents[2]
+REMEDY = "give the file that evaluate wrote, or evaluate again"
+OPEN = ConfigDict(extra="allow")
+Positive = Annotated[int, Field(ge=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Score(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    name: str
+    value: Finite
+    sd: Finite | None
+    interval: Annotated[list[Finite], Field(min_length=2, max_length=2)] | None
+    values: NotRequired[list[Finite]]
+    protocol: dict[str, Any]
+    protocol_id: str
+
+
+class _Memory(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    bytes: Count | None
+
+
+class _Row(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    steps: Positive | None
+    nfe: Positive | None
+    seeds: Positive
+    seconds_per_image: Seconds | None
+    peak_memory: _Memory
+    arguments: dict[str, Any]
+    scores: Annotated[list[_Score], Field(min_length=1)]
+
+
+class _Model(TypedDict):
+    """What `compare` adds to the report of a model."""
+
+    name: str
+    method: NotRequired[str | None]
+    export: NotRequired[str | None]
+    training: NotRequired[Training]
+    bytes: NotRequired[Count | None]
+
+
+class Report(TypedDict):
+    """A report of `evaluate`: what tables and pages need of it."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    device: str
+    versions: dict[str, str]
+    batch_size: Positive
+    rows: Annotated[list[_Row], Field(min_length=1)]
+    pipeline_sha256: NotRequired[str | None]
+    commit: NotRequired[str]
+    verified: NotRequired[str | None]
+    model: NotRequired[_Model]
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of `path` and try a file in it, before the long work. UserError if that fails."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("this is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = scratch_of(path)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise _not_writable(path, error) from None
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Write JSON beside `path`, then rename; on failure, a UserError, what was there stays intact."""
+    part = scratch_of(path)
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise _not_writable(path, error) from None
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report written by write_report. Raises UserError if it is missing, cut short or something else."""
+    try:
+        report: dict[str, Any] = read_json(path, Report, remedy=REMEDY)
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing: {REMEDY}") from None
+    check_finite(report, path, remedy=REMEDY)
+    for i, row in enumerate(report["rows"]):
+        for record in row["scores"]:
+            fitting(record["protocol"], f"{path}: rows.{i}.scores.protocol", Protocol, remedy=REMEDY)
+            try:
+                Score.from_json(record)
+            except UserError as error:
+                raise Unreadable(f"{path}: rows.{i}: {str(error).removeprefix('report: ')}") from None
+        if not any(record["protocol"]["metric"] == "FD" for record in row["scores"]):
+            raise Unreadable(
+                f"{path}: rows.{i}: holds no FD, whose reference is the training split: {REMEDY}"
+            )
+    return report
+
+
+def scratch_of(path: Path) -> Path:
+    """Where this process writes what will be renamed to `path`; what killed ones left there is removed."""
+    for part in path.parent.glob(f".{escape(path.name)}.*.part"):
+        process = part.name.split(".")[-2]
+        if process.isdigit() and not _runs(int(process)):
+            part.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _not_writable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"output {path}: cannot be written ({error.strerror or error}); choose another place or free space"
+    )
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The device's name, and the versions and commit of what computed the numbers."""
+    versions = {"python": platform.python_version(), **{p: version(p) for p in LIBRARIES}}
+    return {"device": device_name(device), "versions": versions, "commit": origin()}
+
+
+def device_name(device: torch.device) -> str:
+    """What timings depend on: the accelerator's name, or the CPU's and the number of threads."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {processor()}, {torch.get_num_threads()} threads"
+
+
+def origin() -> str:
+    """The commit of a clone that this runs from, else the installed version."""
+    if (ROOT / "pyproject.toml").is_file():
+        return commit(ROOT)
+    return f"version {version('fewstep')}"
