@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 def distill(arguments: list[str]) -> int:
     """distill CONFIG [--key.sub value ...] [--output_dir DIR] [--max_train_steps N] [--dry_run]"""
-    from .config.run import fitted, load_config, read_yaml, with_overrides
-    from .config.search import is_search, load_search
+    from .catalog.configuration import fitted, is_search, load_config, load_search, with_overrides
+    from .config.tree import read_yaml
 
     dry = "--dry_run" in arguments
     path, *rest = _with_config([a for a in arguments if a != "--dry_run"], distill)
@@ -111,8 +111,9 @@ def push_to_hub(arguments: list[str]) -> int:
 
 def train_teacher(arguments: list[str]) -> int:
     """train-teacher CONFIG [--stages.<stage>.key value ...]: autoencoder, text encoder, then the network"""
+    from .catalog.configuration import fitted, with_overrides
     from .commands.train_teacher import train
-    from .config.run import fitted, read_yaml, with_overrides
+    from .config.tree import read_yaml
 
     path, *rest = _with_config(arguments, train_teacher)
     ready = read_yaml(path)
@@ -175,12 +176,12 @@ def evaluate(arguments: list[str]) -> int:
     """evaluate PIPELINE --data NAME_OR_FOLDER --num_images N --steps 1 2 4 [--seeds 3] [--output report.json]"""
     args = _evaluate_parser().parse_args(arguments)
 
-    from .models.teacher import EMBEDDED
     from .reports.conditions import read_control
     from .reports.evaluate import evaluate as score
     from .reports.pipeline_source import quiet
     from .reports.table import markdown_table, rows_of
     from .reports.trained_on import data_for, default_holdout, read_data
+    from .teachers import EMBEDDED
     from .training.model_card import with_scores
 
     if args.pipeline in EMBEDDED:

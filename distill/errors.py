@@ -7,3 +7,9 @@ class UserError(Exception):
 
 class MissingSplit(UserError):
     """Data are there, and have no split of that name."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first 200 characters of the first line of an error's text, for one-line messages."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 200 else line[:197] + "..."

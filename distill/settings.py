@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -55,6 +55,24 @@ class Idle:
             f"{key}: {shown} no effect beside {self.beside}: {plain(beside)}; {wanted}, or leave the key at "
             f"its default{'' if len(plain(default)) > 30 else f' {plain(default)}'}"
         )
+
+
+NeedsTeacher = Literal["always", "to_start", "never"]
+
+
+class MethodSettings:
+    """What can be known of a method or a search before torch is loaded: its keys are the fields of a subclass.
+
+    needs_teacher  every run, or those whose student starts from the teacher's weights (`student.init: teacher`)
+    ignores        keys and sections of a run's configuration that the method does not read
+    idle           keys that have no effect beside others
+    before         values of keys that run folders of before these keys were made with
+    """
+
+    needs_teacher: ClassVar[NeedsTeacher] = "never"
+    ignores: ClassVar[tuple[str, ...]] = ()
+    idle: ClassVar[tuple[Idle, ...]] = ()
+    before: ClassVar[dict[str, Any]] = {}
 
 
 def plain(value: Any) -> str:
@@ -122,3 +140,27 @@ class StudentSettings:
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = LORA_TARGETS
     export_fused: bool = True
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number that a paper gives for a method, shown beside ours and never mixed with it.
+
+    benchmark  data and resolution, in the paper's terms
+    source     where it stands, and how surely it was read
+    """
+
+    benchmark: str
+    metric: str
+    steps: int
+    value: float
+    source: str
+
+
+Distance = Literal["huber", "l2"]
+
+
+Derivative = Literal["kernel", "math", "double_backward", "finite_difference"]
+
+
+DistanceName = Literal["efflite0", "efflite2", "lpips", "lpips-imagenet"]

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_triton_backward import backward
-from .backends import interpreting
+from .environment import interpreting
 from .triton_tiles import (
     LN_2,
     Blocks,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import chunked
-from .backends import interpreting
+from .environment import interpreting
 from .triton_tiles import (
     LOG2_E,
     LOWEST,

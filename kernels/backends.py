@@ -1,15 +1,13 @@
 """Which back end computes: "triton" on a CUDA device, "chunked" elsewhere, "naive" only by choice."""
 
-import importlib.util
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from .environment import interpreting, triton_installed, warn_once
 
 NAMES = ("triton", "chunked", "naive")
 MAX_TRITON_HEAD_SIZE = 256
@@ -74,18 +72,3 @@ def triton_obstacle(device_type: str, dtype: torch.dtype, head_size: int) -> str
     if head_size > MAX_TRITON_HEAD_SIZE:
         return f"the head size is {head_size}, above {MAX_TRITON_HEAD_SIZE}"
     return None
-
-
-@cache
-def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def interpreting() -> bool:
-    """Whether Triton's interpreter was asked for, which runs kernels on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-
-
-@cache
-def warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from fewstep.distill.config.run import load_config
-from fewstep.distill.data import load_data
+from fewstep.distill.catalog.configuration import load_config
+from fewstep.distill.data.sources import load_data
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.models.teacher import locate
@@ -224,7 +224,8 @@ def random_pipeline(folder: Path) -> str:
     from diffusers import DDIMScheduler
     from fewstep.distill.config.run import StudentSettings
     from fewstep.distill.pretrain.autoencoder import Autoencoder
-    from fewstep.distill.pretrain.text_encoder import TextEncoderSettings, train_tokenizer
+    from fewstep.distill.pretrain.settings import TextEncoderSettings
+    from fewstep.distill.pretrain.text_encoder import train_tokenizer
     from fewstep.distill.training.contract import Parts
     from transformers import CLIPTextConfig, CLIPTextModel
 

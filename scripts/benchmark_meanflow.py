@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from fewstep.distill.diffusion.derivative import DERIVATIVES
 from fewstep.distill.diffusion.draws import Draws
-from fewstep.distill.methods.meanflow.meanflow import MeanFlow, MeanFlowSettings
+from fewstep.distill.methods.meanflow.meanflow import MeanFlow
+from fewstep.distill.methods.meanflow.settings import MeanFlowSettings
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.contract import Batch, Parts, Progress
 from fewstep.distill.training.measure import (

@@ -22,7 +22,8 @@ import torch
 from fewstep.distill.diffusion.derivative import DERIVATIVES
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.diffusion.process import RectifiedFlow
-from fewstep.distill.methods.score_distillation.rcm import RCM, RCMSettings
+from fewstep.distill.methods.score_distillation.rcm import RCM
+from fewstep.distill.methods.score_distillation.settings import RCMSettings
 from fewstep.distill.models.network_adapters import TwoTimeDiTDenoiser
 from fewstep.distill.models.teacher import Teacher
 from fewstep.distill.settings import StudentSettings

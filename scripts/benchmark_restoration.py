@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 
 import torch
-from fewstep.distill.config.run import load_config, read_yaml, with_overrides
+from fewstep.distill.catalog.configuration import load_config, with_overrides
+from fewstep.distill.config.tree import read_yaml
 from fewstep.distill.errors import UserError
 from fewstep.distill.reports.pipeline_source import quiet
 from fewstep.distill.reports.restoration import as_markdown, benchmark
-from fewstep.distill.training.checkpoint import write_file, writing
 from fewstep.distill.training.grid import save_rows
 from fewstep.distill.training.measure import environment
+from fewstep.distill.writers import write_file, writing
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -41,7 +41,8 @@ import torch
 import yaml
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline  # noqa: F401  (imported before forks)
 from fewstep.distill.cli import main as fewstep
-from fewstep.distill.data import cache, load_data
+from fewstep.distill.data import cache
+from fewstep.distill.data.sources import load_data
 from fewstep.distill.readers import read_json, read_json_lines, read_objects
 from fewstep.distill.reports import compare, evaluate, generation
 from fewstep.distill.search import runner as search

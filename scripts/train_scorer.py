@@ -2,7 +2,7 @@
 
 import sys
 
-from fewstep.distill.pretrain.scorers import main
+from fewstep.distill.commands.train_scorer import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fewstep.distill.config.run import load_config
+from fewstep.distill.catalog.configuration import load_config
 from fewstep.distill.training.runner import Runner
 
 

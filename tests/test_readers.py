@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fewstep.distill.readers import (  # fmt: skip
+from fewstep.distill.readers import (
     Unreadable,
     open_tensors,
     parse_json,

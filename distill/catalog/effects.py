@@ -1,21 +1,21 @@
 """Keys that a configuration gives and that would change nothing: each is refused, with what it needs.
 
-A row says when keys are idle. Those of a run's own keys stand here, those of a method beside its settings
-(`Settings.idle`), and the keys of a run that a method leaves unread in `Method.ignores`. A key with its default value
-is never refused: a resolved configuration writes every key out.
+A row says when keys are idle. Those of a run's own keys stand here, those of a method in `MethodSettings.idle`, and the
+keys of a run that a method leaves unread in `MethodSettings.ignores`. A key with its default value is never refused: a
+resolved configuration writes every key out.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..data.embedded import STYLES
-from ..data.named import NAMED
+from ..data.names import CLASSED, STYLES
 from ..errors import UserError
 from ..settings import Idle
+from ..teachers import EMBEDDED
 
 TEACHER_DATA = "teacher"
-SQUARE_DATA = (*STYLES, *NAMED)
+SQUARE_DATA = (*STYLES, *CLASSED)
 
 RUN = (
     Idle("student.rank student.lora_alpha student.lora_dropout student.target_modules student.export_fused",
@@ -65,7 +65,6 @@ def check_effects(config: Any, rows: Iterable[Idle], ignores: Iterable[str], met
 
 
 def is_local(path: str) -> bool:
-    from ..models.teacher import EMBEDDED
 
     return path in EMBEDDED or Path(path).expanduser().exists()
 

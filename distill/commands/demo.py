@@ -8,17 +8,19 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ...pipelines.export import sampling_of
-from ..config.run import RunConfig, fitted, load_config, read_yaml, with_overrides
-from ..models.teacher import EMBEDDED
+from ..catalog.configuration import fitted, load_config, with_overrides
+from ..config.run import RunConfig
+from ..config.tree import read_yaml
 from ..reports.evaluate import evaluate
 from ..reports.pipeline_source import quantise, quiet
 from ..reports.table import markdown_table, rows_of
 from ..reports.trained_on import data_for, default_holdout
-from ..training.checkpoint import write_file
+from ..teachers import EMBEDDED
 from ..training.grid import rows_image
 from ..training.model_card import with_scores
 from ..training.run_lock import locked
 from ..training.runner import Runner
+from ..writers import write_file
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CAPTIONS = (

@@ -11,16 +11,19 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ...pipelines.export import Export, sampling_of, write_export
 from ...pipelines.pipeline_edm import EDMPipeline
+from ..catalog.configuration import load_config
 from ..config.nearest import hint
-from ..config.run import RunConfig, load_config, read_yaml, shown
-from ..data import load_data
+from ..config.run import RunConfig
+from ..config.tree import read_yaml
+from ..config.validation import shown
+from ..data.sources import load_data
 from ..errors import UserError
 from ..models.teacher import class_of, load_edm
 from ..pretrain.card import PIXEL_STEPS, STEPS, write_card, write_own_card, write_pixel_card
-from ..training.checkpoint import recover, write_folder
 from ..training.run_folder import RunFolder
 from ..training.run_lock import locked
 from ..training.runner import Runner
+from ..writers import recover, write_folder
 
 STAGES = ("autoencoder", "text_encoder", "diffusion")
 PIXEL_STAGES = ("pixels",)

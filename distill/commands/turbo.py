@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..config.run import RunConfig, fitted, load_config, with_overrides
+from ..catalog.configuration import fitted, load_config, with_overrides
+from ..config.run import RunConfig
 from ..data.prompts import read_prompts
 from ..errors import UserError
 from ..planning.budget import Measured, advice, disk_needs, free_memory, full_disks, rehearse

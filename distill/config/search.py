@@ -1,14 +1,10 @@
 """The configuration of a search: what it needs and training does not."""
 
-import inspect
 from typing import Any, Literal
 
 from pydantic import Field
 
-from ..catalog.effects import SEARCH
-from ..errors import UserError
 from ..settings import COUNTS, settings
-from .run import RunConfig, resolved
 
 
 @settings
@@ -90,29 +86,3 @@ class SearchConfig:
     seed: int = Field(0, ge=0, lt=1000)
     trust_remote_code: bool = False
     report: SearchReportSettings | None = Field(default_factory=SearchReportSettings)
-
-
-def load_search(tree: dict[str, Any]) -> SearchConfig:
-    """As `load_config`, of a search. UserError for a key of training, and for a report on what was searched with."""
-    known, of_training = (set(inspect.signature(c).parameters) for c in (SearchConfig, RunConfig))
-    for key in tree:
-        if key in of_training - known:
-            name = tree["method"]["name"]
-            raise UserError(
-                f"{key}: belongs to training; {name} is a search and trains nothing; leave it out"
-            )
-    config: SearchConfig = resolved(SearchConfig, tree, SEARCH)
-    if config.report is not None:
-        d, r = config.data, config.report
-        if (r.name or d.name, r.split) == (d.name, d.split):
-            raise UserError(
-                f"report.split: {r.split} is what the search itself sees; report on another split"
-            )
-    return config
-
-
-def is_search(tree: dict[str, Any]) -> bool:
-    """Whether method.name names a search."""
-    from ..catalog.methods import SEARCHES
-
-    return isinstance(tree.get("method"), dict) and str(tree["method"].get("name")) in SEARCHES

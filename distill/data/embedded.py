@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..errors import MissingSplit, UserError
 from .images import ImageData, MemoryImages
+from .names import STYLES
 
 FOLDER = Path(__file__).parent / "emoji"
 CELL, COLUMNS = 32, 40
-STYLES = {"emoji": ("noto", "twemoji"), "emoji-noto": ("noto",), "emoji-twemoji": ("twemoji",)}
 SPLITS = ("train", "reward", "score", "holdout")
 
 

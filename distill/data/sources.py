@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingSplit, UserError
-from .embedded import STYLES, load_emoji
+from .embedded import load_emoji
 from .folders import open_folder, say
 from .images import ImageData, TableImages
 from .named import NAMED, load_class_folder, load_named
+from .names import STYLES
 from .shards import match_shards, open_shards
 from .tables import Table, no_captions, open_hub
 

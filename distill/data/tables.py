@@ -8,9 +8,9 @@ from typing import Any
 
 from ..config.nearest import nearest
 from ..errors import MissingSplit, UserError
-from .embedded import STYLES
 from .images import Cells
 from .named import NAMED
+from .names import STYLES
 
 SPLIT_FOLDERS = ("train", "validation", "test", "reward", "score", "holdout")
 HUB_TIMEOUT = 5.0  # seconds until the Hub counts as unreachable

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -10,12 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...kernels import ForwardModeAttention
 from ...kernels.function_mode import ContiguousGroupNorm
+from ..settings import Derivative
 from .condition import Condition
 from .denoiser import Denoiser
 from .draws import random_state, same_random
 from .process import per_sample
 
-Derivative = Literal["kernel", "math", "double_backward", "finite_difference"]
 DERIVATIVES = get_args(Derivative)
 Field = Callable[[Tensor, Tensor, Tensor], Tensor]  # u(z, r, t) with z (B, ...), r and t (B,)
 

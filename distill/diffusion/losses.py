@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Distance = Literal["huber", "l2"]
+from ..settings import Distance
 
 
 def distance(kind: Distance, prediction: Tensor, target: Tensor, huber_c: float = 1e-3) -> Tensor:

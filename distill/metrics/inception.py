@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.cache import cache_directory
 from ..errors import UserError
-from .features import Extractor
+from .extractor import Extractor
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 SAME_FILE = "pt_inception-2015-12-05-6726825d.pth"  # as pytorch-fid publishes it, with the same hash

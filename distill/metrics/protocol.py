@@ -139,3 +139,6 @@ def hash_pictures(chunks: Iterable[Tensor], shape: tuple[int, ...], captions: Se
 def hash_prompts(prompts: Sequence[str | int]) -> str:
     """sha256 of the captions or class labels in order; empty if there are none."""
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest() if prompts else ""
+
+
+LIBRARIES = ("torch", "diffusers", "transformers", "timm", "torch-fidelity", "pillow")

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import ImageData, load_data
 from ..data.cache import cache_directory
+from ..data.images import ImageData
 from ..data.records import Records
+from ..data.sources import load_data
 from ..errors import UserError
-from ..reports.report import LIBRARIES
-from .features import Extractor, extract
+from .extractor import Extractor, extract
 from .frechet import Moments, frechet_distance
 from .kid import DEFINITION, between, within
 from .manifold import COVERAGE_NEIGHBOURS, PRECISION_NEIGHBOURS, radii
 from .neighbours import unseen_distance
-from .protocol import hash_pictures
+from .protocol import LIBRARIES, hash_pictures
 from .squares import squares_of
 
 ORDER_SEED = 0

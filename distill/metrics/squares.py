@@ -7,10 +7,8 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from ..data import ImageData
-from ..data.images import TableImages
-from ..errors import UserError
-from ..reports.source import first_line
+from ..data.images import ImageData, TableImages
+from ..errors import UserError, first_line
 
 
 @dataclass(frozen=True)

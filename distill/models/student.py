@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from ...pipelines.transformer_two_time import TwoTimeDiT
 from ...pipelines.unet_norms import NormedUNet2DConditionModel, NormedUNet2DModel
 from ..diffusion.denoiser import Denoiser
-from ..diffusion.process import EDM, NoiseProcess
+from ..diffusion.process import NoiseProcess
 from ..errors import UserError
 from ..settings import LORA_TARGETS, StudentSettings
-from ..training.contract import Parts
 from .frozen import without_adapter
 from .network_adapters import denoiser_of, takes_span
 from .quantise import dequantise, is_quantised
@@ -187,34 +186,6 @@ NORMED: dict[Any, Any] = {
     UNet2DConditionModel: NormedUNet2DConditionModel,
     TwoTimeDiT: TwoTimeDiT,
 }
-
-
-def start_of(parts: Parts, process: NoiseProcess, kind: str) -> Denoiser:
-    """What a student starts from: the teacher as it is, or new weights that work in `process` and give `kind`.
-
-    Raises UserError for settings that contradict each other, and where the teacher's sigma_data is not the process's.
-    """
-    student, teacher = parts.student, parts.teacher
-    if student.init == "teacher":
-        if student.network is not None:
-            raise UserError(
-                "student.network: has no effect beside init: teacher; set student.init to scratch"
-            )
-        base = parts.need_teacher().denoiser
-        wanted = getattr(process, "sigma_data", None)
-        if isinstance(base.process, EDM) and wanted not in (None, base.process.sigma_data):
-            raise UserError(
-                f"method.sigma_data: {wanted}, but the teacher's network was made for "
-                f"{base.process.sigma_data}; make them equal"
-            )
-        return base
-    if student.kind == "lora":
-        raise UserError("student.init: scratch: a LoRA needs the teacher's weights; set it to teacher")
-    if student.network is not None:
-        return new_denoiser(student.network, process, kind, student.norm)
-    if teacher is None:
-        raise UserError("student.network: missing; without a teacher the architecture must be given")
-    return renewed(teacher.denoiser, process, kind, student.norm)
 
 
 def new_denoiser(

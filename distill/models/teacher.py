@@ -18,6 +18,7 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.process import EDM, VP
 from ..errors import UserError
 from ..settings import TeacherSettings
+from ..teachers import EMBEDDED
 from .codec import Codec, Units, vae_scale_factor
 from .families import FAMILY_NAMES, family_of
 from .frozen import content_hash, move_frozen
@@ -28,9 +29,6 @@ from .quantise import quantise_base
 from .teacher_parts import check_parts, settle_side
 from .weight_files import refuse_variant
 
-TEACHERS = Path(__file__).parents[1] / "teachers"
-EMBEDDED = {"emoji-sd": TEACHERS / "emoji_sd", "fashion-edm": TEACHERS / "fashion_edm"}
-TRAINED_ON = {"emoji-sd": "emoji", "fashion-edm": "fashion-mnist"}
 KNOWN_CLASSES = f"teachers so far are {', '.join(FAMILY_NAMES)} and {EDMPipeline.__name__}"
 
 

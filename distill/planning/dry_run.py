@@ -5,8 +5,8 @@ from glob import glob
 from pathlib import Path
 
 from ..config.run import RunConfig
-from ..data.embedded import STYLES
 from ..data.named import NAMED, find_named
+from ..data.names import STYLES
 from ..data.shards import expand_braces
 from ..errors import UserError
 from ..models.codec import Autoencoder, is_here

@@ -14,10 +14,11 @@ from ...pipelines.pipeline_edm import EDMPipeline
 from ..errors import UserError
 from ..models.families import FAMILIES
 from ..models.hub import refusal
-from ..models.teacher import EMBEDDED, KNOWN_CLASSES, LatentTeacher, PixelTeacher, Teacher, class_of, locate
+from ..models.teacher import KNOWN_CLASSES, LatentTeacher, PixelTeacher, Teacher, class_of, locate
 from ..models.weight_files import component_sizes, refuse_variant, variants_in
 from ..readers import Unreadable, read_json
 from ..settings import TeacherSettings
+from ..teachers import EMBEDDED
 from .published_teachers import KNOWN_TEACHERS, Architecture
 
 

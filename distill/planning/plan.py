@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..catalog.methods import method_named
 from ..config.run import RunConfig
-from ..data.embedded import STYLES
+from ..data.names import STYLES
 from ..diffusion.condition import Condition
 from ..diffusion.draws import Draws
 from ..diffusion.ema import EMA
@@ -117,8 +116,6 @@ def planned(config: RunConfig) -> Plan:
     if resolution is None:
         raise UserError("resolution: missing; without `teacher: {path: ...}` the image size must be given")
     captions, classes = _texts(c, resolution)
-    kind = method_named(c.method["name"])
-    settings = kind.Settings(**{k: v for k, v in c.method.items() if k != "name"})
     rewards, vision = list[str](), PlannedVision()
     with META:
         parts = Parts(
@@ -131,7 +128,7 @@ def planned(config: RunConfig) -> Plan:
             vae=vae,
             vision=vision,
         )
-        method: Method = kind(settings, parts)
+        method: Method = c.method.load()(c.method.settings, parts)
         parts.check(method.needs)
         ema = EMA(method.averaged(), c.ema_decay) if c.use_ema else None
     frozen = teacher or vae

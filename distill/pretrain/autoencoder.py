@@ -9,29 +9,12 @@ from torch import Tensor
 
 from ...pipelines.export import Export
 from ..diffusion.draws import Draws
-from ..settings import settings
 from ..training.contract import Batch, Method, Parts, Progress
-
-
-@settings
-class AutoencoderSettings:
-    """l1_weight, l2_weight, kl_weight: weights of the mean absolute error, the mean squared error and the mean KL
-    divergence per latent element. max_shift: augmentation by whole pixels. recolour: share of images whose colour
-    channels are permuted."""
-
-    block_out_channels: tuple[int, ...] = (32, 64, 64)
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    l1_weight: float = 1.0
-    l2_weight: float = 2.0
-    kl_weight: float = 1e-3
-    max_shift: int = 2
-    recolour: float = 0.3
+from .settings import AutoencoderSettings
 
 
 class Autoencoder(Method):
     Settings = AutoencoderSettings
-    ignores = ("teacher", "student", "validation_steps", "validation_prompts", "compile")
     needs = frozenset({"images"})
 
     def __init__(self, settings: AutoencoderSettings, parts: Parts):

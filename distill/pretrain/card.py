@@ -9,13 +9,12 @@ from diffusers import DiffusionPipeline
 
 from ...pipelines.export import Export, sampling_of
 from ..config.run import DataSettings
-from ..data import load_data
+from ..data.sources import load_data
 from ..metrics.protocol import Score
 from ..reports.evaluate import caption_match, evaluate, real_floor
-from ..reports.report import write_report
 from ..reports.table import markdown_table, rows_of
-from ..training.checkpoint import write_file
 from ..training.model_card import data_line, loading_lines, markdown, published
+from ..writers import write_file, write_report
 
 STEPS, NUM_IMAGES = 50, 500
 PIXEL_STEPS, PIXEL_IMAGES = (1, 2, 4, 18), 10_000

@@ -4,32 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from ...pipelines.export import Export, in_float32
 from ..diffusion.draws import Draws
 from ..diffusion.generator import ddim_sample, ends_at_data, seeded
 from ..errors import UserError
-from ..models.controls import SpatialControl
 from ..models.frozen import weights_hash
 from ..models.one_step import ControlledDenoiser, controlnet_of
-from ..settings import StudentSettings, settings
 from ..training.contract import Batch, Method, Parts, Progress
 from ..training.notes import Notes
-
-
-@settings
-class ControlNetSettings:
-    """control: what the adapter sees of a picture, by its name and that control's own keys.
-
-    caption_dropout  share of samples trained without their prompt; the paper's
-    guidance_scale   of the pictures and of sampling.json
-    """
-
-    control: SpatialControl
-    caption_dropout: float = Field(0.5, ge=0, lt=1)
-    guidance_scale: float = Field(3.0, ge=1)
+from .settings import ControlNetSettings
 
 
 class ControlNetTraining(Method):
@@ -50,10 +35,6 @@ class ControlNetTraining(Method):
             raise UserError(f"teacher.path: no pipeline of diffusers samples a {kind} with our ControlNet")
         self.controlnet = controlnet_of(self.teacher)
         self.view = settings.control.load(parts.vision)
-
-    @classmethod
-    def needs_teacher(cls, student: StudentSettings) -> bool:
-        return True
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"control": list(self.controlnet.parameters())}

@@ -10,36 +10,20 @@ from ...pipelines.export import Export, in_float32
 from ..diffusion.generator import ddim_sample, ends_at_data, seeded
 from ..diffusion.process import per_sample
 from ..models.student import Student
-from ..settings import StudentSettings, settings
 from ..training.contract import Batch, Method, Parts, Progress
-
-
-@settings
-class DiffusionSettings:
-    """caption_dropout: share of samples trained without their prompt. snr_gamma: min-SNR weighting of the epsilon
-    loss (arXiv 2303.09556, eq. 6), min(SNR, gamma)/SNR; null for equal weights. guidance_scale: of the pictures and
-    of sampling.json."""
-
-    caption_dropout: float = 0.1
-    snr_gamma: float | None = None
-    guidance_scale: float = 3.0
+from .settings import DiffusionSettings
 
 
 class Diffusion(Method):
     """E |eps_hat(alpha x0 + sigma eps, t, c) - eps|^2 (arXiv 2006.11239, eq. 14), t uniform on the training steps."""
 
     Settings = DiffusionSettings
-    ignores = ("student.init", "student.network", "student.norm")
     needs = frozenset({"latents", "prompts"})
 
     def __init__(self, settings: DiffusionSettings, parts: Parts):
         super().__init__(settings, parts)
         self.teacher = parts.need_latent_teacher()
         self.student = Student(self.teacher.denoiser, parts.student)
-
-    @classmethod
-    def needs_teacher(cls, student: StudentSettings) -> bool:
-        return True
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"student": list(self.student.trained().values())}

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from diffusers import CMStochasticIterativeScheduler
-from pydantic import Field
 from torch import Tensor, nn
 
 from ...pipelines.export import Export
@@ -12,32 +11,16 @@ from ...pipelines.pipeline_edm import EDMPipeline
 from ..diffusion.generator import seeded
 from ..diffusion.process import EDM, per_sample
 from ..errors import UserError
-from ..models.space import pixel_space
+from ..methods.space import pixel_space
 from ..models.student import Student, new_denoiser
-from ..settings import settings
 from ..training.contract import Batch, Method, Parts, Progress
-
-
-@settings
-class EDMSettings:
-    """Defaults are EDM's (table 1): ln sigma is normal with mean p_mean and standard deviation p_std in training;
-    sampling runs from sigma_max to sigma_min on a grid bent by rho. num_inference_steps: of Heun, in pictures and
-    sampling.json."""
-
-    p_mean: float = -1.2
-    p_std: float = Field(1.2, gt=0)
-    sigma_min: float = Field(0.002, gt=0)
-    sigma_max: float = Field(80.0, gt=0)
-    sigma_data: float = Field(0.5, gt=0)
-    rho: float = Field(7.0, gt=0)
-    num_inference_steps: int = Field(18, ge=1)
+from .settings import EDMSettings
 
 
 class EDMTraining(Method):
     """E (sigma^2 + sd^2) / (sigma sd)^2 |D(x0 + sigma eps, sigma) - x0|^2 (eq. 2 with table 1's weight)."""
 
     Settings = EDMSettings
-    ignores = ("teacher",)
 
     def __init__(self, settings: EDMSettings, parts: Parts):
         super().__init__(settings, parts)

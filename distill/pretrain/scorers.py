@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config.run import read_yaml, validate, with_overrides
-from ..data import load_data
+from ..config.validation import validate
 from ..data.images import ImageData
+from ..data.sources import load_data
 from ..errors import UserError
 from ..readers import read_tensors
 from ..scorers.image_text import full_float32
 from ..scorers.lite_minilm import PICTURE_RULE, SHIPPED, heads_of, load_heads, sentences, towers
 from ..settings import settings
-from ..training.checkpoint import write_file, writing
+from ..writers import write_file, writing
 
 
 @settings
@@ -237,19 +236,3 @@ def _check_disjoint(config: ScorersSettings, captions: dict[str, set[str]]) -> N
                     "common names"
                 )
             owner[caption] = name
-
-
-def main(arguments: list[str]) -> int:
-    """CONFIG [--key.sub value ...]: trains, prints the figures. A user's mistake is one line and exit code 2."""
-    try:
-        if not arguments or arguments[0].startswith("-"):
-            raise UserError(
-                "which configuration? usage: train_scorer.py configs/emoji/scorers.yaml [--key value]"
-            )
-        path, *rest = arguments
-        for figures in train_scorers(with_overrides(read_yaml(path), rest)):
-            print(json.dumps(figures))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

@@ -16,25 +16,10 @@ from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from ...pipelines.export import Export
 from ..scorers.minilm import minilm_folder
-from ..settings import settings
 from ..training.contract import Batch, Method, Parts, Progress
+from .settings import TextEncoderSettings
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-
-
-@settings
-class TextEncoderSettings:
-    """vocabulary_size: byte-pair tokens. num_words, num_edits, num_combinations: training phrases of each kind beside
-    the captions: single words, captions with one word changed, and two or three words at random."""
-
-    vocabulary_size: int = 4096
-    hidden_size: int = 128
-    num_layers: int = 2
-    num_heads: int = 4
-    max_length: int = 16
-    num_words: int = 8000
-    num_edits: int = 6000
-    num_combinations: int = 10000
 
 
 @torch.no_grad()
@@ -92,16 +77,6 @@ class TextEncoder(Method):
     """Minimises 1 - cos(W h_eos, MiniLM(phrase)); W is a training-time projection that is not exported."""
 
     Settings = TextEncoderSettings
-    ignores = (
-        "teacher",
-        "student",
-        "validation_steps",
-        "validation_prompts",
-        "compile",
-        "gradient_checkpointing",
-        "enable_xformers_memory_efficient_attention",
-        "data.center_crop",
-    )
     ids: Tensor
     vectors: Tensor
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..metrics.features import Extractor, extract
+from ..metrics.extractor import Extractor, extract
 from ..metrics.frechet import Accumulator, Moments
 from ..metrics.inception import RESIZES, SHA256, InceptionFID, sha256_of
-from ..reports.report import scratch_of
+from ..writers import scratch_of
 from .archives import batches
 
 

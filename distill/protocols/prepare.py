@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from ..metrics.features import Extractor, make_extractor
+from ..metrics.extractor import Extractor
+from ..metrics.features import make_extractor
 from ..metrics.inception import ADDRESS, FILE, RESIZES, SHA256, find_weights, sha256_of, weights_folder
 from .archives import all_pictures, zip_pictures
 from .fetched_files import PUBLISHED, LocalFile, RemoteFile, Store, protocols_folder
@@ -21,8 +22,8 @@ from .moments_file import (
     save_statistics,
 )
 from .published_numbers import CHECKS
-from .standards import PROMPT_RULES, Standard, get_standard, mjhq_names
-from .table import STANDARDS
+from .standards import PROMPT_RULES, Standard, mjhq_names
+from .table import STANDARDS, get_standard
 
 WEIGHTS = RemoteFile(
     FILE, ADDRESS, "code toshas/torch-fidelity feature_extractor_inceptionv3.py", SHA256, "--weights"

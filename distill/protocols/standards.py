@@ -184,15 +184,6 @@ class Standard:
             )
 
 
-def get_standard(name: str) -> Standard:
-    """The protocol of that name. Raises UserError that lists them for another."""
-    from .table import STANDARDS
-
-    if name not in STANDARDS:
-        raise UserError(f"protocol: no {name!r}; available: {', '.join(STANDARDS)}")
-    return STANDARDS[name]
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, RemoteFile):
         return value.address or f"no address known: {value.remedy}"

@@ -4,6 +4,7 @@
 fetch pins it. The one hash of a prompt file is that of its bytes at the commit in its address.
 """
 
+from ..errors import UserError
 from .archives import Crop
 from .fetched_files import RemoteFile
 from .standards import Standard, Stated
@@ -181,3 +182,12 @@ MJHQ = Standard(
 )
 
 STANDARDS = {s.name: s for s in (CIFAR10, IMAGENET64, IMAGENET256, COCO2014, COCO2017, MJHQ)}
+
+
+def get_standard(name: str) -> Standard:
+    """The protocol of that name. Raises UserError that lists them for another."""
+    from .table import STANDARDS
+
+    if name not in STANDARDS:
+        raise UserError(f"protocol: no {name!r}; available: {', '.join(STANDARDS)}")
+    return STANDARDS[name]

@@ -13,7 +13,8 @@ from typing_extensions import TypedDict
 
 from ..errors import UserError
 from ..metrics import features, frechet, inception
-from ..metrics.features import Extractor, make_extractor
+from ..metrics.extractor import Extractor
+from ..metrics.features import make_extractor
 from ..metrics.frechet import Moments, frechet_distance
 from ..metrics.inception import RESIZES, SHA256, find_weights, sha256_of
 from ..readers import read_json

@@ -7,16 +7,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..catalog.methods import METHODS
 from ..errors import UserError
-from ..training.checkpoint import write_file
+from ..methods.published import PUBLISHED
 from ..training.interrupts import run_child
+from ..writers import check_writable, write_file, write_report
 from .entries import Entry, offered, read_entry
 from .evaluate import choose_device, open_source
 from .markup import markdown_text
 from .page import page
 from .pipeline_source import quiet
-from .report import check_writable, read_report, write_report
+from .report import read_report
 from .strips import check_data, draw_conditions, draw_strips, strip_inputs
 from .table import by_column, by_steps, columns_of, markdown, protocol_notes
 from .trained_on import data_for
@@ -181,7 +181,7 @@ def published(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     out = []
     for name in dict.fromkeys(row["method"].partition(",")[0] for row in rows if row["method"]):
         ours = [row for row in rows if (row["method"] or "").partition(",")[0] == name]
-        for paper in METHODS[name].published if name in METHODS else ():
+        for paper in PUBLISHED.get(name, ()):
             here, same = [], []
             for row in ours:
                 if row["steps"] == paper.steps:

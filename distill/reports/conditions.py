@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from ..config.run import parse_value, shown, validate
-from ..data import ImageData, load_data
+from ..config.tree import parse_value
+from ..config.validation import shown, validate
+from ..data.images import ImageData
+from ..data.sources import load_data
 from ..diffusion.draws import Draws
 from ..errors import UserError
-from ..models.controls import Control, ImagePrompt, View
+from ..methods.control.controls import Control, ImagePrompt, View
 from ..readers import Unreadable, read_json
 from ..scorers.vision import Vision
 from ..settings import settings

@@ -9,8 +9,8 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from ..errors import UserError
-from ..models.teacher import EMBEDDED
 from ..readers import fitting, read_yaml_file
+from ..teachers import EMBEDDED
 from ..training.run_folder import CONFIG, read_exported
 from .loading import SAMPLING, read_sampling
 from .remote_code import INDEX, own_code, read_index

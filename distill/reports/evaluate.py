@@ -12,24 +12,26 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..errors import UserError
-from ..metrics.features import Extractor, make_extractor
+from ..errors import UserError, first_line
+from ..methods.control.controls import Control
+from ..metrics.extractor import Extractor
+from ..metrics.features import make_extractor
 from ..metrics.neighbours import match_share
 from ..metrics.protocol import Score
 from ..metrics.reference import captions_of, load_reference, reference
-from ..models.controls import Control
-from ..models.teacher import EMBEDDED
-from ..protocols.standards import get_standard
+from ..protocols.table import get_standard
 from ..scorers.by_name import make_scorer
+from ..teachers import EMBEDDED
 from ..training.measure import PeakMemory
+from ..writers import check_writable, write_report
 from .folder_source import FolderSource
 from .generation import Generation, Made
 from .inputs import Inputs
 from .judges import DataJudge, Judge, StandardJudge, inputs_for
 from .pipeline_source import SEED_STRIDE, PipelineSource
-from .report import check_writable, machine, write_report
+from .report import machine
 from .scoring import Setting, condition_score, image_text_score
-from .source import Source, first_line
+from .source import Source
 from .trained_on import check_place
 
 __all__ = ["caption_match", "evaluate", "open_source", "real_floor", "reference"]

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data import load_data
 from ..data.images import PICTURE_SUFFIXES
+from ..data.sources import load_data
 from ..data.tables import SPLIT_FOLDERS
 from ..errors import UserError
 from ..metrics.reference import ORDER_SEED, in_order

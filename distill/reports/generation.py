@@ -14,12 +14,12 @@ from tqdm.auto import tqdm
 
 from ..data.cache import cache_directory
 from ..data.records import Records
-from ..metrics.features import Extractor, extract
-from ..metrics.protocol import hash_prompts
+from ..metrics.extractor import Extractor, extract
+from ..metrics.protocol import LIBRARIES, hash_prompts
 from ..scorers.image_text import Scorer, pair_cosines
 from ..training.measure import PeakMemory
 from .inputs import Inputs
-from .report import LIBRARIES, device_name
+from .report import device_name
 from .source import Source
 
 ENOUGH = 5

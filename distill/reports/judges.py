@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..metrics.features import Extractor, make_extractor
+from ..methods.control.controls import Control
+from ..metrics.extractor import Extractor
+from ..metrics.features import make_extractor
 from ..metrics.frechet import INFINITY_RATIO, Moments, frechet_distance, frechet_infinity
 from ..metrics.protocol import Score
 from ..metrics.reference import Reference, captions_of, labels_of, load_reference, places_of
-from ..models.controls import Control
 from ..protocols.prepare import open_standard
 from ..protocols.verify import is_verified
 from .conditions import Conditions

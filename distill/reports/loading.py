@@ -13,11 +13,10 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from pydantic import StringConstraints
 
 from ..data.cache import cache_directory
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models.weight_files import only_variant
 from ..readers import check_finite, read_json
 from .remote_code import may_run
-from .source import first_line
 
 SAMPLING, REMEDY = "sampling.json", "export the pipeline again"
 Steps = Annotated[str, StringConstraints(pattern=r"^(default|[1-9][0-9]*)$")]

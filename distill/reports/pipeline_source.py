@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from ...pipelines.ip_adapter import FILE, FOLDER
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models.lora_files import fuse_lora
 from .conditions import control_in
 from .inputs import Inputs
 from .loading import load_pipeline
-from .source import Source, first_line, hash_files, short, side
+from .source import Source, hash_files, short, side
 
 SEED_STRIDE = 1_000_000
 QUANTISATION = "uint8, pipeline output in [0, 1] times 255, rounded and clipped"

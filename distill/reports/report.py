@@ -1,9 +1,6 @@
 """Reports: read, and written whole or not at all."""
 
-import json
-import os
 import platform
-from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -13,12 +10,11 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from ..errors import UserError
-from ..metrics.protocol import Protocol, Score
+from ..metrics.protocol import LIBRARIES, Protocol, Score
 from ..readers import Unreadable, check_finite, fitting, read_json
 from ..training.measure import commit, processor
 from ..training.run_folder import Count, Seconds, Training
 
-LIBRARIES = ("torch", "diffusers", "transformers", "timm", "torch-fidelity", "pillow")
 ROOT = Path(__file__).resolve().parents[2]
 REMEDY = "give the file that evaluate wrote, or evaluate again"
 OPEN = ConfigDict(extra="allow")
@@ -77,34 +73,6 @@ class Report(TypedDict):
     model: NotRequired[_Model]
 
 
-def check_writable(path: Path) -> None:
-    """Make the folder of `path` and try a file in it, before the long work. UserError if that fails."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("this is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = scratch_of(path)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise _not_writable(path, error) from None
-
-
-def write_report(report: dict[str, Any], path: Path) -> None:
-    """Write JSON beside `path`, then rename; on failure, a UserError, what was there stays intact."""
-    part = scratch_of(path)
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise _not_writable(path, error) from None
-
-
 def read_report(path: Path) -> dict[str, Any]:
     """A report written by write_report. Raises UserError if it is missing, cut short or something else."""
     try:
@@ -124,31 +92,6 @@ def read_report(path: Path) -> dict[str, Any]:
                 f"{path}: rows.{i}: holds no FD, whose reference is the training split: {REMEDY}"
             )
     return report
-
-
-def scratch_of(path: Path) -> Path:
-    """Where this process writes what will be renamed to `path`; what killed ones left there is removed."""
-    for part in path.parent.glob(f".{escape(path.name)}.*.part"):
-        process = part.name.split(".")[-2]
-        if process.isdigit() and not _runs(int(process)):
-            part.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
-
-
-def _not_writable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"output {path}: cannot be written ({error.strerror or error}); choose another place or free space"
-    )
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -15,13 +15,15 @@ from ..diffusion.draws import Draws
 from ..diffusion.generator import fresh_from
 from ..errors import UserError
 from ..methods.restoration.degradation import Degradation, enlarged
-from ..methods.restoration.interlcm import InterLCMSettings
 from ..methods.restoration.restorer import Restorer
-from ..metrics.features import Extractor, extract, make_extractor
+from ..methods.restoration.settings import InterLCMSettings
+from ..metrics.extractor import Extractor, extract
+from ..metrics.features import make_extractor
 from ..metrics.kid import DEFINITION, kid, mean_sd
 from ..metrics.reference import reference
 from ..models.teacher import LatentTeacher, Teacher
-from ..scorers.vision import DistanceName, ImageDistance, Vision
+from ..scorers.vision import ImageDistance, Vision
+from ..settings import DistanceName
 from ..training.grid import to_uint8
 from .loading import load_pipeline
 from .pipeline_source import SEED_STRIDE
@@ -78,7 +80,7 @@ def benchmark(
         raise UserError(
             f"method.name: {config.method['name']} restores nothing; give a configuration of interlcm"
         )
-    chosen = InterLCMSettings(**{k: v for k, v in config.method.items() if k != "name"})
+    chosen: InterLCMSettings = config.method.settings
     teacher = Teacher.load(config.teacher, config.resolution)
     if not isinstance(teacher, LatentTeacher):
         raise UserError(f"teacher.path: {config.teacher.path} works on pixels; give a latent student")
@@ -88,7 +90,7 @@ def benchmark(
         reference(config.data.name, s, teacher.resolution, options)[0] for s in (split, config.data.split)
     )
     setting = Setting(
-        clean[:num_images], real, chosen.degradation, make_extractor(extractor).to(device),
+        clean[:num_images], real, Degradation(**vars(chosen.degradation)), make_extractor(extractor).to(device),
         Vision().distance(distance).to(device), seeds, batch_size,
     )  # fmt: skip
     student = Restorer(

@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 
 from ..data.prompts import read_prompts
 from ..errors import UserError
+from ..methods.control.controls import Control
 from ..metrics.protocol import hash_prompts
-from ..models.controls import Control
 from ..readers import Unreadable, read_json
-from ..training.checkpoint import write_bytes, write_file
 from ..training.run_lock import LOCK, locked
+from ..writers import write_bytes, write_file
 from .evaluate import choose_device, open_source
 from .inputs import Inputs
 from .judges import DataJudge, inputs_for

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..metrics.features import Extractor
+from ..metrics.extractor import Extractor
 from ..metrics.frechet import INFINITY_RATIO, frechet_infinity
 from ..metrics.inception import frechet_label
 from ..metrics.kid import DEFINITION as KID_DEFINITION

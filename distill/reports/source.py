@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..errors import UserError
-from ..models.controls import Control
+from ..methods.control.controls import Control
 from .inputs import Inputs
 
 
@@ -96,9 +96,3 @@ def hash_files(folder: Path, files: Iterable[Path]) -> str:
 def short(folder: Path) -> str:
     """The path as it was given, but no more than the last two parts of an absolute one."""
     return "/".join(folder.parts[-2:]) if folder.is_absolute() else folder.as_posix()
-
-
-def first_line(error: BaseException) -> str:
-    """The first 200 characters of the first line of an error's text, for one-line messages."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 200 else line[:197] + "..."

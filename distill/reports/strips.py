@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data import other_split
+from ..data.sources import other_split
 from ..errors import MissingSplit
 from ..metrics.reference import captions_of, labels_of, places_of
 from ..protocols.prepare import load_prompts
-from ..protocols.standards import get_standard
-from ..training.checkpoint import writing
+from ..protocols.table import get_standard
 from ..training.grid import strip
+from ..writers import writing
 from .conditions import Conditions, Place, read_control
 from .inputs import Inputs
 from .source import Source

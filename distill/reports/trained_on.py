@@ -10,12 +10,11 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from ..config.run import read_yaml
-from ..config.search import is_search
-from ..data import load_data, other_split
+from ..config.tree import read_yaml
+from ..data.sources import load_data, other_split
 from ..errors import MissingSplit, UserError
-from ..models.teacher import EMBEDDED, TRAINED_ON
 from ..readers import Unreadable, fitting, parse_yaml
+from ..teachers import EMBEDDED, TRAINED_ON
 from ..training.run_folder import CONFIG
 from ..training.teacher_data import NAME as MADE_BY_TEACHER
 
@@ -90,7 +89,7 @@ def trained_on(pipeline: str) -> Data | None:
     data: _Data = fitting(tree["data"], f"{path}: data", _Data)
     if data["name"] == MADE_BY_TEACHER:
         return None
-    if not is_search(tree):
+    if "fitness" not in tree:  # a search's
         return Data.of(data, data.get("split", "train"))
     report: _Report = fitting(tree.get("report") or {}, f"{path}: report", _Report)
     return Data.of({**data, "name": report.get("name") or data["name"]}, report.get("split", "train"))

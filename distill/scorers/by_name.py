@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from ..errors import UserError
-from ..reports.source import first_line
+from ..errors import UserError, first_line
 from .image_text import CLIP_SCORE, COSINE, Measure, Scorer
 from .lite_minilm import SHIPPED, LiteMiniLM
 from .open_clip import PRESETS, OpenClipScorer

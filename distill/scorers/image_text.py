@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..metrics.features import check_pictures
+from ..metrics.extractor import check_pictures
 from ..metrics.protocol import Protocol, hash_prompts
 from .picture_rule import PictureRule
 

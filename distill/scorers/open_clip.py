@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config.nearest import hint
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..metrics.lite import hash_file
-from ..reports.source import first_line
 from .image_text import CLIP_SCORE, CLIP_SCORE_HESSEL, COSINE, Measure, Scorer
 from .picture_rule import PictureRule
 

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..reports.source import first_line
+from ..errors import UserError, first_line
 from .image_text import Scorer
 from .picture_rule import PictureRule
 

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ from ..errors import UserError
 from ..metrics.lite import LITE0, LITE2, Lite
 from ..models.control_networks import DepthEstimator, EdgeDetector, ImageEmbedder, Unread
 from ..models.frozen import Frozen, full_precision
+from ..settings import DistanceName
 
-DistanceName = Literal["efflite0", "efflite2", "lpips", "lpips-imagenet"]
 LITES: dict[str, Lite] = {"efflite0": LITE0, "efflite2": LITE2}
 LITE_SIZE = 128  # as the extractor efflite0-128 sees pictures
 LITE_STAGES = (1, 2, 4, 6)  # those that end at sides of a quarter, an eighth, a sixteenth and a 32nd

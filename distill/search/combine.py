@@ -2,19 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.run import read_yaml, recorded
+from ..config.run import RunConfig
+from ..config.tree import read_yaml
+from ..config.validation import validate
 from ..errors import UserError
 from ..models.teacher import load_pipeline, locate
 from ..training.run_folder import CONFIG
 from .checkpoint_set import CheckpointSet
+from .settings import Space
 
-Space = Literal["weights", "lora_factors", "lora_delta"]
 NETWORKS = ("unet", "transformer")
 DOWN, UP = ".lora_A.student.weight", ".lora_B.student.weight"
 
@@ -61,7 +63,7 @@ class LoRASpace(WeightSpace):
     """
 
     def __init__(self, pipeline: Any, folder: Path, checkpoints: CheckpointSet, factors: bool):
-        config = recorded(read_yaml(checkpoints.run / CONFIG))
+        config: RunConfig = validate(RunConfig, read_yaml(checkpoints.run / CONFIG))
         if config.student.kind != "lora" or config.teacher is None:
             raise UserError(f"method.space: {checkpoints.run} did not train a LoRA; use `space: weights`")
         self.factors = factors

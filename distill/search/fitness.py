@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config.search import FitnessSettings, SearchDataSettings
 from ..errors import UserError
-from ..metrics.features import extract
+from ..metrics.extractor import extract
 from ..metrics.manifold import radii
 from ..metrics.reference import Reference, load_reference
 from ..reports.judges import DataJudge

@@ -1,54 +1,17 @@
 """LCSC (arXiv 2404.02241): one set of weights from many saved ones; MWA (arXiv 2504.18580) without a search."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from ..errors import UserError
 from ..metrics.protocol import Score
-from ..settings import Idle, settings
 from .candidates import Candidate, Search, SearchParts, Trial, compared, ranked
 from .checkpoint_set import CheckpointSet
-from .combine import Space, open_space
+from .combine import open_space
 from .evolution import child
-
-
-@settings
-class LCSCSettings:
-    """Weights sum(alpha_i theta_i) with sum(alpha) = 1, of the raw weights that a run kept (raw_weights.every).
-
-    family       evolution: LCSC's search from a population of EMAs; uniform: over the last k checkpoints for each k of
-                 `windows`; ema: over `rates`; mwa: weights by `metric`, a candidate for each of `penalties`, no search
-    last         of the checkpoints, the newest so many; null for all
-    space        weights; of a LoRA also lora_factors (sum of A and sum of B) or lora_delta (sum of B A)
-    rates        per checkpoint; alpha_1 = g^(K-1), alpha_i = (1-g) g^(K-i)
-    num_parents, sigma, probability   of the evolution: the paper's values are not public, these are ours; sigma is a
-                 share of the first population's spread and falls tenfold over the budget
-    metric       mwa: mean training loss since the checkpoint before, or the step
-    weighting    mwa: power, w ~ loss^-p or step^p; softmax, w ~ exp(-p (loss - min) / (max - min)). MWA-style: the
-                 paper's own formula could not be read
-    """
-
-    family: Literal["evolution", "uniform", "ema", "mwa"] = "evolution"
-    last: int | None = Field(None, ge=2)
-    space: Space = "weights"
-    rates: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 0.9, 0.95, 0.97, 0.99)
-    windows: tuple[int, ...] = (2, 4, 8, 16)
-    num_parents: int = Field(10, ge=2)
-    sigma: float = Field(0.5, gt=0)
-    probability: float = Field(0.5, gt=0, le=1)
-    metric: Literal["loss", "step"] = "loss"
-    weighting: Literal["power", "softmax"] = "power"
-    penalties: tuple[float, ...] = (2.0,)
-
-    idle: ClassVar[tuple[Idle, ...]] = (
-        Idle("method.num_parents method.sigma method.probability", "method.family", only=("evolution",)),
-        Idle("method.rates", "method.family", only=("evolution", "ema")),
-        Idle("method.windows", "method.family", only=("uniform",)),
-        Idle("method.metric method.weighting method.penalties", "method.family", only=("mwa",)),
-    )
+from .settings import LCSCSettings
 
 
 def ema_alpha(count: int, rate: float) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from ..catalog.methods import SEARCHES
 from ..config.search import SearchConfig
 from ..planning.dry_run import gib, missing_data
 from ..reports.entries import size_of
@@ -16,9 +15,7 @@ def describe(config: SearchConfig) -> str:
     c = config
     found = located(c.student.path)
     folder, run = (found.pipeline, found.run) if found else (Path(c.student.path), None)
-    kind = SEARCHES[c.method["name"]]
-    settings = kind.Settings(**{k: v for k, v in c.method.items() if k != "name"})
-    search = kind(settings, SearchParts(folder, run, c.steps, c.seed, c.max_candidates))
+    search = c.method.load()(c.method.settings, SearchParts(folder, run, c.steps, c.seed, c.max_candidates))
     final = (c.finalists + 2) * c.final_images
     per_subject = c.max_candidates * c.num_images + final
     rows = [

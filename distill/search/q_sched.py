@@ -2,53 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from ...pipelines.scheduler_q_sched import BASES
 from ..errors import UserError
 from ..metrics.protocol import Score
 from ..models.quantise import Scheme, need_torchao, quantised
-from ..settings import Idle, settings
 from .candidates import Candidate, Search, SearchParts, Trial, compared, deviation, ranked, verdict
 from .evolution import child
+from .settings import QSchedSettings
 
 NETWORKS = ("unet", "transformer")
-
-
-@settings
-class QSchedSettings:
-    """Each step multiplies the network's output by c_eps and the state by c_x.
-
-    quantisation   w8a8, w4a8, w8, w4, ... (see quantise.Scheme); null: the unquantised student alone
-    convolutions   quantise them too, by fake quantisation
-    family         constant: one pair for all steps; ramp_to_one: linear, 1 at the last step (the official search);
-                   ramp: linear between two pairs (the official evaluation); free: a pair a step
-    strategy       grid: `points` values on each axis; evolution: from the best so far
-    c_eps, c_x     ranges of the grid, and of the first candidates of the evolution
-    control        search the unquantised student too: its gain is not one over the quantisation
-    """
-
-    quantisation: str | None = "w4a8"
-    convolutions: bool = True
-    family: Literal["constant", "ramp_to_one", "ramp", "free"] = "ramp_to_one"
-    strategy: Literal["grid", "evolution"] = "grid"
-    c_eps: tuple[float, float] = (0.8, 1.1)
-    c_x: tuple[float, float] = (0.8, 1.1)
-    points: int = Field(10, ge=1)
-    num_parents: int = Field(10, ge=2)
-    sigma: float = Field(
-        0.1, gt=0
-    )  # of a mutation, as a share of the range; halves until the budget is spent
-    control: bool = True
-
-    idle: ClassVar[tuple[Idle, ...]] = (
-        Idle("method.convolutions method.control", "method.quantisation", values=(None,)),
-        Idle("method.points", "method.strategy", only=("grid",)),
-        Idle("method.num_parents method.sigma", "method.strategy", only=("evolution",)),
-    )
 
 
 def coefficients(family: str, values: Sequence[float], steps: int) -> list[float]:

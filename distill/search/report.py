@@ -12,9 +12,9 @@ from ..reports.entries import kind_of, size_of
 from ..reports.evaluate import evaluate
 from ..reports.markup import markdown_text
 from ..reports.table import by_column, markdown, protocol_notes
-from ..training.checkpoint import write_file
 from ..training.model_card import markdown as plain_table
 from ..training.model_card import with_scores
+from ..writers import write_file
 from .candidates import Candidate, Search
 from .fitness import balance
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...pipelines.export import is_own, write_variant
-from ..catalog.methods import SEARCHES
 from ..config.search import SearchConfig
 from ..diffusion.draws import mix
 from ..errors import UserError
@@ -24,12 +23,12 @@ from ..reports.evaluate import choose_device
 from ..reports.judges import inputs_for
 from ..reports.pipeline_source import NotFinite, PipelineSource, quiet
 from ..reports.remote_code import own_code
-from ..training.checkpoint import recover, write_folder
 from ..training.interrupts import held_back
 from ..training.measure import processor
 from ..training.model_card import search_card
 from ..training.run_folder import LOG, RunFolder, log_lines
 from ..training.run_lock import locked
+from ..writers import recover, write_folder
 from .candidates import Candidate, Search, SearchParts, Trial, TrialRow, ranked
 from .fitness import Fitness
 from .report import Cell, report
@@ -88,10 +87,7 @@ class SearchRunner:
         self.device = choose_device(None)
         self.files = StudentFiles.find(c.student, self.run)
         parts = SearchParts(self.files.pipeline, self.files.run, c.steps, c.seed, c.max_candidates)
-        kind = SEARCHES[c.method["name"]]
-        self.search_: Search = kind(
-            kind.Settings(**{k: v for k, v in c.method.items() if k != "name"}), parts
-        )
+        self.search_: Search = c.method.load()(c.method.settings, parts)
         self.fitness = Fitness(c.fitness, c.data, self.device, c.batch_size)
 
     def _open(self, subject: str) -> PipelineSource:

@@ -12,9 +12,9 @@ from ..config.search import StudentFolder
 from ..errors import UserError
 from ..models.lora_files import fuse_lora
 from ..models.stock_schedulers import exchanged
-from ..models.teacher import EMBEDDED
 from ..models.weight_files import only_variant
-from ..training.checkpoint import write_folder
+from ..teachers import EMBEDDED
+from ..writers import write_folder
 
 
 @dataclass(frozen=True)

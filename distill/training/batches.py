@@ -9,7 +9,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config.run import RunConfig
-from ..data import ImageData, LatentCache, PromptCache, SampledLatents, rows_of
+from ..data.cache import LatentCache, PromptCache, SampledLatents
+from ..data.images import ImageData
+from ..data.sampler import rows_of
 from ..diffusion.condition import Condition
 from ..diffusion.draws import Draws, mix
 from ..errors import UserError

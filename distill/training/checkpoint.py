@@ -1,30 +1,26 @@
 """Atomic checkpoints: a folder appears whole or not at all."""
 
-import errno
-import glob
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NotRequired
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from ..errors import UserError
 from ..readers import Unreadable, read_json, read_objects, read_tensors
+from ..writers import write_folder, writing
 from .launch import rank
 
 STATE, OPTIMISERS, PROGRESS = "state.safetensors", "optimizers.pt", "progress.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class ProgressFile(TypedDict):
@@ -35,20 +31,6 @@ class ProgressFile(TypedDict):
     batch: NotRequired[int]
 
 
-@contextmanager
-def writing(path: Path, key: str = "output_dir") -> Iterator[None]:
-    """A write that fails within becomes one line that names `path`, and `key` as the remedy."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2].partition(" (os error")[0]
-        space = "free space or " if reason in map(os.strerror, NO_SPACE) else ""
-        raise UserError(
-            f"{key}: {path} could not be written ({reason}); "
-            f"{space}choose another --{key}; what was saved before is intact"
-        ) from error
-
-
 def save_objects(value: Any, path: Path) -> None:
     """torch.save, which reports a full disk as "unexpected pos": here it is the OSError of the write."""
     try:
@@ -57,58 +39,6 @@ def save_objects(value: Any, path: Path) -> None:
     except RuntimeError as error:
         cause = error.__context__
         raise cause if isinstance(cause, OSError) else error from None
-
-
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Run `fill` on a scratch folder beside `folder`, then put it in place in one rename."""
-    scratch = folder.with_name(f".{folder.name}.partial")
-    with writing(folder):
-        try:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-            fill(scratch)
-            old = folder.with_name(f".{folder.name}.old")
-            if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                folder.rename(old)
-            scratch.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            recover(folder.parent, folder.name)
-            raise
-
-
-def recover(parent: Path, name: str | None = None) -> None:
-    """What `write_folder` and `write_file` left in `parent` when they were ended between two steps: the old folder is
-    put back where the new one is missing, what is half-written is removed. `name`: of one folder, None for all."""
-    pattern = "*" if name is None else glob.escape(name)
-    for old in parent.glob(f".{pattern}.old"):
-        folder = old.with_name(old.name[1 : -len(".old")])
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(folder)
-    for scratch in parent.glob(f".{pattern}.partial"):
-        if scratch.is_dir():
-            shutil.rmtree(scratch, ignore_errors=True)
-        else:
-            scratch.unlink(missing_ok=True)
-
-
-def write_file(path: Path, text: str, key: str = "output_dir") -> None:
-    """Replace a small text file in one rename; `key` names the remedy of a write that fails."""
-    write_bytes(path, text.encode(), key)
-
-
-def write_bytes(path: Path, content: bytes, key: str = "output_dir") -> None:
-    """Replace a small file in one rename."""
-    scratch = path.with_name(f".{path.name}.partial")
-    with writing(path, key):
-        try:
-            scratch.write_bytes(content)
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
 
 
 def kept_state(method: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...pipelines.export import Export
-from ..data import LatentCache
+from ..data.cache import LatentCache
 from ..diffusion.condition import Condition
 from ..diffusion.draws import Draws
 from ..errors import UserError
@@ -17,7 +17,7 @@ from ..models.codec import Autoencoder, Codec
 from ..models.teacher import LatentTeacher, Teacher
 from ..scorers.rewards import Reward, load_reward
 from ..scorers.vision import Vision
-from ..settings import StudentSettings
+from ..settings import MethodSettings, StudentSettings
 
 
 @dataclass
@@ -60,21 +60,6 @@ class Rehearsal:
     x0: Tensor
     inputs: dict[str, Any]
     pixels: bool = False
-
-
-@dataclass(frozen=True)
-class Published:
-    """A number that a paper gives for a method, shown beside ours and never mixed with it.
-
-    benchmark  data and resolution, in the paper's terms
-    source     where it stands, and how surely it was read
-    """
-
-    benchmark: str
-    metric: str
-    steps: int
-    value: float
-    source: str
 
 
 @dataclass(frozen=True)
@@ -132,26 +117,17 @@ class Parts:
 class Method(nn.Module, ABC):
     """A loss and the state it owns. Knows tensors, a student and perhaps a teacher; never devices or files.
 
-    Subclasses set `Settings`, `needs` (what they read of a batch: images, latents, prompts, labels; at the latest in
-    their constructor), for comparisons `published`, and `ignores`: keys and sections of a run's configuration that they
-    do not read and that are refused where they are given. They take (settings, parts), and implement `players`,
-    `forward`, `pictures` and `export`.
+    Subclasses set `Settings` and `needs` (what they read of a batch: images, latents, prompts, labels; at the latest in
+    their constructor). They take (settings, parts), and implement `players`, `forward`, `pictures` and `export`.
     What a checkpoint holds: parameters that require a gradient, and every persistent buffer.
     """
 
-    Settings: ClassVar[type]
+    Settings: ClassVar[type[MethodSettings]]
     needs: frozenset[str] = frozenset()
-    published: ClassVar[tuple[Published, ...]] = ()
-    ignores: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: Any, parts: Parts):
         super().__init__()
         self.settings, self.parts = settings, parts
-
-    @classmethod
-    def needs_teacher(cls, student: StudentSettings) -> bool:
-        """Whether every run of the method with such a student has a teacher."""
-        return False
 
     @abstractmethod
     def players(self) -> dict[str, list[nn.Parameter]]:

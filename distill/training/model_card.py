@@ -18,9 +18,9 @@ from ...pipelines.pipeline_restoration import RestorationPipeline
 from ..config.run import DataSettings, RunConfig
 from ..config.search import SearchConfig
 from ..models.lora_files import lora_place
-from ..models.teacher import EMBEDDED
 from ..settings import TeacherSettings
-from .checkpoint import write_file
+from ..teachers import EMBEDDED
+from ..writers import write_file
 from .licence import base_model, licence_of
 
 

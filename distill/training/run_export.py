@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ...pipelines.export import KOHYA, Export, write_adapter, write_export, write_kohya
 from ..config.run import RunConfig
-from .checkpoint import write_folder
+from ..writers import write_folder
 from .model_card import adapter_card, run_card
 
 

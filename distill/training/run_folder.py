@@ -10,11 +10,14 @@ import yaml
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from ..config.run import RunConfig, as_tree, read_yaml, with_defaults
+from ..config.method import as_tree, with_defaults
+from ..config.run import RunConfig
 from ..config.search import SearchConfig
+from ..config.tree import read_yaml
 from ..errors import UserError
 from ..readers import Unreadable, check_finite, parse_json, read_json, read_text
-from .checkpoint import Checkpoints, progress_of, write_file, writing
+from ..writers import write_file, writing
+from .checkpoint import Checkpoints, progress_of
 from .launch import num_processes, rank
 
 CONFIG, LOG, EXPORTED = "config.yaml", "log.jsonl", "exported.json"
@@ -84,7 +87,7 @@ class RunFolder:
         path = self.path / CONFIG
         if not path.is_file() or not self.binding():
             return
-        before, after = with_defaults(read_yaml(path)), as_tree(self.config)
+        before, after = with_defaults(read_yaml(path), self.config), as_tree(self.config)
         changed = [k for k in differing(before, after) if not {k, k.split(".")[0]} & FREE_KEYS]
         batch = self.batch()
         if isinstance(self.config, RunConfig) and batch is not None:

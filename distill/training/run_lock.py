@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
-from .checkpoint import writing
+from ..writers import writing
 from .launch import rank
 
 LOCK = ".lock"

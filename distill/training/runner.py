@@ -22,25 +22,17 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from ..catalog.methods import method_named
-from ..config.run import RunConfig, as_tree
+from ..config.method import as_tree
+from ..config.run import RunConfig
 from ..diffusion.draws import mix
 from ..diffusion.ema import EMA
 from ..errors import UserError
 from ..models.codec import Autoencoder
 from ..models.frozen import Offloaded
 from ..models.teacher import LatentTeacher, Teacher
+from ..writers import recover, writing
 from .batches import Batches
-from .checkpoint import (
-    Checkpoints,
-    ProgressFile,
-    RawWeights,
-    kept_state,
-    recover,
-    restore_state,
-    step_of,
-    writing,
-)
+from .checkpoint import Checkpoints, ProgressFile, RawWeights, kept_state, restore_state, step_of
 from .contract import Method, Parts, Progress
 from .export_check import check_export
 from .finite import Blame, check_saved
@@ -146,10 +138,8 @@ class Runner:
                 "resolution: missing; without `teacher: {path: ...}` the image size must be given"
             )
         data = open_data(c.data, teacher, resolution)
-        kind = method_named(c.method["name"])
-        settings = kind.Settings(**{k: v for k, v in c.method.items() if k != "name"})
         parts = Parts(teacher, c.student, data.captions, data.classes, resolution, vae=vae)
-        method: Method = kind(settings, parts)
+        method: Method = c.method.load()(c.method.settings, parts)
         parts.check(method.needs)
         if "prompts" in method.needs and c.data.caption_column is not None:
             data.need_captions()

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...pipelines.export import sampling_of
 from ..config.run import DataSettings
-from ..data import ImageData, load_data
+from ..data.images import ImageData
 from ..data.prompts import read_prompts
+from ..data.sources import load_data
 from ..diffusion.draws import mix
 from ..errors import UserError
 from ..models.frozen import content_hash, without_adapter

@@ -6,20 +6,14 @@ from typing import Any
 
 import pytest
 import yaml
+from fewstep.distill.catalog.configuration import fitted, is_search, load_config, load_search, with_overrides
 from fewstep.distill.catalog.methods import METHODS, SEARCHES
-from fewstep.distill.config.run import (
-    RunConfig,
-    as_tree,
-    fitted,
-    load_config,
-    numbers,
-    read_yaml,
-    with_defaults,
-    with_overrides,
-)
-from fewstep.distill.config.search import is_search, load_search
+from fewstep.distill.config.method import as_tree, with_defaults
+from fewstep.distill.config.run import RunConfig
+from fewstep.distill.config.tree import read_yaml
+from fewstep.distill.config.validation import numbers
 from fewstep.distill.errors import UserError
-from fewstep.distill.models.controls import Canny
+from fewstep.distill.methods.control.controls import Canny
 from fewstep.distill.settings import LORA_TARGETS
 from pydantic import ValidationError
 

@@ -13,10 +13,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 import torch
+from fewstep.distill.catalog.configuration import load_config, load_search
 from fewstep.distill.catalog.effects import RUN, SEARCH, default_of
 from fewstep.distill.catalog.methods import METHODS, SEARCHES
-from fewstep.distill.config.run import RunConfig, as_tree, load_config, recorded, with_defaults
-from fewstep.distill.config.search import SearchConfig, load_search
+from fewstep.distill.config.method import as_tree, with_defaults
+from fewstep.distill.config.run import RunConfig, recorded
+from fewstep.distill.config.search import SearchConfig
 from fewstep.distill.errors import UserError
 from fewstep.distill.settings import Idle
 from fewstep.distill.training.runner import Runner

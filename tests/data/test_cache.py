@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fewstep.distill.data import LatentCache, PromptCache, SampledLatents, cache_directory, load_data, records
+from fewstep.distill.data import records
+from fewstep.distill.data.cache import LatentCache, PromptCache, SampledLatents, cache_directory
 from fewstep.distill.data.records import Records
+from fewstep.distill.data.sources import load_data
 from fewstep.distill.errors import UserError
 
 WEIGHT = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.1
@@ -90,7 +92,8 @@ def test_interrupted_build_goes_on_to_the_same_file(data, tmp_path, calls):
 def test_killed_build_goes_on(data, tmp_path):
     code = f"""
 import os, pathlib, signal, torch
-from fewstep.distill.data import LatentCache, load_data
+from fewstep.distill.data.cache import (LatentCache)
+from fewstep.distill.data.sources import (load_data)
 torch.set_num_threads(1)
 weight = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.1
 def progress(done, total):

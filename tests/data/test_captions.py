@@ -5,8 +5,8 @@ import logging
 
 import numpy as np
 import pytest
-from fewstep.distill.data import load_data
 from fewstep.distill.data.prompts import read_prompts
+from fewstep.distill.data.sources import load_data
 from fewstep.distill.errors import UserError
 from PIL import Image
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision
-from fewstep.distill.data import load_data
+from fewstep.distill.data.sources import load_data
 from fewstep.distill.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("bare_machine")

@@ -3,7 +3,7 @@
 import datasets
 import numpy as np
 import pytest
-from fewstep.distill.data import load_data
+from fewstep.distill.data.sources import load_data
 from fewstep.distill.errors import UserError
 from PIL import Image
 

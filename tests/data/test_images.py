@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
-from fewstep.distill.data import load_data
 from fewstep.distill.data.images import MemoryImages, over_white, read_picture, to_square
+from fewstep.distill.data.sources import load_data
 from fewstep.distill.errors import UserError
 from PIL import Image
 

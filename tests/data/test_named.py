@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from fewstep.distill.data import idx, load_data, named
+from fewstep.distill.data import idx, named
+from fewstep.distill.data.sources import load_data
 from fewstep.distill.errors import UserError
 from PIL import Image
 

@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 
 import pytest
-from fewstep.distill.data import rows_of
+from fewstep.distill.data.sampler import rows_of
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 import webdataset
-from fewstep.distill.data import load_data
+from fewstep.distill.data.sources import load_data
 from fewstep.distill.errors import UserError
 from PIL import Image
 

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from fewstep.distill.data import load_data
+from fewstep.distill.data.sources import load_data
 from fewstep.distill.errors import UserError
 from PIL import Image
 

@@ -9,7 +9,8 @@ import torch
 from diffusers import CMStochasticIterativeScheduler, StableDiffusionPipeline, UNet2DModel
 from fewstep.distill.diffusion.condition import Condition
 from fewstep.distill.diffusion.draws import Draws
-from fewstep.distill.methods.consistency_training.ict import ICT, ICTSettings
+from fewstep.distill.methods.consistency_training.ict import ICT
+from fewstep.distill.methods.consistency_training.settings import ICTSettings
 from fewstep.distill.models.teacher import LatentTeacher, PixelTeacher
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.contract import Batch, Parts, Progress

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from fewstep.distill.diffusion.condition import Condition
 from fewstep.distill.diffusion.draws import Draws
-from fewstep.distill.methods.consistency_training.lct import LCT, LCTSettings
+from fewstep.distill.methods.consistency_training.lct import LCT
+from fewstep.distill.methods.consistency_training.settings import LCTSettings
 from fewstep.distill.models.codec import Autoencoder
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.contract import Batch, Parts

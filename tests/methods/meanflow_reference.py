@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from fewstep.distill.diffusion.condition import Condition
 from fewstep.distill.diffusion.draws import Draws
-from fewstep.distill.methods.meanflow.meanflow import MeanFlow, MeanFlowSettings
+from fewstep.distill.methods.meanflow.meanflow import MeanFlow
+from fewstep.distill.methods.meanflow.settings import MeanFlowSettings
+from fewstep.distill.methods.space import PixelSpace
 from fewstep.distill.models.network_adapters import TwoTimeDenoiser
-from fewstep.distill.models.space import PixelSpace
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.contract import Batch, Parts, Progress
 from torch import Tensor, nn

@@ -12,7 +12,8 @@ from fewstep.distill.diffusion.condition import Condition
 from fewstep.distill.diffusion.denoiser import reach
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.score_distillation.dmd2 import DMD2, DMD2Settings, head_of
+from fewstep.distill.methods.score_distillation.dmd2 import DMD2, head_of
+from fewstep.distill.methods.score_distillation.settings import DMD2Settings
 from fewstep.distill.models.teacher import LatentTeacher
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.contract import Batch, Parts

@@ -11,7 +11,8 @@ from fewstep.distill.diffusion.denoiser import Denoiser
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.methods.consistency_training import base as consistency_training
 from fewstep.distill.methods.consistency_training.curriculum import lognormal_bins
-from fewstep.distill.methods.consistency_training.ict import ICT, ICTSettings
+from fewstep.distill.methods.consistency_training.ict import ICT
+from fewstep.distill.methods.consistency_training.settings import ICTSettings
 from fewstep.distill.training.checkpoint import kept_state
 from fewstep.distill.training.contract import Batch
 from scipy.stats import chisquare

@@ -14,7 +14,7 @@ from fewstep.distill.diffusion.generator import seeded
 from fewstep.distill.diffusion.process import EDM
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.consistency_training.ict import ICT
-from fewstep.distill.models.space import LatentSpace
+from fewstep.distill.methods.space import LatentSpace
 from fewstep.distill.settings import StudentSettings
 from fewstep.pipelines.pipeline_latent_cm import LatentCMPipeline
 from torch import Tensor, nn

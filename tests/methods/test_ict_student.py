@@ -6,12 +6,13 @@ import pytest
 import torch
 from diffusers import ConsistencyModelPipeline, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
-from fewstep.distill.config.run import validate
+from fewstep.distill.config.validation import validate
 from fewstep.distill.diffusion.condition import Condition
 from fewstep.distill.diffusion.denoiser import DenoiserView
 from fewstep.distill.diffusion.generator import seeded
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.consistency_training.ict import ICT, ICTSettings
+from fewstep.distill.methods.consistency_training.ict import ICT
+from fewstep.distill.methods.consistency_training.settings import ICTSettings
 from fewstep.distill.models.student import set_dropout
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.contract import Parts

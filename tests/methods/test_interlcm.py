@@ -12,8 +12,8 @@ from fewstep.distill.diffusion.generator import fresh_from, seeded
 from fewstep.distill.diffusion.guidance import guidance_embedding
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.restoration.degradation import Degradation
-from fewstep.distill.methods.restoration.interlcm import InterLCM, InterLCMSettings, VisualSettings
-from fewstep.distill.methods.restoration.patch_discriminator import PatchSettings
+from fewstep.distill.methods.restoration.interlcm import InterLCM
+from fewstep.distill.methods.restoration.settings import InterLCMSettings, PatchSettings, VisualSettings
 from fewstep.distill.models.frozen import weights_hash
 from fewstep.distill.models.teacher import Teacher
 from fewstep.distill.scorers.vision import ImageDistance, ImageEncoder, Vision

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.latent_consistency.latent_reward import (
     LatentReward,
-    LRMSettings,
     contrastive_loss,
     pair_accuracy,
     preference_loss,
 )
+from fewstep.distill.methods.latent_consistency.settings import LRMSettings
 
 EXPERT = torch.tensor([[27.1, 25.4, 30.2, 28.0], [27.9, 25.1, 30.5, 26.5], [28.6, 26.0, 29.8, 27.2]]).double()
 LATENT = torch.tensor([[21, 19, 25.5, 24], [21.5, 20, 25, 23], [22.5, 18.5, 26, 22]]).double()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.latent_consistency.lcd import LCD, LCDSettings
+from fewstep.distill.methods.latent_consistency.lcd import LCD
+from fewstep.distill.methods.latent_consistency.settings import LCDSettings
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.checkpoint import kept_state
 from fewstep.distill.training.contract import Parts

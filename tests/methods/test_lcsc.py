@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fewstep.distill.config.run import validate
+from fewstep.distill.config.validation import validate
 from fewstep.distill.errors import UserError
 from fewstep.distill.search.candidates import SearchParts, Trial, ranked
 from fewstep.distill.search.checkpoint_set import CheckpointSet
 from fewstep.distill.search.evolution import child
-from fewstep.distill.search.lcsc import LCSC, LCSCSettings, ema_alpha, mwa_alpha, to_alpha, uniform_alpha
+from fewstep.distill.search.lcsc import LCSC, ema_alpha, mwa_alpha, to_alpha, uniform_alpha
+from fewstep.distill.search.settings import LCSCSettings
 from safetensors.torch import save_file
 
 LOSSES, STEPS = np.array([0.9, 0.6, 0.5, 0.45]), np.array([100.0, 200, 300, 400])

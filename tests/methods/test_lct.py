@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from fewstep.distill.catalog.methods import METHODS
-from fewstep.distill.config.run import validate
+from fewstep.distill.config.validation import validate
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.consistency_training.coupling import optimal_pairing
-from fewstep.distill.methods.consistency_training.ict import ICT, ICTSettings
-from fewstep.distill.methods.consistency_training.lct import LCT, LCTSettings
-from fewstep.distill.models.space import ClassLatentSpace
+from fewstep.distill.methods.consistency_training.ict import ICT
+from fewstep.distill.methods.consistency_training.lct import LCT
+from fewstep.distill.methods.consistency_training.settings import ICTSettings, LCTSettings
+from fewstep.distill.methods.space import ClassLatentSpace
 from fewstep.distill.training.checkpoint import kept_state
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn

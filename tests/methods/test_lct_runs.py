@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from fewstep.distill.catalog.configuration import load_config, with_overrides
 from fewstep.distill.cli import main
-from fewstep.distill.config.run import load_config, read_yaml, with_overrides
+from fewstep.distill.config.tree import read_yaml
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.consistency_training.lct import LCT
 from fewstep.distill.methods.consistency_training.normalised_latents import Statistics

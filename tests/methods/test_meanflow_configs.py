@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from fewstep.distill.config.run import load_config, read_yaml
+from fewstep.distill.catalog.configuration import load_config
+from fewstep.distill.config.tree import read_yaml
 from fewstep.distill.planning.dry_run import describe
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 from fewstep.distill.diffusion.derivative import DERIVATIVES, derivative_of, total_derivative
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.meanflow.meanflow import MeanFlow, MeanFlowSettings
+from fewstep.distill.methods.meanflow.meanflow import MeanFlow
+from fewstep.distill.methods.meanflow.settings import MeanFlowSettings
 from fewstep.distill.models.teacher import LatentTeacher
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.contract import Batch, Parts, Progress

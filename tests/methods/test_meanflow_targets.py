@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.meanflow.meanflow import MeanFlowSettings, check
+from fewstep.distill.methods.meanflow.meanflow import check
+from fewstep.distill.methods.meanflow.settings import MeanFlowSettings
 from fewstep.distill.methods.meanflow.targets import alpha_target, annealed_alpha, split_target
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.contract import Parts

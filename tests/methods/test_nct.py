@@ -11,8 +11,9 @@ from fewstep.distill.diffusion.condition import Condition
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.diffusion.guidance import guidance_embedding
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.control.nct import NCT, NCTSettings
+from fewstep.distill.methods.control.nct import NCT
 from fewstep.distill.methods.control.noise_consistency import coupled
+from fewstep.distill.methods.control.settings import NCTSettings
 from fewstep.distill.models.frozen import weights_hash
 from fewstep.distill.models.teacher import Teacher
 from fewstep.distill.settings import StudentSettings, TeacherSettings

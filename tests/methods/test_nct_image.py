@@ -10,8 +10,9 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.control.control_adapters import IPAdapter
-from fewstep.distill.methods.control.nct import NCT, NCTSettings
+from fewstep.distill.methods.control.nct import NCT
 from fewstep.distill.methods.control.noise_consistency import coupled
+from fewstep.distill.methods.control.settings import NCTSettings
 from fewstep.distill.models.control_networks import ImageEmbedder
 from fewstep.distill.models.frozen import weights_hash
 from fewstep.distill.models.teacher import Teacher

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.config.run import load_config, read_yaml
+from fewstep.distill.catalog.configuration import load_config
+from fewstep.distill.config.tree import read_yaml
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.control.nct import NCT

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel
-from fewstep.distill.config.run import load_config, read_yaml
+from fewstep.distill.catalog.configuration import load_config
+from fewstep.distill.config.tree import read_yaml
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.control.nct import NCT
 from fewstep.distill.planning.dry_run import describe

@@ -7,8 +7,8 @@ import pytest
 import torch
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.methods.consistency_training.normalised_latents import NormalisedLatents, Statistics
+from fewstep.distill.methods.space import ClassLatentSpace
 from fewstep.distill.models.codec import Autoencoder
-from fewstep.distill.models.space import ClassLatentSpace
 from fewstep.distill.training.contract import Batch
 from fewstep.pipelines.latent_statistics import LatentStatistics
 

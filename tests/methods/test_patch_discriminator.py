@@ -3,7 +3,8 @@
 import pytest
 import torch
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.restoration.patch_discriminator import PatchDiscriminator, PatchSettings
+from fewstep.distill.methods.restoration.patch_discriminator import PatchDiscriminator
+from fewstep.distill.methods.restoration.settings import PatchSettings
 
 
 def test_the_published_one() -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fewstep.distill.config.run import validate
+from fewstep.distill.config.validation import validate
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics.protocol import Protocol, Score
 from fewstep.distill.search.candidates import Candidate, SearchParts, Trial, compared, deviation, ranked
-from fewstep.distill.search.q_sched import QSched, QSchedSettings, coefficients, dimensions, won_back
+from fewstep.distill.search.q_sched import QSched, coefficients, dimensions, won_back
+from fewstep.distill.search.settings import QSchedSettings
 
 FULL: dict[str, Any] = {"quantisation": None}
 

@@ -13,7 +13,8 @@ from fewstep.distill.diffusion.ema import EMA, power_decay
 from fewstep.distill.diffusion.generator import Generator
 from fewstep.distill.diffusion.process import VP, per_sample
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.score_distillation.rcm import RCM, LogWeight, RCMSettings, tangent
+from fewstep.distill.methods.score_distillation.rcm import RCM, LogWeight, tangent
+from fewstep.distill.methods.score_distillation.settings import RCMSettings
 from rcm_reference import (
     Affine,
     Direct,

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fewstep.distill.config.run import load_config, read_yaml
+from fewstep.distill.catalog.configuration import load_config
+from fewstep.distill.config.tree import read_yaml
 from fewstep.distill.diffusion.generator import seeded
 from fewstep.distill.planning.dry_run import describe
 from fewstep.distill.training.runner import Runner

@@ -9,7 +9,8 @@ from fewstep.distill.diffusion.condition import Condition
 from fewstep.distill.diffusion.derivative import DERIVATIVES
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.diffusion.process import TrigFlow
-from fewstep.distill.methods.score_distillation.rcm import RCM, RCMSettings, tangent
+from fewstep.distill.methods.score_distillation.rcm import RCM, tangent
+from fewstep.distill.methods.score_distillation.settings import RCMSettings
 from rcm_reference import (
     Formula,
     GaussianConsistency,

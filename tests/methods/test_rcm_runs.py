@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from fewstep.distill.config.run import load_config, read_yaml
-from fewstep.distill.methods.score_distillation.rcm import RCM, RCMSettings
+from fewstep.distill.catalog.configuration import load_config
+from fewstep.distill.config.tree import read_yaml
+from fewstep.distill.methods.score_distillation.rcm import RCM
+from fewstep.distill.methods.score_distillation.settings import RCMSettings
 from fewstep.distill.planning.dry_run import describe
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.contract import Parts

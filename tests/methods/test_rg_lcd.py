@@ -8,7 +8,8 @@ import torch
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.latent_consistency.lcd import LCD
-from fewstep.distill.methods.latent_consistency.rg_lcd import RGLCD, CtrlUSettings
+from fewstep.distill.methods.latent_consistency.rg_lcd import RGLCD
+from fewstep.distill.methods.latent_consistency.settings import CtrlUSettings
 from fewstep.distill.scorers.rewards import Reward
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.contract import Progress

@@ -9,8 +9,8 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
+from fewstep.distill.methods.control.controls import Canny, Inpainting, SuperResolution
 from fewstep.distill.metrics.reference import places_of, reference
-from fewstep.distill.models.controls import Canny, Inpainting, SuperResolution
 from fewstep.distill.reports.compare import compare
 from fewstep.distill.reports.conditions import Conditions, control_in, read_control
 from fewstep.distill.reports.evaluate import evaluate, open_source

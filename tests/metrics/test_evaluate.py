@@ -15,7 +15,8 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.features import EfficientNetLite0, extract
+from fewstep.distill.metrics.extractor import extract
+from fewstep.distill.metrics.features import EfficientNetLite0
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
 from fewstep.distill.metrics.kid import kid
 from fewstep.distill.metrics.manifold import manifold

@@ -15,7 +15,8 @@ from diffusers import (
 )
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics import reference
-from fewstep.distill.metrics.features import EfficientNetLite0, extract
+from fewstep.distill.metrics.extractor import extract
+from fewstep.distill.metrics.features import EfficientNetLite0
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
 from fewstep.distill.metrics.protocol import Score, hash_prompts, same_protocol
 from fewstep.distill.reports.evaluate import caption_match, evaluate

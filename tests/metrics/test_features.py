@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics import lite
-from fewstep.distill.metrics.features import EfficientNetLite0, Extractor, extract, make_extractor
+from fewstep.distill.metrics.extractor import Extractor, extract
+from fewstep.distill.metrics.features import EfficientNetLite0, make_extractor
 from PIL import Image
 from torch import Tensor
 

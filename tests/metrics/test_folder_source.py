@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from fewstep.distill.cli import main
-from fewstep.distill.data import load_data
 from fewstep.distill.data.images import PICTURE_SUFFIXES
+from fewstep.distill.data.sources import load_data
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.features import EfficientNetLite0, extract
+from fewstep.distill.metrics.extractor import extract
+from fewstep.distill.metrics.features import EfficientNetLite0
 from fewstep.distill.metrics.kid import kid
 from fewstep.distill.metrics.protocol import Score
 from fewstep.distill.reports.evaluate import evaluate, open_source, reference

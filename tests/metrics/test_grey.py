@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import ConsistencyModelPipeline, DDPMPipeline, DDPMScheduler
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.features import EfficientNetLite0, extract
+from fewstep.distill.metrics.extractor import extract
+from fewstep.distill.metrics.features import EfficientNetLite0
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
 from fewstep.distill.metrics.protocol import Score
 from fewstep.distill.metrics.reference import reference

@@ -10,10 +10,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.control.nct import NCT, NCTSettings
+from fewstep.distill.methods.control.controls import Canny, ImagePrompt
+from fewstep.distill.methods.control.nct import NCT
+from fewstep.distill.methods.control.settings import NCTSettings
 from fewstep.distill.metrics.features import make_extractor
 from fewstep.distill.metrics.reference import places_of, reference
-from fewstep.distill.models.controls import Canny, ImagePrompt
 from fewstep.distill.models.teacher import Teacher
 from fewstep.distill.reports.conditions import Conditions, control_in
 from fewstep.distill.reports.evaluate import evaluate, open_source

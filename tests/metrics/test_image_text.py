@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fewstep.distill.data import load_data
+from fewstep.distill.data.sources import load_data
 from fewstep.distill.scorers import image_text
 from fewstep.distill.scorers.image_text import (
     CLIP_SCORE,

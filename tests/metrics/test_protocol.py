@@ -17,8 +17,9 @@ from fewstep.distill.metrics.protocol import (
     hash_prompts,
     same_protocol,
 )
-from fewstep.distill.reports.report import check_writable, read_report, write_report
+from fewstep.distill.reports.report import read_report
 from fewstep.distill.reports.table import markdown_table, rows_of
+from fewstep.distill.writers import check_writable, write_report
 
 PROTOCOL = Protocol(
     metric="KID",

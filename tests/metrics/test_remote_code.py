@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 from fewstep.distill.cli import main
-from fewstep.distill.data import load_data
+from fewstep.distill.data.sources import load_data
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics import reference
 from fewstep.distill.models import teacher

@@ -9,13 +9,15 @@ from typing import Any
 import cv2
 import pytest
 import torch
-from fewstep.distill.config.run import load_config, read_yaml
+from fewstep.distill.catalog.configuration import load_config
+from fewstep.distill.config.tree import read_yaml
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.diffusion.generator import fresh_from
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.restoration.degradation import Degradation, enlarged
 from fewstep.distill.methods.restoration.restorer import Restorer
-from fewstep.distill.metrics.features import extract, make_extractor
+from fewstep.distill.metrics.extractor import extract
+from fewstep.distill.metrics.features import make_extractor
 from fewstep.distill.metrics.kid import kid
 from fewstep.distill.metrics.reference import reference
 from fewstep.distill.models.teacher import Teacher

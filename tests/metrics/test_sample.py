@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from fewstep.distill.cli import main
-from fewstep.distill.data import load_data
+from fewstep.distill.data.sources import load_data
 from fewstep.distill.metrics.reference import captions_of
 from fewstep.distill.reports.evaluate import open_source
 from fewstep.distill.reports.inputs import Inputs

@@ -10,10 +10,10 @@ import yaml
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics.protocol import Score
-from fewstep.distill.models.teacher import EMBEDDED
 from fewstep.distill.reports.compare import compare
 from fewstep.distill.reports.report import read_report
 from fewstep.distill.reports.trained_on import Data, data_for, default_holdout, read_data, trained_on
+from fewstep.distill.teachers import EMBEDDED
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from fewstep.distill.config.run import load_config
+from fewstep.distill.catalog.configuration import load_config
 from fewstep.distill.models.frozen import content_hash
 from fewstep.distill.models.teacher import LatentTeacher, Teacher
 from fewstep.distill.settings import TeacherSettings

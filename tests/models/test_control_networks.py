@@ -8,7 +8,7 @@ import pytest
 import torch
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.models.controls import HED, Depth, ImagePrompt
+from fewstep.distill.methods.control.controls import HED, Depth, ImagePrompt
 from fewstep.distill.scorers.vision import PlannedVision, Vision
 from torch import Tensor
 from transformers import (

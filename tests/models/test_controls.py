@@ -6,7 +6,14 @@ import pytest
 import torch
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.models.controls import Canny, Control, Inpainting, Luminance, SoftEdges, SuperResolution
+from fewstep.distill.methods.control.controls import (
+    Canny,
+    Control,
+    Inpainting,
+    Luminance,
+    SoftEdges,
+    SuperResolution,
+)
 from pydantic import TypeAdapter
 from torch import Tensor
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fewstep.distill.models.teacher import EMBEDDED, LatentTeacher, PixelTeacher, Teacher
+from fewstep.distill.models.teacher import LatentTeacher, PixelTeacher, Teacher
 from fewstep.distill.settings import TeacherSettings
+from fewstep.distill.teachers import EMBEDDED
 from fewstep.pipelines import pipeline_edm
 
 MEGABYTES = {"emoji-sd": 16, "fashion-edm": 6}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 from diffusers import DiffusionPipeline
+from fewstep.distill.catalog.configuration import load_config
 from fewstep.distill.cli import main
-from fewstep.distill.config.run import load_config
 from fewstep.distill.errors import UserError
 from fewstep.distill.models import hub
 from fewstep.distill.models.hub import push

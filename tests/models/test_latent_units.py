@@ -12,7 +12,7 @@ import torch
 from diffusers import CMStochasticIterativeScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from fewstep.distill.diffusion.process import EDM
 from fewstep.distill.errors import UserError
-from fewstep.distill.models.space import space_of
+from fewstep.distill.methods.space import space_of
 from fewstep.distill.models.student import new_denoiser
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.contract import Parts

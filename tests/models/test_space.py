@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from fewstep.distill.diffusion.condition import Condition
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.models.space import LatentSpace, PixelSpace, latent_space, pixel_space
+from fewstep.distill.methods.space import LatentSpace, PixelSpace, latent_space, pixel_space
 from fewstep.distill.models.teacher import LatentTeacher, Teacher
 from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.training.contract import Batch, Parts

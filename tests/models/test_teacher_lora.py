@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from fewstep.distill.catalog.configuration import load_config
 from fewstep.distill.cli import main
-from fewstep.distill.config.run import load_config
 from fewstep.distill.diffusion.generator import seeded
 from fewstep.distill.errors import UserError
 from fewstep.distill.models.lora_files import fuse_lora

@@ -17,7 +17,8 @@ from diffusers import (
 )
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.latent_consistency.lcd import LCD, LCDSettings
+from fewstep.distill.methods.latent_consistency.lcd import LCD
+from fewstep.distill.methods.latent_consistency.settings import LCDSettings
 from fewstep.distill.models.teacher import LatentTeacher, Teacher, locate
 from fewstep.distill.planning.known_teachers import blueprint
 from fewstep.distill.settings import StudentSettings, TeacherSettings

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fewstep.distill.methods.consistency_training.ict import ICT, ICTSettings
+from fewstep.distill.methods.consistency_training.ict import ICT
+from fewstep.distill.methods.consistency_training.settings import ICTSettings
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.contract import Parts
 from fewstep.pipelines.export import Export, write_export

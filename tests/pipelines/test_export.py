@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fewstep.distill.config.run import load_config
+from fewstep.distill.catalog.configuration import load_config
 from fewstep.distill.diffusion.generator import seeded
 from fewstep.distill.training.runner import Runner
 from fewstep.pipelines.export import forget_paths, sampling_of

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fewstep.distill.config.run import load_config
+from fewstep.distill.catalog.configuration import load_config
 from fewstep.distill.diffusion.generator import seeded
 from fewstep.distill.methods.latent_consistency.lcd import LCD
 from fewstep.distill.models.student import Student

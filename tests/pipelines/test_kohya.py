@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fewstep.distill.config.run import load_config
+from fewstep.distill.catalog.configuration import load_config
 from fewstep.distill.training.runner import Runner
 from safetensors.torch import load_file
 

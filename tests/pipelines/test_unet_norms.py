@@ -9,10 +9,12 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from fewstep.distill.diffusion.process import EDM
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.meanflow.meanflow import MeanFlow, MeanFlowSettings
+from fewstep.distill.methods.meanflow.meanflow import MeanFlow
+from fewstep.distill.methods.meanflow.settings import MeanFlowSettings
 from fewstep.distill.models.network_adapters import denoiser_of
 from fewstep.distill.models.student import Student, new_denoiser
-from fewstep.distill.pretrain.edm import EDMSettings, EDMTraining
+from fewstep.distill.pretrain.edm import EDMTraining
+from fewstep.distill.pretrain.settings import EDMSettings
 from fewstep.distill.settings import Norm, StudentSettings
 from fewstep.distill.training.contract import Parts
 from fewstep.pipelines import transformer_two_time, unet_norms

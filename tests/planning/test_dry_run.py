@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fewstep.distill.catalog.configuration import load_config, with_overrides
 from fewstep.distill.cli import main
-from fewstep.distill.config.run import RunConfig, load_config, read_yaml, with_overrides
+from fewstep.distill.config.run import RunConfig
+from fewstep.distill.config.tree import read_yaml
 from fewstep.distill.errors import UserError
-from fewstep.distill.methods.latent_consistency.lcd import LCD, LCDSettings
+from fewstep.distill.methods.latent_consistency.lcd import LCD
+from fewstep.distill.methods.latent_consistency.settings import LCDSettings
 from fewstep.distill.models.student import Student
 from fewstep.distill.planning import dry_run, plan
 from fewstep.distill.planning.dry_run import describe, missing_data

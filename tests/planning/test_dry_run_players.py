@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from fewstep.distill.catalog.configuration import load_config
 from fewstep.distill.cli import main
-from fewstep.distill.config.run import load_config, read_yaml
+from fewstep.distill.config.tree import read_yaml
 from fewstep.distill.planning import dry_run
 
 from .test_dry_run import CONFIGS, rows

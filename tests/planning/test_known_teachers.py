@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from fewstep.distill.catalog.configuration import load_config
 from fewstep.distill.cli import main
-from fewstep.distill.config.run import load_config, read_yaml
+from fewstep.distill.config.tree import read_yaml
 from fewstep.distill.diffusion.process import VP
 from fewstep.distill.errors import UserError
 from fewstep.distill.models.student import Student

@@ -4,7 +4,8 @@ import math
 
 import torch
 from fewstep.distill.diffusion.draws import Draws
-from fewstep.distill.pretrain.autoencoder import Autoencoder, AutoencoderSettings
+from fewstep.distill.pretrain.autoencoder import Autoencoder
+from fewstep.distill.pretrain.settings import AutoencoderSettings
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.contract import Batch, Parts, Progress
 

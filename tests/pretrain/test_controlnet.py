@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionControlNetPipeline
-from fewstep.distill.config.run import load_config
+from fewstep.distill.catalog.configuration import load_config
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
-from fewstep.distill.models.controls import SuperResolution
+from fewstep.distill.methods.control.controls import SuperResolution
 from fewstep.distill.models.frozen import weights_hash
 from fewstep.distill.models.teacher import Teacher
-from fewstep.distill.pretrain.controlnet import ControlNetSettings, ControlNetTraining
+from fewstep.distill.pretrain.controlnet import ControlNetTraining
+from fewstep.distill.pretrain.settings import ControlNetSettings
 from fewstep.distill.reports.conditions import control_in
 from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.training.contract import Batch, Parts, Progress

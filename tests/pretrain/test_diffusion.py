@@ -4,7 +4,8 @@ import pytest
 import torch
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.models.teacher import Teacher
-from fewstep.distill.pretrain.diffusion import Diffusion, DiffusionSettings
+from fewstep.distill.pretrain.diffusion import Diffusion
+from fewstep.distill.pretrain.settings import DiffusionSettings
 from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.training.contract import Batch, Parts, Progress
 

@@ -8,7 +8,8 @@ from fewstep.distill.diffusion.condition import Condition
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.diffusion.generator import seeded
 from fewstep.distill.errors import UserError
-from fewstep.distill.pretrain.edm import EDMSettings, EDMTraining
+from fewstep.distill.pretrain.edm import EDMTraining
+from fewstep.distill.pretrain.settings import EDMSettings
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.contract import Batch, Parts, Progress
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fewstep.distill.config.run import read_yaml
-from fewstep.distill.data import load_data
+from fewstep.distill.commands.train_scorer import main
+from fewstep.distill.config.tree import read_yaml
 from fewstep.distill.data.images import ImageData
+from fewstep.distill.data.sources import load_data
 from fewstep.distill.errors import UserError
 from fewstep.distill.pretrain import scorers as image_text
 from fewstep.distill.pretrain.scorers import (
@@ -20,7 +21,6 @@ from fewstep.distill.pretrain.scorers import (
     ScorersSettings,
     batches,
     features,
-    main,
     retrieval,
     retrieval_of,
     train_heads,

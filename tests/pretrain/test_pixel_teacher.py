@@ -11,12 +11,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from fewstep.distill.commands import train_teacher as trainer
-from fewstep.distill.config.run import read_yaml
+from fewstep.distill.config.tree import read_yaml
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.models.teacher import PixelTeacher, Teacher
 from fewstep.distill.pretrain.card import write_own_card, write_pixel_card
-from fewstep.distill.pretrain.edm import EDMSettings, EDMTraining
+from fewstep.distill.pretrain.edm import EDMTraining
+from fewstep.distill.pretrain.settings import EDMSettings
 from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.training.contract import Batch, Parts, Progress
 from fewstep.distill.training.run_lock import locked

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from fewstep.distill.diffusion.draws import Draws
 from fewstep.distill.errors import UserError
 from fewstep.distill.pretrain import text_encoder
-from fewstep.distill.pretrain.text_encoder import TextEncoder, TextEncoderSettings, train_tokenizer
+from fewstep.distill.pretrain.settings import TextEncoderSettings
+from fewstep.distill.pretrain.text_encoder import TextEncoder, train_tokenizer
 from fewstep.distill.scorers import minilm
 from fewstep.distill.settings import StudentSettings
 from fewstep.distill.training.contract import Batch, Parts, Progress

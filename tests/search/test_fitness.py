@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.config.run import validate
 from fewstep.distill.config.search import FitnessSettings, SearchDataSettings
+from fewstep.distill.config.validation import validate
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics.kid import kid
 from fewstep.distill.metrics.manifold import radii

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, TCDScheduler
+from fewstep.distill.catalog.configuration import load_search
 from fewstep.distill.cli import main
-from fewstep.distill.config.run import read_yaml
-from fewstep.distill.config.search import StudentFolder, load_search
+from fewstep.distill.config.search import StudentFolder
+from fewstep.distill.config.tree import read_yaml
 from fewstep.distill.errors import UserError
 from fewstep.distill.search.plan import describe
 from fewstep.distill.search.student_folder import StudentFiles, located

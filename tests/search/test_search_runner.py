@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from fewstep.distill.catalog.configuration import load_search
 from fewstep.distill.cli import main
-from fewstep.distill.config.search import load_search
 from fewstep.distill.errors import UserError
 from fewstep.distill.reports.evaluate import open_source
 from fewstep.distill.reports.inputs import Inputs

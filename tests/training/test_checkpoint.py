@@ -14,11 +14,9 @@ from fewstep.distill.training.checkpoint import (
     ProgressFile,
     RawWeights,
     kept_state,
-    recover,
     restore_state,
-    write_file,
-    write_folder,
 )
+from fewstep.distill.writers import recover, write_file, write_folder
 from safetensors.torch import load_file
 from torch import nn
 

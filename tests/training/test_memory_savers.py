@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline
-from fewstep.distill.config.run import load_config
+from fewstep.distill.catalog.configuration import load_config
 from fewstep.distill.diffusion.generator import seeded
 from fewstep.distill.errors import UserError
 from fewstep.distill.models.frozen import Offloaded

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 from diffusers import LCMScheduler
-from fewstep.distill.config.run import load_config
-from fewstep.distill.methods.latent_consistency.lcd import LCD, LCDSettings
+from fewstep.distill.catalog.configuration import load_config
+from fewstep.distill.methods.latent_consistency.lcd import LCD
+from fewstep.distill.methods.latent_consistency.settings import LCDSettings
 from fewstep.distill.models.teacher import LatentTeacher, Teacher
 from fewstep.distill.models.weight_files import component_sizes
 from fewstep.distill.planning.known_teachers import blueprint, meta_teacher
 from fewstep.distill.planning.plan import Plan
 from fewstep.distill.planning.published_teachers import KNOWN_TEACHERS
-from fewstep.distill.pretrain.diffusion import Diffusion, DiffusionSettings
+from fewstep.distill.pretrain.diffusion import Diffusion
+from fewstep.distill.pretrain.settings import DiffusionSettings
 from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.training.contract import Parts
 from fewstep.distill.training.export_check import check_export

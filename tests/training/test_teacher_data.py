@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fewstep.distill.config.run import DataSettings, load_config
+from fewstep.distill.catalog.configuration import load_config
+from fewstep.distill.config.run import DataSettings
 from fewstep.distill.diffusion.draws import Draws, mix
 from fewstep.distill.errors import UserError
 from fewstep.distill.models.teacher import Teacher

@@ -2,11 +2,10 @@
 
 from abc import abstractmethod
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
-from pydantic import Field
 from torch import Tensor, nn
 
 from ....pipelines.export import Export, in_float32
@@ -20,49 +19,11 @@ from ...diffusion.ema import EMA
 from ...diffusion.generator import Generator, fresh_from, seeded
 from ...diffusion.process import EDM
 from ...errors import UserError
-from ...models.space import PixelSpace, Space, space_of
-from ...models.student import Student, start_of
-from ...settings import Idle, settings
+from ...models.student import Student
 from ...training.contract import Batch, Method, Parts, Progress, Rehearsal
-from .curriculum import Curriculum, doubling, draw_pairs, lognormal_bins, scheduled_decay, square_root
-
-
-@settings
-class ConsistencySettings:
-    """Defaults are iCT's.
-
-    target             whose weights see x_lo: the student's own, without a gradient, or their average (CT, CD)
-    curriculum         number of noise levels: doubling from s0 to s1 (iCT), its square growing (CT), constant at
-                       num_points (CD)
-    noise              pairs drawn lognormally with p_mean, p_std, or uniformly
-    weighting          inverse_gap 1 / (sigma_hi - sigma_lo), or uniform
-    target_decay       of the averaged target, scheduled with N under sqrt
-    sigma_*, rho       the EDM process; sigma_data is the data's standard deviation per element
-    two_step_sigma     where the second step of pictures and sampling.json starts
-    """
-
-    target: Literal["student", "ema"] = "student"
-    curriculum: Curriculum = "doubling"
-    s0: int = Field(10, ge=1)
-    s1: int = Field(1280, ge=2)
-    num_points: int = Field(18, ge=2)
-    noise: Literal["lognormal", "uniform"] = "lognormal"
-    p_mean: float = -1.1
-    p_std: float = Field(2.0, gt=0)
-    weighting: Literal["inverse_gap", "uniform"] = "inverse_gap"
-    target_decay: float = Field(0.9, gt=0, lt=1)
-    sigma_min: float = Field(0.002, gt=0)
-    sigma_max: float = Field(80.0, gt=0)
-    sigma_data: float = Field(0.5, gt=0)
-    rho: float = Field(7.0, gt=0)
-    two_step_sigma: float = Field(0.821, gt=0)
-
-    idle: ClassVar[tuple[Idle, ...]] = (
-        Idle("method.s0 method.s1", "method.curriculum", only=("doubling", "sqrt")),
-        Idle("method.num_points", "method.curriculum", only=("constant",)),
-        Idle("method.p_mean method.p_std", "method.noise", only=("lognormal",)),
-        Idle("method.target_decay", "method.target", only=("ema",)),
-    )
+from ..space import PixelSpace, Space, space_of, start_of
+from .curriculum import doubling, draw_pairs, lognormal_bins, scheduled_decay, square_root
+from .settings import ConsistencySettings
 
 
 class ConsistencyTraining(Method):

@@ -1,15 +1,12 @@
 """Which pairs of noise levels consistency training compares, and how that changes during a run."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...diffusion.draws import Draws
 from ...diffusion.process import EDM
-
-Curriculum = Literal["doubling", "sqrt", "constant", "continuous"]
 
 
 def doubling(iteration: int, total: int, s0: int, s1: int) -> int:

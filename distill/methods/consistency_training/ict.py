@@ -3,10 +3,8 @@
 
 import math
 from functools import partial
-from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ....pipelines.transformer_two_time import TwoTimeDiT
@@ -16,51 +14,12 @@ from ...diffusion.guidance import guided_x0_eps
 from ...diffusion.losses import mean_distance, pseudo_huber
 from ...diffusion.solvers import euler_edm, heun_edm
 from ...errors import UserError
-from ...models.space import Space, latent_space, pixel_space
 from ...models.teacher import LatentTeacher
-from ...settings import Idle, StudentSettings, settings
-from ...training.contract import Batch, Parts, Progress, Published
-from .base import ConsistencySettings, ConsistencyTraining
-from .curriculum import Curriculum, continuous_pairs
-
-RECALLED = "iCT paper, table {}; recalled, not re-read"
-PUBLISHED = tuple(
-    Published(benchmark, "FID", steps, value, RECALLED.format(table))
-    for benchmark, table, values in (
-        ("CIFAR-10, unconditional", "2", (2.83, 2.46)),
-        ("ImageNet 64 x 64, class-conditional", "3", (4.02, 3.20)),
-    )
-    for steps, value in zip((1, 2), values, strict=True)
-)
-
-
-@settings
-class ICTSettings(ConsistencySettings):
-    """Those of consistency training, and
-
-    ode_source         where x_lo comes from: the data's own noise, or a step of the teacher's ODE (CD)
-    curriculum         also continuous pairs (ECT) with q, k, b over num_stages equal stages
-    distance, huber_c  pseudo_huber of the whole sample, c = 0.00054 sqrt(D) unless given (0: the norm); or mean l1, l2
-    solver             of the teacher's step; guidance_scale of the teacher, 1 = off
-    """
-
-    ode_source: Literal["data", "teacher"] = "data"
-    curriculum: Curriculum = "doubling"
-    q: float = Field(2.0, gt=1)
-    k: float = Field(8.0, ge=0)
-    b: float = Field(1.0, ge=0)
-    num_stages: int = Field(8, ge=1)
-    distance: Literal["pseudo_huber", "l1", "l2"] = "pseudo_huber"
-    huber_c: float | None = Field(None, ge=0)
-    solver: Literal["heun", "euler"] = "heun"
-    guidance_scale: float = Field(1.0, ge=1)
-
-    idle: ClassVar[tuple[Idle, ...]] = (
-        *ConsistencySettings.idle,
-        Idle("method.q method.k method.b method.num_stages", "method.curriculum", only=("continuous",)),
-        Idle("method.huber_c", "method.distance", only=("pseudo_huber",)),
-        Idle("method.solver method.guidance_scale", "method.ode_source", only=("teacher",)),
-    )
+from ...training.contract import Batch, Parts, Progress
+from ..space import Space, latent_space, pixel_space
+from .base import ConsistencyTraining
+from .curriculum import continuous_pairs
+from .settings import ICTSettings
 
 
 class ICT(ConsistencyTraining):
@@ -72,7 +31,6 @@ class ICT(ConsistencyTraining):
 
     Settings = ICTSettings
     EXPORT_POINTS = 1281
-    published = PUBLISHED
 
     def __init__(self, settings: ICTSettings, parts: Parts):
         super().__init__(settings, parts)
@@ -85,10 +43,6 @@ class ICT(ConsistencyTraining):
             )
         if s.ode_source == "teacher":
             self._reachable(self.source)
-
-    @classmethod
-    def needs_teacher(cls, student: StudentSettings) -> bool:
-        return student.init == "teacher"
 
     @property
     def source(self) -> Denoiser:

@@ -2,75 +2,22 @@
 that follows the number of levels, a diffusion loss at low noise, and optimal transport between samples and noise."""
 
 from collections.abc import Hashable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ....pipelines.latent_statistics import LatentStatistics
-from ...data import LatentCache
+from ...data.cache import LatentCache
 from ...diffusion.losses import mean_distance, pseudo_huber, robust
 from ...diffusion.process import EDM
 from ...errors import UserError
-from ...settings import Idle, settings
-from ...training.contract import Batch, Parts, Published
-from .base import ConsistencySettings, ConsistencyTraining
+from ...training.contract import Batch, Parts
+from .base import ConsistencyTraining
 from .coupling import optimal_pairing
 from .curriculum import early_level, robust_scale
 from .normalised_latents import NormalisedLatents, Statistics
-
-READ = "sLCT paper, 1 / 2 steps, as a stored copy of its tables has them"
-PUBLISHED = tuple(
-    Published(benchmark, "FID", steps, value, READ)
-    for benchmark, values in (
-        ("CelebA-HQ 256 x 256", (7.27, 6.93)),
-        ("LSUN Church 256 x 256", (8.87, 7.71)),
-        ("FFHQ 256 x 256", (8.72, 8.29)),
-    )
-    for steps, value in zip((1, 2), values, strict=True)
-)
-
-
-@settings
-class LCTSettings(ConsistencySettings):
-    """Those of consistency training with s1 = 640, and
-
-    distance          of the mean square over a sample: cauchy, geman_mcclure, mean_huber (all with c), l2; of the mean
-                      absolute value: l1; of the whole sample: pseudo_huber, iCT's with its own c = 0.00054 sqrt(D)
-    c                 constant; without it c_first in the first stage, then exp(c_slope ln(N - 1) + c_offset), as in the
-                      paper's code
-    diffusion_weight  of EDM's denoising loss (arXiv 2206.00364, table 1) on the pairs of the low-noise end, from the
-                      share diffusion_from of the levels counted from the noisiest
-    coupling          noise by optimal transport over the rows of a process's batch that are told the same (condition),
-                      over all of them (batch), or as it is drawn (none)
-    normalise         each element of the latents to mean 0 and standard deviation sigma_data over the training set;
-                      else sigma_data must be that of the latents
-    """
-
-    s1: int = Field(640, ge=2)
-    two_step_sigma: float = Field(0.369, gt=0)
-    curriculum: Literal["doubling", "sqrt", "constant"] = "doubling"
-    distance: Literal["cauchy", "geman_mcclure", "mean_huber", "l2", "l1", "pseudo_huber"] = "cauchy"
-    c: float | None = Field(None, gt=0)
-    c_first: float = Field(
-        0.03456, gt=0
-    )  # 0.00054 sqrt(4 x 32 x 32), of latents of 256 px; of a mean, so of any size
-    c_slope: float = -1.15
-    c_offset: float = -0.85
-    diffusion_weight: float = Field(5.0, ge=0)
-    diffusion_from: float = Field(0.75, ge=0, le=1)
-    coupling: Literal["condition", "batch", "none"] = "condition"
-    normalise: bool = True
-
-    idle: ClassVar[tuple[Idle, ...]] = (
-        *(row for row in ConsistencySettings.idle if "method.s0" not in row.keys),
-        Idle("method.s1", "method.curriculum", only=("doubling", "sqrt")),
-        Idle("method.c method.c_first method.c_slope method.c_offset", "method.distance",
-             only=("cauchy", "geman_mcclure", "mean_huber")),
-        Idle("method.c_first method.c_slope method.c_offset", "method.c", only=(None,)),
-        Idle("method.diffusion_from", "method.diffusion_weight", values=(0,)),
-    )  # fmt: skip
+from .settings import LCTSettings
 
 
 class LCT(ConsistencyTraining):
@@ -82,7 +29,6 @@ class LCT(ConsistencyTraining):
 
     Settings = LCTSettings
     EXPORT_POINTS = 641
-    published = PUBLISHED
 
     def __init__(self, settings: LCTSettings, parts: Parts):
         if parts.codec is None:

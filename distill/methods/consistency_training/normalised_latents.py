@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...data import LatentCache
+from ...data.cache import LatentCache
 from ...diffusion.condition import Condition
 from ...models.codec import Codec
-from ...models.space import Space
 from ...training.contract import Batch
+from ..space import Space
 
 
 class Statistics(nn.Module):

@@ -14,8 +14,8 @@ from ....pipelines.ip_adapter import IPAdapterFiles
 from ...diffusion.condition import Condition
 from ...errors import UserError
 from ...models.control_networks import ImageEmbedder
-from ...models.controls import View
 from ...models.one_step import OneStep, controlnet_of, residuals
+from .controls import View
 
 IMAGE_TOKENS = 4  # all that diffusers' loader knows of an IP-Adapter with a pooled embedding
 

@@ -1,71 +1,22 @@
 """NCT: a control for a frozen one-step generator, trained without images (arXiv 2506.19741)."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from ....pipelines.export import Export
 from ...diffusion.condition import Condition
 from ...diffusion.draws import Draws
 from ...diffusion.generator import fresh_from, seeded
-from ...models.controls import Control
 from ...models.frozen import weights_hash
 from ...models.one_step import OneStep
-from ...settings import Idle, StudentSettings, settings
-from ...training.contract import Batch, Method, Parts, Progress, Published, Rehearsal
+from ...training.contract import Batch, Method, Parts, Progress, Rehearsal
 from ...training.notes import Notes
 from .control_adapters import ControlNetAdapter, adapter_of
-from .noise_consistency import Distance, Grid, Multiplier, coupling_sigmas, noise_consistency, output_distance
-
-TABLE = "NCT paper, results (Diff-Instruct generator of SD 1.5); read in its stored text"
-SETTING = "internal prompts, FID to the uncontrolled base model"
-PUBLISHED = tuple(
-    Published(f"{control}, {SETTING}", metric, 1, value, TABLE)
-    for control, results in (
-        ("Canny", {"FID": 13.67, "consistency": 0.110}),
-        ("HED", {"FID": 14.96, "consistency": 0.060}),
-        ("depth", {"FID": 16.45, "consistency": 0.088}),
-        ("super-resolution x8", {"FID": 12.17, "consistency": 0.053}),
-    )
-    for metric, value in results.items()
-) + tuple(
-    Published("image prompt, COCO-2017 5k, 4 images per prompt", metric, 1, value, TABLE)
-    for metric, value in (("CLIP-T", 0.593), ("CLIP-I", 0.821))
-)
-
-
-@settings
-class NCTSettings:
-    """control: what the adapter sees of a picture, by its name and that control's own keys.
-
-    num_levels, grid   coupling levels N and their sigmas; a level is drawn uniformly (none is published)
-    distance, huber_c  of both losses between latents: mean d^2, or sqrt(|d|^2 + c^2) - c
-    margin             xi that the boundary loss may have: a few percent of the distance between unrelated samples
-    boundary_weight    lambda at the start; dual_lr: eta of its rule, 0 to keep it fixed
-    prompt_dropout     share of samples without their prompt
-    timestep           of the generator's one step; null for that of its sampling.json, else its last
-    guidance_scale     that a guidance-embedding generator is told; null for that of its sampling.json
-    """
-
-    control: Control
-    num_levels: int = Field(10, ge=2)
-    grid: Grid = "trig"
-    distance: Distance = "l2"
-    huber_c: float = Field(0.03, gt=0)
-    margin: float = Field(0.02, ge=0)
-    boundary_weight: float = Field(1.0, ge=0)
-    dual_lr: float = Field(0.5, ge=0)
-    prompt_dropout: float = Field(0.0, ge=0, lt=1)
-    timestep: int | None = Field(None, ge=0)
-    guidance_scale: float | None = Field(None, ge=1)
-
-    idle: ClassVar[tuple[Idle, ...]] = (
-        Idle("method.huber_c", "method.distance", values=("l2",)),
-        Idle("method.margin", "method.dual_lr", values=(0,)),
-    )
+from .noise_consistency import Multiplier, coupling_sigmas, noise_consistency, output_distance
+from .settings import NCTSettings
 
 
 class NCT(Method):
@@ -77,7 +28,6 @@ class NCT(Method):
 
     Settings = NCTSettings
     needs = frozenset({"prompts"})
-    published = PUBLISHED
 
     def __init__(self, settings: NCTSettings, parts: Parts):
         super().__init__(settings, parts)
@@ -91,10 +41,6 @@ class NCT(Method):
         self.multiplier = Multiplier(s.boundary_weight, s.dual_lr, s.margin)
         self.sigmas = coupling_sigmas(s.num_levels, s.grid)
         self.bounds: list[Tensor] = []
-
-    @classmethod
-    def needs_teacher(cls, student: StudentSettings) -> bool:
-        return True
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"control": list(self.adapter.module.parameters())}

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.distributed
@@ -10,9 +9,8 @@ from torch import Tensor, nn
 
 from ...diffusion.losses import mean_distance, pseudo_huber
 from ...diffusion.process import per_sample
-
-Grid = Literal["trig", "linear"]
-Distance = Literal["l2", "huber"]
+from ...settings import Distance
+from .settings import Grid
 
 
 def coupling_sigmas(num_levels: int, grid: Grid = "trig") -> Tensor:

@@ -3,10 +3,9 @@
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from ....pipelines.export import Export
@@ -16,43 +15,13 @@ from ...diffusion.draws import Draws
 from ...diffusion.ema import EMA
 from ...diffusion.generator import Generator, chosen_times, fresh_from, lcm_timesteps, seeded
 from ...diffusion.guidance import guidance_embedding, guided_x0_eps
-from ...diffusion.losses import Distance, distance
+from ...diffusion.losses import distance
 from ...errors import UserError
 from ...models.stock_schedulers import lcm_scheduler
 from ...models.student import Student
-from ...settings import Idle, StudentSettings, settings
 from ...training.contract import Batch, Method, Parts, Progress, Rehearsal
 
 EXPORTED_STEPS = (1, 2, 3, 4, 6, 8)
-
-
-@settings
-class LatentConsistencySettings:
-    """Guidance here is the paper's omega, w = guidance_scale - 1.
-
-    w_min, w_max           omega is uniform on this range for each sample
-    guidance_dim           width of the omega embedding of a full student
-    timestep_scaling       of the boundary condition
-    distance, huber_c      between student and target
-    target_decay           EMA of the target network (full); a LoRA's target is the student itself
-    w_export               omega of the pictures and of sampling.json; must lie in the trained range
-    sampling_power         sampling times of pictures and sampling.json, see `lcm_timesteps`; 1 is LCMScheduler's
-    """
-
-    w_min: float = Field(5.0, ge=0)
-    w_max: float = Field(15.0, ge=0)
-    guidance_dim: int = Field(256, ge=4)
-    timestep_scaling: float = 10.0
-    distance: Distance = "huber"
-    huber_c: float = Field(1e-3, gt=0)
-    target_decay: float | None = Field(0.95, ge=0, lt=1)
-    w_export: float = 7.5
-    sampling_power: float = Field(1.0, ge=1, le=4)
-
-    idle: ClassVar[tuple[Idle, ...]] = (
-        Idle("method.huber_c", "method.distance", only=("huber",)),
-        Idle("method.guidance_dim method.target_decay", "student.kind", only=("full",)),
-    )
 
 
 @dataclass(frozen=True)
@@ -78,7 +47,6 @@ class LatentConsistency(Method):
     """
 
     needs = frozenset({"latents", "prompts"})
-    ignores = ("student.init", "student.network", "student.norm")
 
     def __init__(self, settings: Any, parts: Parts):
         super().__init__(settings, parts)
@@ -111,10 +79,6 @@ class LatentConsistency(Method):
         self.function = ConsistencyFunction(self.student.denoiser, boundary)
         decay = None if lora else s.target_decay
         self.target = None if decay is None else EMA(self.student.trained(), decay)
-
-    @classmethod
-    def needs_teacher(cls, student: StudentSettings) -> bool:
-        return True
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"student": list(self.student.trained().values())}

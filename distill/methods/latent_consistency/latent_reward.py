@@ -5,41 +5,12 @@ from itertools import combinations
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...settings import settings
+from .settings import LRMSettings
 
 MAX_LOGIT_SCALE = 100.0
-
-
-@settings
-class LRMSettings:
-    """Defaults are latent_ViT's of the official code; "ours": the release has neither weights nor their training.
-
-    vision_*, patch_size, embed_dim  the ViT on latents; unlocked_vision_layers: last blocks that matching trains
-    text_layers                      trained blocks above the teacher's frozen text states (official: the last 5 of a
-                                     24-block text tower, which starts from weights that are not released)
-    learning_rate                    of matching, after every step of the student
-    pretrain_steps, pretrain_lr      iterations of contrastive training before the student moves (ours; rate from a
-                                     checkpoint's name)
-    batch_size                       rows of the batch that matching uses
-    smooth                           where the expert prefers a generated latent to the real one, call it a draw
-    """
-
-    vision_width: int = Field(512, ge=8)
-    vision_layers: int = Field(12, ge=1)
-    vision_heads: int = Field(8, ge=1)
-    patch_size: int = Field(4, ge=1)
-    embed_dim: int = Field(1024, ge=1)
-    unlocked_vision_layers: int = Field(1, ge=0)
-    text_layers: int = Field(5, ge=1)
-    learning_rate: float = Field(3.3e-6, gt=0)
-    pretrain_steps: int = Field(10000, ge=0)
-    pretrain_lr: float = Field(5e-4, gt=0)
-    batch_size: int = Field(16, ge=1)
-    smooth: bool = False
 
 
 class LatentReward(nn.Module):

@@ -1,69 +1,18 @@
 """Reward guided latent consistency distillation (RG-LCD, arXiv 2403.11027), with Ctrl-U's weighting as a switch."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from ...errors import UserError
 from ...models.frozen import frozen
-from ...settings import Idle, settings
-from ...training.contract import Batch, Parts, Progress, Published
+from ...training.contract import Batch, Parts, Progress
 from .base import Step
-from .latent_reward import LatentReward, LRMSettings, contrastive_loss, pair_accuracy, preference_loss
-from .lcd import LCD, LCDSettings
+from .latent_reward import LatentReward, contrastive_loss, pair_accuracy, preference_loss
+from .lcd import LCD
+from .settings import RGLCDSettings
 from .uncertainty import uncertainty_weighted
-
-SECOND_HAND = "RG-LCD with ImageReward, {}; quoted by a third party, the paper's table was not read"
-PUBLISHED = (
-    Published("MS-COCO (presumed), SD 2.1", "FID", 4, 42.7, SECOND_HAND.format("direct")),
-    Published("MS-COCO (presumed), SD 2.1", "FID", 4, 17.2, SECOND_HAND.format("through the latent proxy")),
-)
-
-
-@settings
-class CtrlUSettings:
-    """Ctrl-U (arXiv 2410.11236) for a scalar reward: U = |R_a - R_b| / spread, cost = best reward - R.
-
-    pair                  R_b of the student at t + 1 with the same noise (Ctrl-U), or of LCD's own target: without a
-                          second pass, and with a gradient through R_a alone
-    weight                exp(-U); the same without its gradient; or none: the plain mean of both costs (a control)
-    penalty               lambda of the mean of U
-    spread                reward differences of this size count as 1 (ours: no value for scalar rewards is known)
-    t_min, t_max          only samples at these times are rewarded (Ctrl-U: up to 200 or 400; ours: all)
-    ramp_steps            the reward's weight grows to its full value over these iterations (Ctrl-U: 5,000)
-    """
-
-    pair: Literal["second_pass", "target"] = "second_pass"
-    weight: Literal["uncertainty", "detached", "uniform"] = "uncertainty"
-    penalty: float = Field(0.1, ge=0)
-    spread: float = Field(0.1, gt=0)
-    t_min: int | None = Field(None, ge=0)
-    t_max: int | None = Field(None, ge=0)
-    ramp_steps: int = Field(0, ge=0)
-
-
-@settings
-class RGLCDSettings(LCDSettings):
-    """reward        name of the reward, see `load_reward`; with lrm: the expert that it copies
-    reward_scale  beta
-    lrm           settings of the latent proxy reward model; null: the reward itself, through the decoder
-    uncertainty   settings of Ctrl-U's weighting; null: off
-    """
-
-    reward: str = "hpsv2"
-    reward_scale: float = Field(1.0, ge=0)
-    lrm: LRMSettings | None = None
-    uncertainty: CtrlUSettings | None = None
-
-    idle: ClassVar[tuple[Idle, ...]] = (
-        *LCDSettings.idle,
-        Idle("method.uncertainty.penalty method.uncertainty.spread", "method.uncertainty.weight",
-             only=("uncertainty", "detached")),
-        Idle("method.uncertainty.ramp_steps", "max_train_steps", longer=True),
-        Idle("method.lrm.pretrain_lr", "method.lrm.pretrain_steps", values=(0,)),
-    )  # fmt: skip
 
 
 class RGLCD(LCD):
@@ -74,7 +23,6 @@ class RGLCD(LCD):
     """
 
     Settings = RGLCDSettings
-    published = PUBLISHED
 
     def __init__(self, settings: RGLCDSettings, parts: Parts):
         super().__init__(settings, parts)

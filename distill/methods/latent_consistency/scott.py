@@ -1,9 +1,8 @@
 """Stochastic consistency distillation (SCott, arXiv 2403.01505). Its text was not read whole: see the defaults."""
 
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from ...diffusion.condition import Condition
@@ -21,56 +20,11 @@ from ...diffusion.solvers import (
 from ...errors import UserError
 from ...models.discriminator import Discriminator
 from ...models.frozen import frozen
-from ...settings import Idle, settings
-from ...training.contract import Batch, Parts, Progress, Published
-from .base import LatentConsistency, LatentConsistencySettings
+from ...training.contract import Batch, Parts, Progress
+from .base import LatentConsistency
+from .settings import SCottSettings
 
 LCM_STEPS = 50
-SECOND_HAND = "SCott, a summary of the paper; the paper's table was not read"
-PUBLISHED = (
-    Published("COCO 2017, 5k, 512 px, SD 1.5", "FID", 2, 21.9, "SCott paper, abstract of its last version"),
-    Published("COCO 2014, 30k, 512 px, SD 1.5", "FID", 2, 11.13, SECOND_HAND),
-    Published("COCO 2014, 30k, 512 px, SD 1.5", "FID", 4, 10.68, SECOND_HAND),
-    Published("MJHQ, 5k, SD 1.5", "FID", 2, 24.9, SECOND_HAND),
-)
-
-
-@settings
-class SCottSettings(LatentConsistencySettings):
-    """Values of the paper as two summaries of it give them; "ours": not known, chosen here.
-
-    segment, num_solver_steps  t_hi - t_lo, solved in this many equal stochastic steps
-    times                      t_hi: all integers 1 .. T-1, or a grid from T-1 down in segments (ours: all)
-    solver                     er_sde with its noise_function (SDE_5 unless given), ddim with its eta; the other two
-                               are ddim with eta 1 (which one the paper ends with is not known; ours: er_sde)
-    lambda_adv                 weight of -D(prediction) in the student's loss; 0: no discriminator
-    gan_start_step             iterations in which the discriminator learns before it is listened to (ours: 0)
-    discriminator_rank         of the LoRA in the decoder, on the layers that LCM-LoRA adapts (the summaries disagree);
-                               discriminator_lr, discriminator_beta1 of its optimiser
-    renoise                    D sees both sides at one new noise level instead of clean (ours: clean)
-    """
-
-    segment: int = Field(24, ge=1)
-    num_solver_steps: int = Field(3, ge=1)
-    times: Literal["all", "grid"] = "all"
-    solver: Literal["er_sde", "ddim", "sde_dpm_solver++", "euler_ancestral"] = "er_sde"
-    noise_function: Literal["ODE", "SDE", "SDE_1", "SDE_2", "SDE_3", "SDE_4", "SDE_5"] | None = None
-    eta: float | None = Field(None, ge=0, le=1)
-    lambda_adv: float = Field(0.4, ge=0)
-    gan_start_step: int = Field(0, ge=0)
-    discriminator_rank: int = Field(64, ge=1)
-    discriminator_lr: float = Field(2e-5, gt=0)
-    discriminator_beta1: float = Field(0.9, ge=0, lt=1)
-    renoise: bool = False
-
-    idle: ClassVar[tuple[Idle, ...]] = (
-        *LatentConsistencySettings.idle,
-        Idle("method.gan_start_step method.discriminator_rank method.discriminator_lr method.discriminator_beta1 "
-             "method.renoise", "method.lambda_adv", values=(0,)),
-        Idle("method.gan_start_step", "max_train_steps", longer=True),
-        Idle("method.eta", "method.solver", only=("ddim",)),
-        Idle("method.noise_function", "method.solver", only=("er_sde",)),
-    )  # fmt: skip
 
 
 class SCott(LatentConsistency):
@@ -80,7 +34,6 @@ class SCott(LatentConsistency):
     """
 
     Settings = SCottSettings
-    published = PUBLISHED
 
     def __init__(self, settings: SCottSettings, parts: Parts):
         super().__init__(settings, parts)

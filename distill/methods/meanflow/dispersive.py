@@ -1,11 +1,9 @@
 """Dispersive regularisers: representations of different samples are driven apart."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Dispersion = Literal["infonce_l2", "mp1"]
+from .settings import Dispersion
 
 
 def dispersive(kind: Dispersion, h: Tensor, tau: float = 1.0) -> Tensor:

@@ -1,11 +1,10 @@
 """MeanFlow (arXiv 2505.13447) from data or a teacher, with improved MeanFlow's tangent (arXiv 2512.02012)."""
 
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from pydantic import Field
 from torch import Tensor, nn
 
 from ....pipelines.export import Export, in_float32
@@ -13,100 +12,24 @@ from ....pipelines.pipeline_latent_meanflow import LatentMeanFlowPipeline
 from ....pipelines.pipeline_meanflow import MeanFlowPipeline
 from ...diffusion.condition import Condition
 from ...diffusion.denoiser import Denoiser, DenoiserView, reach, seen_in
-from ...diffusion.derivative import Derivative, derivative_of, rows_with_span
+from ...diffusion.derivative import derivative_of, rows_with_span
 from ...diffusion.draws import Draws, random_state, same_random
 from ...diffusion.generator import fresh_from, mean_velocity_sample, seeded
 from ...diffusion.guidance import guided_velocity
 from ...diffusion.losses import adaptive, unit_step
 from ...diffusion.process import RectifiedFlow, per_sample
 from ...errors import UserError
-from ...models.space import ClassLatentSpace, LatentSpace, PixelSpace, space_of
-from ...models.student import Student, start_of
-from ...settings import Idle, StudentSettings, settings
-from ...training.contract import Batch, Method, Parts, Progress, Published, Rehearsal
-from .dispersive import Dispersion, dispersive
-from .spans import SpanLaw, draw_spans
+from ...models.student import Student
+from ...training.contract import Batch, Method, Parts, Progress, Rehearsal
+from ..space import ClassLatentSpace, LatentSpace, PixelSpace, space_of, start_of
+from .dispersive import dispersive
+from .settings import MeanFlowSettings
+from .spans import draw_spans
 from .targets import alpha_target, annealed_alpha, split_target
 
 EXPORTED_STEPS = (1, 2, 4)
 ALPHA_KEYS = ("alpha_start", "alpha_end", "alpha_gamma", "alpha_clip", "target_clip")
 DERIVATIVE_KEYS = ("tangent", "tangent_warmup", "derivative", "derivative_step")
-PUBLISHED = tuple(
-    Published(benchmark, "FID", steps, value, f"MeanFlow paper; {certainty}")
-    for benchmark, steps, value, certainty in (
-        ("ImageNet 256 x 256, class-conditional, XL/2", 1, 3.43, "abstract"),
-        ("ImageNet 256 x 256, class-conditional, XL/2", 2, 2.93, "at second hand, not checked"),
-        ("CIFAR-10, unconditional", 1, 2.92, "FID of the paper as its code's README gives it"),
-    )
-)
-
-
-@settings
-class MeanFlowSettings:
-    """Defaults are the official ImageNet ones without guidance.
-
-    source             of the velocity: data and noise, or the teacher
-    target             over r < t: by the derivative (MeanFlow), `alpha_target` or `split_target`, which need none
-    tangent            of the derivative: that velocity, or the student's own u(z, t, t) (improved MeanFlow)
-    alpha_*            `annealed_alpha` by the share of the run: alpha_start, alpha_end, alpha_gamma, alpha_clip;
-                       rows with r < t weigh alpha
-    target_clip        bound of alpha_target's values, none unless given
-    span_law, ratio    `draw_spans` of r <= t; ratio: share of rows with r < t
-    p_mean, p_std      of logit t and r; r_mean, r_std: of logit r under span_law separate
-    omega, kappa       guided velocity omega v + (1 - omega - kappa) u(z, t, t | none) + kappa u(z, t, t | y) where
-                       guidance_start <= t <= guidance_end; from a teacher, omega is its guidance scale
-    condition_dropout  share of rows trained without their condition, at r < t too (source data)
-    loss               l2: `adaptive` of the summed squares; opt_grad: `unit_step`
-    norm_p, norm_c     of either; per_element: they see the mean of the squares (l2), a gradient over sqrt(D) (opt_grad)
-    tangent_warmup     steps over which the derivative's weight grows from 0 to 1
-    derivative         back end of `total_derivative`; derivative_step: of finite_difference
-    dispersive         regulariser on the outputs of the modules dispersive_blocks, summed: weight, tau
-    """
-
-    source: Literal["data", "teacher"] = "data"
-    target: Literal["derivative", "alpha_flow", "split"] = "derivative"
-    tangent: Literal["velocity", "student"] = "velocity"
-    alpha_start: float = Field(0.0, ge=0, lt=1)
-    alpha_end: float = Field(1.0, gt=0, le=1)
-    alpha_gamma: float = Field(25.0, gt=0)
-    alpha_clip: float = Field(0.005, ge=0, lt=0.5)
-    target_clip: float | None = Field(None, gt=0)
-    span_law: SpanLaw = "sorted"
-    ratio: float = Field(0.25, ge=0, le=1)
-    p_mean: float = -0.4
-    p_std: float = Field(1.0, gt=0)
-    r_mean: float | None = None
-    r_std: float | None = Field(None, gt=0)
-    omega: float = Field(1.0, gt=0)
-    kappa: float = Field(0.0, ge=0, lt=1)
-    guidance_start: float = Field(0.0, ge=0, le=1)
-    guidance_end: float = Field(1.0, ge=0, le=1)
-    condition_dropout: float = Field(0.1, ge=0, lt=1)
-    loss: Literal["l2", "opt_grad"] = "l2"
-    norm_p: float = Field(1.0, ge=0)
-    norm_c: float = Field(0.01, gt=0)
-    per_element: bool = False
-    tangent_warmup: int = Field(0, ge=0)
-    derivative: Derivative = "kernel"
-    derivative_step: float = Field(5e-3, gt=0)
-    dispersive: Literal["none"] | Dispersion = "none"
-    dispersive_weight: float = Field(0.5, gt=0)
-    dispersive_tau: float = Field(1.0, gt=0)
-    dispersive_blocks: tuple[str, ...] = ()
-
-    idle: ClassVar[tuple[Idle, ...]] = (
-        Idle("method.derivative_step", "method.derivative", only=("finite_difference",)),
-        Idle("method.condition_dropout", "method.source", only=("data",)),
-        Idle("method.dispersive_weight method.dispersive_tau", "method.dispersive", values=("none",)),
-        Idle(
-            "method.guidance_start method.guidance_end",
-            "method.omega",
-            values=(1,),
-            where=("method.kappa", 0),
-        ),
-        Idle("method.norm_c", "method.norm_p", values=(0,)),
-        Idle("method.tangent_warmup", "max_train_steps", longer=True),
-    )
 
 
 class MeanFlow(Method):
@@ -118,7 +41,6 @@ class MeanFlow(Method):
     """
 
     Settings = MeanFlowSettings
-    published = PUBLISHED
 
     def __init__(self, settings: MeanFlowSettings, parts: Parts):
         super().__init__(settings, parts)
@@ -149,10 +71,6 @@ class MeanFlow(Method):
         if self.settings.source == "data":
             return None
         return seen_in(self.parts.need_teacher().denoiser, self.process)
-
-    @classmethod
-    def needs_teacher(cls, student: StudentSettings) -> bool:
-        return student.init == "teacher"
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         return {"student": list(self.student.trained().values())}

@@ -1,13 +1,10 @@
 """Which spans r <= t two-time networks are trained on."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from ...diffusion.draws import Draws
-
-SpanLaw = Literal["sorted", "separate"]
+from .settings import SpanLaw
 
 
 def draw_spans(

@@ -7,34 +7,16 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ...diffusion.draws import Draws
-from ...errors import UserError
-from ...settings import settings
+from .settings import DegradationSettings
 
 Picture = np.ndarray  # (H, W, 3), float32 in [0, 1]
-Range = tuple[float, float]
 
 
-@settings
-class Degradation:
-    """Ranges that a picture's own values are drawn from uniformly. The defaults are InterLCM's, for 512 pixels.
-
-    blur         standard deviations of a Gaussian in pixels; kernel_size: its support, odd
-    anisotropic  share of pictures with two standard deviations along turned axes
-    downsample   the side is divided by this
-    noise        standard deviation in 1/255, the same in all channels
-    jpeg         quality, a whole number below the upper end
-    """
-
-    kernel_size: int = Field(41, ge=1)
-    anisotropic: float = Field(0.5, ge=0, le=1)
-    blur: Range = (0.1, 10.0)
-    downsample: Range = (1.0, 12.0)
-    noise: Range = (0.0, 15.0)
-    jpeg: tuple[int, int] = (60, 100)
+class Degradation(DegradationSettings):
+    """Degrades pictures by its settings."""
 
     def small(self, images: Tensor, draws: Draws) -> list[Picture]:
         """Degraded pictures before they are brought back to size; images (B, 3, H, W) in [0, 1]."""
@@ -51,17 +33,6 @@ class Degradation:
             return torch.empty_like(images)
         small = self.small(images / 2 + 0.5, draws)
         return 2 * enlarged(small, images.shape[-1], cv2.INTER_LINEAR).to(images) - 1
-
-    def check(self, key: str) -> None:
-        """UserError for values that no picture can have; `key` is what a message calls these settings."""
-        if self.kernel_size % 2 == 0:
-            raise UserError(f"{key}.kernel_size: {self.kernel_size} is even; a kernel has a middle")
-        for name, least, most in (
-            ("blur", 1e-3, math.inf), ("downsample", 1, math.inf), ("noise", 0, 255), ("jpeg", 1, 101),
-        ):  # fmt: skip
-            low, high = getattr(self, name)
-            if not least <= low <= high <= most or (name == "jpeg" and low == high):
-                raise UserError(f"{key}.{name}: [{low}, {high}] is no range within {least} .. {most}")
 
     def _one(self, picture: Picture, generator: torch.Generator) -> Picture:
         def uniform(low: float, high: float) -> float:

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from ....pipelines.export import Export, in_float32
@@ -18,78 +17,13 @@ from ...diffusion.losses import hinge_critic, hinge_generator, mean_distance
 from ...errors import UserError
 from ...models.frozen import frozen, weights_hash
 from ...models.one_step import controlnet_of
-from ...scorers.vision import DistanceName, ImageEncoder
-from ...settings import Idle, StudentSettings, settings
-from ...training.contract import Batch, Method, Parts, Progress, Published, Rehearsal
+from ...scorers.vision import ImageEncoder
+from ...training.contract import Batch, Method, Parts, Progress, Rehearsal
 from ...training.notes import Notes
 from .degradation import Degradation
-from .patch_discriminator import PatchDiscriminator, PatchSettings
+from .patch_discriminator import PatchDiscriminator
 from .restorer import Restorer
-
-TABLE = "DMDP-FR's README, which measured it again; the paper's own table was not read"
-PUBLISHED = tuple(
-    Published(f"{data}, 512 px, blind restoration", metric, 3, value, TABLE)
-    for data, metric, value in (
-        ("CelebA-Test", "FID", 51.524),
-        ("CelebA-Test", "LPIPS", 0.398),
-        ("CelebA-Test", "PSNR", 20.061),
-        ("CelebA-Test", "SSIM", 0.541),
-        ("LFW", "FID", 57.178),
-        ("WebPhoto", "FID", 79.492),
-        ("WIDER", "FID", 41.685),
-    )
-)
-
-
-@settings
-class VisualSettings:
-    """image_encoder  frozen network that describes the picture in tokens: efflite0, efflite2, or a CLIPVisionModel
-
-    channels, blocks_per_level  of the trained network between its tokens and the U-Net's
-    """
-
-    image_encoder: str = "openai/clip-vit-base-patch16"
-    channels: tuple[int, ...] = (128, 256, 512)
-    blocks_per_level: int = Field(2, ge=1)
-
-
-@settings
-class InterLCMSettings:
-    """Values of the released code (options/interlcm.yml).
-
-    num_steps, timesteps   the student's schedule, by number or by times; the one-step variant has num_steps 2
-    start_index            of the step whose state the picture makes; the network runs from it to the last
-    guidance_scale         that a guidance-embedding student is told; null for that of its sampling.json
-    visual                 tokens of the picture in place of the prompt's; null for the empty prompt's
-    spatial                whether a ControlNet sees the picture
-    perceptual             network of the perceptual loss: lpips-imagenet as the released code calls VGG's LPIPS, lpips
-                           as its package does, or efflite0 and efflite2, which ordinary packages carry
-    gan_weight             of -D(restored); 0: no discriminator
-    gan_start_step         iterations before the discriminator joins; discriminator_lr: as the run's unless given
-    """
-
-    degradation: Degradation = Field(default_factory=Degradation)
-    num_steps: int = Field(4, ge=2)
-    timesteps: tuple[int, ...] | None = None
-    start_index: int = Field(1, ge=1)
-    guidance_scale: float | None = Field(None, ge=1)
-    visual: VisualSettings | None = Field(default_factory=VisualSettings)
-    spatial: bool = True
-    l1_weight: float = Field(1.0, ge=0)
-    perceptual: DistanceName = "lpips-imagenet"
-    perceptual_weight: float = Field(1.0, ge=0)
-    gan_weight: float = Field(0.1, ge=0)
-    gan_start_step: int = Field(10001, ge=0)
-    discriminator: PatchSettings = Field(default_factory=PatchSettings)
-    discriminator_lr: float | None = Field(None, gt=0)
-
-    idle: ClassVar[tuple[Idle, ...]] = (
-        Idle("method.num_steps", "method.timesteps", only=(None,)),
-        Idle("method.perceptual", "method.perceptual_weight", values=(0,)),
-        Idle("method.gan_start_step method.discriminator.width method.discriminator.layers method.discriminator_lr",
-             "method.gan_weight", values=(0,)),
-        Idle("method.gan_start_step", "max_train_steps", longer=True),
-    )  # fmt: skip
+from .settings import InterLCMSettings, VisualSettings
 
 
 class InterLCM(Method):
@@ -101,7 +35,6 @@ class InterLCM(Method):
 
     Settings = InterLCMSettings
     needs = frozenset({"images"})
-    published = PUBLISHED
 
     def __init__(self, settings: InterLCMSettings, parts: Parts):
         super().__init__(settings, parts)
@@ -112,6 +45,7 @@ class InterLCM(Method):
                 "method.spatial: false leaves nothing to train beside method.visual null; set one"
             )
         s.degradation.check("method.degradation")
+        self.degradation = Degradation(**vars(s.degradation))
         self.teacher = parts.need_latent_teacher()
         self.restorer = Restorer(
             self.teacher, s.num_steps, timesteps=s.timesteps, guidance_scale=s.guidance_scale
@@ -134,10 +68,6 @@ class InterLCM(Method):
         self.discriminator = (
             PatchDiscriminator(s.discriminator, self.teacher.resolution) if s.gan_weight else None
         )
-
-    @classmethod
-    def needs_teacher(cls, student: StudentSettings) -> bool:
-        return True
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         encoders = [m for m in (self.visual, self.spatial) if m is not None]
@@ -166,7 +96,7 @@ class InterLCM(Method):
             return {"loss": hinge_critic(*judged)}
         assert batch.images is not None
         s, draws, wanted = self.settings, batch.draws, batch.images
-        degraded = s.degradation(wanted, draws)
+        degraded = self.degradation(wanted, draws)
         restored = self.restored(degraded, lambda x: draws.normal(x.shape[1:])).float()
         l1 = mean_distance("l1", restored, wanted).mean()
         out = {"loss": s.l1_weight * l1, "l1": l1}
@@ -206,7 +136,7 @@ class InterLCM(Method):
         told = self.restorer.told(self.teacher.condition(captions).to(device))
         sample = Generator(self.restorer.function, self.restorer.timesteps)(noise, told, fresh)
         clean = self.teacher.decode(sample).float().clamp(-1, 1)
-        degraded = self.settings.degradation(clean, Draws(seed, 0, range(count), device))
+        degraded = self.degradation(clean, Draws(seed, 0, range(count), device))
         return {"student": clean, "degraded": degraded, "restored": self.restored(degraded, fresh)}
 
     @torch.no_grad()

@@ -1,18 +1,9 @@
 """PatchGAN: a convolutional discriminator of pictures (arXiv 1611.07004, as VQGAN, arXiv 2012.09841, has it)."""
 
-from pydantic import Field
 from torch import nn
 
 from ...errors import UserError
-from ...settings import settings
-
-
-@settings
-class PatchSettings:
-    """width: channels of the first layer; layers: strided ones, each of which halves the side."""
-
-    width: int = Field(64, ge=1)
-    layers: int = Field(4, ge=1)
+from .settings import PatchSettings
 
 
 class PatchDiscriminator(nn.Sequential):

@@ -16,11 +16,10 @@ from ...diffusion.generator import Generator, fresh_from, seeded
 from ...diffusion.guidance import guided_x0_eps
 from ...diffusion.process import TrigFlow, per_sample
 from ...errors import UserError
-from ...models.space import LatentSpace, Space, space_of
-from ...models.student import Student, start_of
+from ...models.student import Student
 from ...models.teacher import LatentTeacher
-from ...settings import StudentSettings
 from ...training.contract import Method, Parts, Rehearsal
+from ..space import LatentSpace, Space, space_of, start_of
 from .score import FakeScore
 from .trig_sampling import TrigSampling
 
@@ -66,10 +65,6 @@ class ScoreDistillation(Method):
     def source(self) -> Denoiser:
         """The frozen teacher in TrigFlow; no submodule, so that it stays in evaluation mode."""
         return seen_in(self.parts.need_teacher().denoiser, self.process)
-
-    @classmethod
-    def needs_teacher(cls, student: StudentSettings) -> bool:
-        return student.init == "teacher"
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         fake = {} if self.fake_score is None else {"fake_score": list(self.fake_score.parameters())}

@@ -1,56 +1,22 @@
 """Improved distribution matching distillation, DMD2 (arXiv 2405.14867), of image U-Nets."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, UNet2DModel
-from pydantic import Field
 from torch import Tensor, nn
 
 from ...diffusion.condition import Condition
 from ...diffusion.draws import Draws
 from ...errors import UserError
 from ...models.frozen import frozen
-from ...settings import Idle, StudentSettings, settings
-from ...training.contract import Batch, Parts, Progress, Published
+from ...training.contract import Batch, Parts, Progress
 from .base import ScoreDistillation
 from .score import matching_loss, native_times
+from .settings import DMD2Settings
 
 FEATURE = "mid_block"
-PUBLISHED = (
-    Published(
-        "ImageNet 64 x 64, class-conditional", "FID", 1, 1.28, "DMD2 paper, abstract as its README quotes it"
-    ),
-    Published("zero-shot COCO 2014, SD 1.5", "FID", 1, 8.35, "DMD2 paper, abstract as its README quotes it"),
-)
-
-
-@settings
-class DMD2Settings:
-    """Values of the released code (tianweiy/DMD2); of SDXL's four-step recipe where recipes differ.
-
-    num_steps            at i / num_steps of the teacher's time; rollouts end at each of them in turn
-    student_update_freq  fake-score steps per student step: 5, in SD 1.5's recipe 10 (dfake_gen_update_ratio)
-    fake_score_lr        of fake score and discriminator, as the run's unless given
-    min_share, max_share the share of the teacher's time where the scores are compared (min, max_step_percent)
-    gan_weight           of -log D(G) in the student's loss (gen_cls_loss_weight: SDXL 5e-3, SD 1.5 1e-3);
-                         0: no discriminator
-    critic_weight        of the discriminator's loss in the fake score's (guidance_cls_loss_weight)
-    sigma_data           the data's standard deviation per element, of TrigFlow, in which all of it is written
-    """
-
-    guidance_scale: float = Field(1.0, ge=1)
-    num_steps: int = Field(4, ge=1)
-    student_update_freq: int = Field(5, ge=1)
-    fake_score_lr: float | None = Field(None, gt=0)
-    min_share: float = Field(0.02, ge=0, lt=1)
-    max_share: float = Field(0.98, gt=0, le=1)
-    gan_weight: float = Field(5e-3, ge=0)
-    critic_weight: float = Field(1e-2, gt=0)
-    sigma_data: float = Field(1.0, gt=0)
-
-    idle: ClassVar[tuple[Idle, ...]] = (Idle("method.critic_weight", "method.gan_weight", values=(0,)),)
 
 
 class DMD2(ScoreDistillation):
@@ -61,7 +27,6 @@ class DMD2(ScoreDistillation):
     """
 
     Settings = DMD2Settings
-    published = PUBLISHED
 
     def __init__(self, settings: DMD2Settings, parts: Parts):
         s = settings
@@ -69,10 +34,6 @@ class DMD2(ScoreDistillation):
             raise UserError(f"method.min_share: {s.min_share} is not below method.max_share {s.max_share}")
         super().__init__(s, parts, sigma_data=s.sigma_data, taught=True, scored=True)
         self.head = head_of(parts.need_teacher().denoiser.network) if s.gan_weight else None
-
-    @classmethod
-    def needs_teacher(cls, student: StudentSettings) -> bool:
-        return True
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         out = super().players()

@@ -1,106 +1,21 @@
 """Score-regularised continuous-time consistency (rCM, arXiv 2510.08431), and sCM (arXiv 2410.11081) as its part."""
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from ...diffusion.denoiser import Prediction
-from ...diffusion.derivative import Derivative, scaled_derivative
+from ...diffusion.derivative import scaled_derivative
 from ...diffusion.draws import Draws, random_state, same_random
 from ...diffusion.losses import unit_step
 from ...diffusion.process import per_sample
 from ...errors import UserError
-from ...settings import Idle, settings
-from ...training.contract import Batch, Parts, Progress, Published
+from ...training.contract import Batch, Parts, Progress
 from .base import ScoreDistillation
 from .score import lognormal_times, matching_loss, output_weight, shifted_times, velocity_loss
-
-RCM_TABLE = "rCM paper, results; read in its stored text"
-SCM_TABLE = "sCM paper; read in its stored text"
-PUBLISHED = tuple(
-    Published(benchmark, metric, steps, value, source)
-    for benchmark, metric, source, results in (
-        ("Cosmos-Predict2 0.6B, text to image", "GenEval", RCM_TABLE, {4: 0.79, 2: 0.78, 1: 0.78}),
-        ("Cosmos-Predict2 2B, text to image", "GenEval", RCM_TABLE, {4: 0.81, 2: 0.82, 1: 0.81}),
-        ("Cosmos-Predict2 14B, text to image", "GenEval", RCM_TABLE, {4: 0.83, 2: 0.81, 1: 0.82}),
-        ("Wan2.1 1.3B, 480p", "VBench total", RCM_TABLE, {4: 84.43, 2: 84.09, 1: 82.65}),
-        ("Wan2.1 14B, 480p", "VBench total", RCM_TABLE, {4: 84.92, 2: 85.05, 1: 83.02}),
-        ("CIFAR-10, unconditional, sCT", "FID", SCM_TABLE, {1: 2.85, 2: 2.06}),
-        ("CIFAR-10, unconditional, sCD", "FID", SCM_TABLE, {1: 3.66, 2: 2.52}),
-        ("ImageNet 64 x 64, XL, sCT", "FID", SCM_TABLE, {1: 2.04, 2: 1.48}),
-        ("ImageNet 64 x 64, XL, sCD", "FID", SCM_TABLE, {1: 2.44, 2: 1.66}),
-        ("ImageNet 512 x 512, XXL, sCD", "FID", SCM_TABLE, {1: 2.28, 2: 1.88}),
-    )
-    for steps, value in results.items()
-)
-Warmup = Literal["code", "paper", "scm"]
-
-
-@settings
-class RCMSettings:
-    """Defaults are rCM's for text to image (its table 4, and its released code where that says more).
-
-    source             of dx/dt in the consistency term: the guided teacher (sCD), or data and noise (sCT)
-    scm_weight         of the consistency term, 0: the score term alone (DMD without its discriminator)
-    score_weight       of the score term, 0: sCM alone, without a fake score
-    p_mean, p_std      of ln(sigma_data tan t) in the consistency term
-    tangent_warmup     H: steps over which r of `tangent` grows to 1, and before which there is no score term;
-                       tangent_form says where r stands, tangent_c is c of the normalisation g / (|g| + c)
-    per_element        |g| is divided by the square root of the number of elements (FastGen, not the papers)
-    adaptive           the consistency term is e^w / D times itself minus w, w(t) learned (sCM, algorithm 1; not rCM)
-    output_weight      rows are weighted so that a unit of the network's output counts alike at every time: the
-                       consistency term by `score.output_weight`, the fake score's loss by its square; both are 1 unless
-                       the network predicts noise or x0. false: the papers' losses, whose networks predict velocities
-    derivative         back end of the derivative; derivative_step: of finite_difference
-    max_rollout        N_max: rollouts have 1, 2, .. N_max, 1, .. steps in turn
-    rollout_times      fixed times of their later steps in place of random ones (better for the score alone)
-    score_law          of t in the score terms and rollouts: ln(sigma_data tan t) ~ N(score_p_mean, score_p_std^2), or
-                       straight paths' times shifted by score_shift (video)
-    student_update_freq  one step in so many is the student's, the others are the fake score's
-    fake_score_lr      the run's unless given; the papers': 5 to 10 times smaller than the student's
-    times              of sampling after the first, which is atan(sigma_max / sigma_data) cut to the teacher's reach
-    """
-
-    source: Literal["teacher", "data"] = "teacher"
-    guidance_scale: float = Field(1.0, ge=1)
-    sigma_data: float = Field(1.0, gt=0)
-    scm_weight: float = Field(100.0, ge=0)
-    score_weight: float = Field(1.0, ge=0)
-    p_mean: float = -0.8
-    p_std: float = Field(1.6, gt=0)
-    tangent_warmup: int = Field(0, ge=0)
-    tangent_form: Warmup = "code"
-    tangent_c: float = Field(0.1, gt=0)
-    per_element: bool = False
-    adaptive: bool = False
-    output_weight: bool = True
-    derivative: Derivative = "kernel"
-    derivative_step: float = Field(1e-3, gt=0)
-    max_rollout: int = Field(4, ge=1)
-    rollout_times: tuple[float, ...] | None = None
-    score_law: Literal["lognormal", "shifted"] = "lognormal"
-    score_p_mean: float = 0.0
-    score_p_std: float = Field(1.6, gt=0)
-    score_shift: float = Field(5.0, gt=0)
-    student_update_freq: int = Field(5, ge=2)
-    fake_score_lr: float | None = Field(None, gt=0)
-    sigma_max: float = Field(80.0, gt=0)
-    times: tuple[float, ...] = (1.3, 1.0, 0.6)
-
-    before: ClassVar[dict[str, Any]] = {"output_weight": False}
-    idle: ClassVar[tuple[Idle, ...]] = (
-        Idle("method.source method.p_mean method.p_std method.tangent_form method.tangent_c method.per_element "
-             "method.derivative method.derivative_step", "method.scm_weight", values=(0,)),
-        Idle("method.max_rollout method.rollout_times method.score_law method.score_p_mean method.score_p_std "
-             "method.score_shift method.student_update_freq method.fake_score_lr", "method.score_weight", values=(0,)),
-        Idle("method.derivative_step", "method.derivative", only=("finite_difference",)),
-        Idle("method.score_p_mean method.score_p_std", "method.score_law", only=("lognormal",)),
-        Idle("method.score_shift", "method.score_law", only=("shifted",)),
-        Idle("method.tangent_warmup", "max_train_steps", longer=True),
-    )  # fmt: skip
+from .settings import RCMSettings, Warmup
 
 
 class RCM(ScoreDistillation):
@@ -112,7 +27,6 @@ class RCM(ScoreDistillation):
     """
 
     Settings = RCMSettings
-    published = PUBLISHED
 
     def __init__(self, settings: RCMSettings, parts: Parts):
         s = settings

@@ -15,11 +15,11 @@ from ....pipelines.scheduler_few_sigmas import FewSigmasScheduler
 from ...diffusion.denoiser import Denoiser, DenoiserView
 from ...diffusion.process import VP, RectifiedFlow, TrigFlow
 from ...errors import UserError
-from ...models.space import ClassLatentSpace, LatentSpace, Space
 from ...models.stock_schedulers import lcm_scheduler
 from ...models.student import Student
 from ...models.teacher import LatentTeacher
 from ...settings import StudentSettings
+from ..space import ClassLatentSpace, LatentSpace, Space
 
 
 class TrigSampling:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fewstep.distill.cli import main
-from fewstep.distill.metrics.features import extract
+from fewstep.distill.metrics.extractor import extract
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
 from fewstep.distill.metrics.inception import InceptionFID
 from fewstep.distill.metrics.protocol import Score, hash_prompts

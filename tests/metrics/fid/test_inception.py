@@ -9,7 +9,8 @@ import torch
 import torch_fidelity
 from fewstep.distill.errors import UserError
 from fewstep.distill.metrics import inception as module
-from fewstep.distill.metrics.features import Extractor, extract, make_extractor
+from fewstep.distill.metrics.extractor import Extractor, extract
+from fewstep.distill.metrics.features import make_extractor
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
 from fewstep.distill.metrics.inception import (
     RESIZES,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.features import Extractor, extract
+from fewstep.distill.metrics.extractor import Extractor, extract
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
 from fewstep.distill.metrics.inception import SHA256, InceptionFID
 from fewstep.distill.protocols import prepare

@@ -27,11 +27,10 @@ from fewstep.distill.protocols.standards import (
     QUANTISATIONS,
     caption_lines,
     coco_captions,
-    get_standard,
     mjhq_names,
     mjhq_prompts,
 )
-from fewstep.distill.protocols.table import STANDARDS
+from fewstep.distill.protocols.table import STANDARDS, get_standard
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import center_crop, pil_to_tensor

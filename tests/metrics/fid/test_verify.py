@@ -11,7 +11,7 @@ import pytest
 import torch_fidelity
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
-from fewstep.distill.metrics.features import Extractor
+from fewstep.distill.metrics.extractor import Extractor
 from fewstep.distill.metrics.inception import InceptionFID, sha256_of
 from fewstep.distill.protocols import published_numbers as checks
 from fewstep.distill.protocols import verify

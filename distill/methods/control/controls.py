@@ -2,30 +2,33 @@
 embedding (B, D), an IP-Adapter's.
 
 Each is deterministic in the picture (a mask is drawn apart from it), as noise consistency needs: of a random condition
-the boundary loss would forbid any use (arXiv 2506.19741, theorem 1).
+the boundary loss would forbid any use (arXiv 2506.19741, theorem 1). torch is imported where a picture is looked at:
+the settings are read without it.
 """
+
+from __future__ import (
+    annotations,  # torch is imported where a picture is looked at: settings are read without it
+)
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
 
-from ...pipelines.ip_adapter import ENCODER_FOLDER
-from ..diffusion.draws import Draws
-from ..errors import UserError
-from ..scorers.vision import Vision
-from ..settings import settings
+from ...errors import UserError
+from ...settings import settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...diffusion.draws import Draws
+    from ...scorers.vision import Vision
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 HIDDEN = -1.0  # of masked pixels, as diffusers' inpainting ControlNets have them
 
-View = Callable[[Tensor, Draws], Tensor]  # pictures to conditions
+View = Callable[["Tensor", "Draws"], "Tensor"]  # pictures to conditions
 
 
 class ControlSettings:
@@ -65,6 +68,8 @@ class Canny(ControlSettings):
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         import cv2
+        import numpy as np
+        import torch
 
         pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         edges = np.stack([cv2.Canny(np.ascontiguousarray(p), self.low, self.high) for p in pixels])
@@ -79,6 +84,10 @@ class SoftEdges(ControlSettings):
     blur: float = Field(1.0, gt=0)
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        import torch
+        import torch.nn.functional as F
+        from torchvision.transforms.functional import gaussian_blur
+
         size = 2 * round(3 * self.blur) + 1
         y = F.pad(
             gaussian_blur(luminance(images), [size, size], [self.blur, self.blur]), (1, 1, 1, 1), "replicate"
@@ -106,6 +115,8 @@ class SuperResolution(ControlSettings):
     factor: int = Field(8, ge=2)
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        import torch.nn.functional as F
+
         if images.shape[-1] % self.factor or images.shape[-2] % self.factor:
             sides = " x ".join(str(n) for n in images.shape[-2:])
             raise UserError(
@@ -123,6 +134,8 @@ class Inpainting(ControlSettings):
     max_side: float = Field(0.75, gt=0, le=1)
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        import torch
+
         hidden = torch.ones_like(images[:, :1], dtype=torch.bool)
         for dim in (2, 3):
             side = draws.uniform(self.min_side, self.max_side)
@@ -172,6 +185,8 @@ class ImagePrompt(ControlSettings):
         return vision.embedder(self.encoder)
 
     def error(self, wanted: Tensor, seen: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
         return 1 - F.cosine_similarity(wanted.double(), seen.double())
 
     def shown(self, images: Tensor, seen: Tensor) -> Tensor:
@@ -179,6 +194,8 @@ class ImagePrompt(ControlSettings):
 
     def record(self) -> dict[str, Any]:
         """An encoder of a folder by its place in the export, which has a copy."""
+        from ....pipelines.ip_adapter import ENCODER_FOLDER
+
         local = Path(self.encoder).expanduser().is_dir()
         return {**vars(self), "encoder": ENCODER_FOLDER if local else self.encoder}
 

@@ -1,4 +1,4 @@
-"""Where a method works: the samples that it denoises, and what the network is told beside them."""
+"""Where a method works: the samples that it denoises, what the network is told, what a student starts from."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,11 +9,14 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ..diffusion.condition import Condition
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.process import EDM, NoiseProcess
 from ..errors import UserError
+from ..models.codec import Codec
+from ..models.families import StableDiffusion
+from ..models.student import new_denoiser, renewed
+from ..models.teacher import LatentTeacher
 from ..training.contract import Batch, Parts
-from .codec import Codec
-from .families import StableDiffusion
-from .teacher import LatentTeacher
 
 
 class Space(ABC):
@@ -207,3 +210,31 @@ def pixel_space(network: Any, parts: Parts) -> PixelSpace:
         )
     count = fitting_classes(config.num_class_embeds, parts.classes)
     return PixelSpace((config.in_channels, side, side), parts.classes if count else ())
+
+
+def start_of(parts: Parts, process: NoiseProcess, kind: str) -> Denoiser:
+    """What a student starts from: the teacher as it is, or new weights that work in `process` and give `kind`.
+
+    Raises UserError for settings that contradict each other, and where the teacher's sigma_data is not the process's.
+    """
+    student, teacher = parts.student, parts.teacher
+    if student.init == "teacher":
+        if student.network is not None:
+            raise UserError(
+                "student.network: has no effect beside init: teacher; set student.init to scratch"
+            )
+        base = parts.need_teacher().denoiser
+        wanted = getattr(process, "sigma_data", None)
+        if isinstance(base.process, EDM) and wanted not in (None, base.process.sigma_data):
+            raise UserError(
+                f"method.sigma_data: {wanted}, but the teacher's network was made for "
+                f"{base.process.sigma_data}; make them equal"
+            )
+        return base
+    if student.kind == "lora":
+        raise UserError("student.init: scratch: a LoRA needs the teacher's weights; set it to teacher")
+    if student.network is not None:
+        return new_denoiser(student.network, process, kind, student.norm)
+    if teacher is None:
+        raise UserError("student.network: missing; without a teacher the architecture must be given")
+    return renewed(teacher.denoiser, process, kind, student.norm)

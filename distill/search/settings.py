@@ -1,0 +1,78 @@
+"""Settings of LCSC and Q-Sched."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from ..settings import Idle, MethodSettings, settings
+
+Space = Literal["weights", "lora_factors", "lora_delta"]
+
+
+@settings
+class LCSCSettings(MethodSettings):
+    """Weights sum(alpha_i theta_i) with sum(alpha) = 1, of the raw weights that a run kept (raw_weights.every).
+
+    family       evolution: LCSC's search from a population of EMAs; uniform: over the last k checkpoints for each k of
+                 `windows`; ema: over `rates`; mwa: weights by `metric`, a candidate for each of `penalties`, no search
+    last         of the checkpoints, the newest so many; null for all
+    space        weights; of a LoRA also lora_factors (sum of A and sum of B) or lora_delta (sum of B A)
+    rates        per checkpoint; alpha_1 = g^(K-1), alpha_i = (1-g) g^(K-i)
+    num_parents, sigma, probability   of the evolution: the paper's values are not public, these are ours; sigma is a
+                 share of the first population's spread and falls tenfold over the budget
+    metric       mwa: mean training loss since the checkpoint before, or the step
+    weighting    mwa: power, w ~ loss^-p or step^p; softmax, w ~ exp(-p (loss - min) / (max - min)). MWA-style: the
+                 paper's own formula could not be read
+    """
+
+    family: Literal["evolution", "uniform", "ema", "mwa"] = "evolution"
+    last: int | None = Field(None, ge=2)
+    space: Space = "weights"
+    rates: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 0.9, 0.95, 0.97, 0.99)
+    windows: tuple[int, ...] = (2, 4, 8, 16)
+    num_parents: int = Field(10, ge=2)
+    sigma: float = Field(0.5, gt=0)
+    probability: float = Field(0.5, gt=0, le=1)
+    metric: Literal["loss", "step"] = "loss"
+    weighting: Literal["power", "softmax"] = "power"
+    penalties: tuple[float, ...] = (2.0,)
+
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle("method.num_parents method.sigma method.probability", "method.family", only=("evolution",)),
+        Idle("method.rates", "method.family", only=("evolution", "ema")),
+        Idle("method.windows", "method.family", only=("uniform",)),
+        Idle("method.metric method.weighting method.penalties", "method.family", only=("mwa",)),
+    )
+
+
+@settings
+class QSchedSettings(MethodSettings):
+    """Each step multiplies the network's output by c_eps and the state by c_x.
+
+    quantisation   w8a8, w4a8, w8, w4, ... (see quantise.Scheme); null: the unquantised student alone
+    convolutions   quantise them too, by fake quantisation
+    family         constant: one pair for all steps; ramp_to_one: linear, 1 at the last step (the official search);
+                   ramp: linear between two pairs (the official evaluation); free: a pair a step
+    strategy       grid: `points` values on each axis; evolution: from the best so far
+    c_eps, c_x     ranges of the grid, and of the first candidates of the evolution
+    control        search the unquantised student too: its gain is not one over the quantisation
+    """
+
+    quantisation: str | None = "w4a8"
+    convolutions: bool = True
+    family: Literal["constant", "ramp_to_one", "ramp", "free"] = "ramp_to_one"
+    strategy: Literal["grid", "evolution"] = "grid"
+    c_eps: tuple[float, float] = (0.8, 1.1)
+    c_x: tuple[float, float] = (0.8, 1.1)
+    points: int = Field(10, ge=1)
+    num_parents: int = Field(10, ge=2)
+    sigma: float = Field(
+        0.1, gt=0
+    )  # of a mutation, as a share of the range; halves until the budget is spent
+    control: bool = True
+
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle("method.convolutions method.control", "method.quantisation", values=(None,)),
+        Idle("method.points", "method.strategy", only=("grid",)),
+        Idle("method.num_parents method.sigma", "method.strategy", only=("evolution",)),
+    )
