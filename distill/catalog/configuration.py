@@ -128,7 +128,7 @@ def load_config(tree: dict[str, Any], prefix: str = "") -> RunConfig:
         kind = method_named(name)
     except UserError as error:
         raise UserError(f"{prefix}{error}") from None
-    config: RunConfig = _resolved(RunConfig, tree, RUN, prefix)
+    config: RunConfig = resolved(RunConfig, tree, RUN, prefix)
     from_weights = kind.needs_teacher == "to_start" and config.student.init == "teacher"
     if config.teacher is None and (kind.needs_teacher == "always" or from_weights):
         raise UserError(f"{prefix}teacher: missing; this method needs `teacher: {{path: ...}}`")
@@ -144,7 +144,7 @@ def load_search(tree: dict[str, Any]) -> SearchConfig:
             raise UserError(
                 f"{key}: belongs to training; {name} is a search and trains nothing; leave it out"
             )
-    config: SearchConfig = _resolved(SearchConfig, tree, SEARCH)
+    config: SearchConfig = resolved(SearchConfig, tree, SEARCH)
     if config.report is not None:
         d, r = config.data, config.report
         if (r.name or d.name, r.split) == (d.name, d.split):
@@ -159,16 +159,17 @@ def is_search(tree: dict[str, Any]) -> bool:
     return isinstance(tree.get("method"), dict) and str(tree["method"].get("name")) in SEARCHES
 
 
-def _resolved(cls: Any, tree: dict[str, Any], rows: Sequence[Idle], prefix: str = "") -> Any:
+def resolved(cls: Any, tree: dict[str, Any], rows: Sequence[Idle] | None, prefix: str = "") -> Any:
     """The configuration of class `cls`, `method` with the settings of the one that it names; refuses the keys that are
-    idle by `rows`, by the method's own rows, or that the method ignores."""
+    idle by `rows`, by the method's own rows, or that the method ignores; with rows None nothing is."""
     name = method_name(tree, prefix)
     config = validate(cls, tree, prefix)
     kind = settings_of(name)
     chosen = validate(kind, {k: v for k, v in tree["method"].items() if k != "name"}, f"{prefix}method.")
     try:
-        whole = dataclasses.replace(config, method=chosen)
-        check_effects(whole, (*rows, *kind.idle), kind.ignores, name)
+        if rows is not None:
+            whole = dataclasses.replace(config, method=chosen)
+            check_effects(whole, (*rows, *kind.idle), kind.ignores, name)
     except UserError as error:
         raise UserError(f"{prefix}{error}") from None
     return dataclasses.replace(config, method=ChosenMethod(name, chosen, lambda: load(name)))

@@ -19,9 +19,10 @@ from ..models.lora_files import lora_place
 from ..models.teacher import LatentTeacher, Teacher
 from ..scorers.rewards import Reward, UnloadedReward
 from ..scorers.vision import PlannedVision
+from ..training.assembly import DTYPES
 from ..training.contract import Batch, Method, Parts, Progress
 from ..training.launch import num_processes
-from ..training.runner import DTYPES, Carry
+from ..training.runner import Carry
 from ..training.teacher_data import NAME as TAUGHT
 from ..training.teacher_data import captions_of, check_keys, open_data
 from .known_teachers import Blueprint, blueprint, meta_teacher

@@ -1,69 +1,42 @@
-"""The one training loop: devices, precision, players, averages, logs, checkpoints, pictures, export."""
+"""The one training loop: turns of the players, logs, checkpoints, pictures, export."""
 
 import math
 import signal
 import time
 from collections import UserDict
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
 from accelerate.utils import (
-    GradientAccumulationPlugin,
     gather,
-    is_tensorboard_available,
-    is_wandb_available,
 )
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
 from ..config.method import as_tree
-from ..config.run import RunConfig
 from ..diffusion.draws import mix
-from ..diffusion.ema import EMA
 from ..errors import UserError
-from ..models.codec import Autoencoder
-from ..models.frozen import Offloaded
-from ..models.teacher import LatentTeacher, Teacher
 from ..writers import recover, writing
-from .batches import Batches
-from .checkpoint import Checkpoints, ProgressFile, RawWeights, kept_state, restore_state, step_of
-from .contract import Method, Parts, Progress
+from .assembly import Assembly
+from .checkpoint import step_of
+from .contract import Progress
 from .export_check import check_export
-from .finite import Blame, check_saved
 from .grid import save_rows
 from .interrupts import Pending, held_back, raise_for
-from .launch import check_accelerator, check_launcher, join_on_cpus
-from .measure import processor, seconds
-from .memory_savers import save_memory, waiting
-from .optimisers import optimiser
-from .resume import progress_of, restore_average, restore_optimisers
+from .launch import check_launcher, join_on_cpus
+from .measure import seconds
 from .run_export import write_exports
-from .run_folder import RunFolder, flat
+from .run_folder import flat
 from .run_lock import locked
-from .teacher_data import open_data
-
-TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Carry(UserDict):
     """Hands tensors from one turn to the next; not a dict, which DistributedDataParallel would copy."""
 
 
-class Runner:
+class Runner(Assembly):
     """Runs one configuration in its run folder; repeating it resumes, a finished run is left alone."""
-
-    def __init__(self, config: RunConfig):
-        self.config = config
-        self.folder = RunFolder(config)
-        self.run = self.folder.path
-        self.checkpoints = Checkpoints(self.run, config.checkpoints_total_limit)
 
     def finished(self) -> bool:
         """Whether the folder holds what this configuration's last step exports."""
@@ -105,78 +78,6 @@ class Runner:
         """Seconds of each of the first iterations, of which no weights are kept."""
         self._build(None)
         return [seconds(lambda i=i: self._iteration(i)) for i in range(iterations)]  # type: ignore[misc]
-
-    def _build(self, source: Path | None) -> None:
-        c = self.config
-        replication = DistributedDataParallelKwargs()
-        log_with = None if c.report_to == "none" else c.report_to
-        if log_with and not TRACKERS[log_with]():
-            raise UserError(
-                f"report_to: {log_with} is not installed; pip install {log_with}, or leave the key off"
-            )
-        AcceleratorState._reset_state()  # each run of a process has its own precision
-        self.accelerator = Accelerator(
-            mixed_precision=c.mixed_precision,
-            log_with=log_with,
-            project_dir=str(self.run),
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop's own
-            kwargs_handlers=[replication],
-        )
-        check_accelerator(self.accelerator)
-        if c.allow_tf32:
-            torch.backends.cuda.matmul.allow_tf32 = True
-        torch.manual_seed(c.seed)
-        device = self.accelerator.device
-        teacher = Teacher.load(c.teacher, c.resolution) if c.teacher else None
-        if c.teacher and c.teacher.quantisation:
-            assert isinstance(teacher, LatentTeacher)
-            teacher.quantise(DTYPES[c.mixed_precision])
-        vae = Autoencoder.load(c.vae) if c.vae else None
-        resolution = c.resolution or (teacher.resolution if teacher else None)
-        if resolution is None:
-            raise UserError(
-                "resolution: missing; without `teacher: {path: ...}` the image size must be given"
-            )
-        data = open_data(c.data, teacher, resolution)
-        parts = Parts(teacher, c.student, data.captions, data.classes, resolution, vae=vae)
-        method: Method = c.method.load()(c.method.settings, parts)
-        parts.check(method.needs)
-        if "prompts" in method.needs and c.data.caption_column is not None:
-            data.need_captions()
-        for frozen in (teacher, vae):
-            if frozen is not None:
-                frozen.to(device, DTYPES[c.mixed_precision])
-        self.batches = Batches(c, method.needs, data, teacher, parts.codec, self.accelerator)
-        self.offloaded = Offloaded(waiting(teacher or vae), device) if c.cpu_offload else None
-        save_memory(c, method, teacher)
-        self.method = method
-        self.players = method.players()
-        replication.find_unused_parameters = len(self.players) > 1  # a turn leaves the other players' alone
-        self.optimisers = {k: optimiser(c, p, method.optimiser(k)) for k, p in self.players.items()}
-        self.schedules = {
-            k: get_scheduler(
-                c.lr_scheduler, o, num_warmup_steps=c.lr_warmup_steps, num_training_steps=c.max_train_steps
-            )
-            for k, o in self.optimisers.items()
-        }
-        self.updates = dict.fromkeys(self.players, 0)
-        self.earlier_seconds = 0.0
-        averaged = method.averaged()
-        self.ema = EMA(averaged, c.ema_decay, warmup=True, std=c.ema_std) if c.use_ema else None
-        kept = {id(p) for p in averaged.values()}
-        self.averaging = {k for k, group in self.players.items() if any(id(p) in kept for p in group)}
-        if source is not None:
-            self._restore(source)
-        method.to(device).train()
-        if self.ema is not None:
-            self.ema.to(device)
-        self.model = self.accelerator.prepare(method)
-        self.optimisers = {k: self.accelerator.prepare(o) for k, o in self.optimisers.items()}
-        if source is None and "latents" in method.needs:
-            method.prepare(self.batches.latents)
-        scaler = self.accelerator.scaler
-        scaled = scaler is not None and scaler.is_enabled()  # on a CPU there is one without effect
-        self.blame = Blame(c.mixed_precision, scaled, self.batches, teacher, method)
 
     def _open(self, start: int) -> None:
         """What a killed call left is put right and the folder's texts are written, once nothing is refused any more
@@ -270,16 +171,6 @@ class Runner:
         votes = gather(torch.tensor([weight], device=self.accelerator.device))
         return int(votes.max()) % 1000 or None
 
-    def _slower(self) -> str:
-        """The remedy for a run that diverges: what is saved already would refuse another rate in its folder."""
-        steps = self.checkpoints.steps()
-        if not steps:
-            return "lower --learning_rate"
-        newest = self.checkpoints.folder(steps[-1])
-        return (
-            f"lower --learning_rate in another --output_dir (--resume_from_checkpoint {newest} begins there)"
-        )
-
     def _log(self, values: dict[str, Tensor], rate: float, bar: tqdm) -> None:
         row = {k: float(self.accelerator.reduce(v, "mean")) for k, v in values.items()}
         row["lr"] = float(next(iter(self.schedules.values())).get_last_lr()[0])  # torchao's is a tensor
@@ -305,81 +196,6 @@ class Runner:
             with writing(path):
                 save_rows(rows, path)
 
-    def _save(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        optimisers = {
-            "players": {k: o.state_dict() for k, o in self.optimisers.items()},
-            "schedules": {k: s.state_dict() for k, s in self.schedules.items()},
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
-        }
-        progress: ProgressFile = {
-            "updates": self.updates,
-            "seconds": self._seconds(),
-            "batch": self._batch_size(),
-        }
-        state = self._state()
-        self._check_finite(state)
-        self.checkpoints.save(self.step, state, optimisers, progress)
-
-    def _batch_size(self) -> int:
-        """Pictures of a step, of all processes."""
-        c = self.config
-        return c.train_batch_size * c.gradient_accumulation_steps * self.accelerator.num_processes
-
-    def _check_finite(self, state: Mapping[str, Tensor]) -> None:
-        trained = {k for k, p in self.method.named_parameters() if p.requires_grad}
-        weights = {
-            k: v for k, v in state.items() if k.startswith("ema.") or k.removeprefix("method.") in trained
-        }
-        check_saved(weights, self.step, self._slower())
-
-    def _seconds(self) -> float:
-        """Seconds in the loop, of every call that led to this step."""
-        return round(self.earlier_seconds + time.perf_counter() - self.begun, 1)
-
-    def _cost(self) -> dict[str, Any]:
-        """What the training took, for comparisons."""
-        batch = self._batch_size()
-        trained = sum(p.numel() for p in {p for group in self.players.values() for p in group})
-        device = self.accelerator.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-        return {
-            "steps": self.step,
-            "images": self.step * batch,
-            "batch": batch,
-            "seconds": self._seconds(),
-            "trained_parameters": trained,
-            "device": f"{self.accelerator.num_processes} x {name}",
-        }
-
-    def _state(self) -> dict[str, Tensor]:
-        state = {f"method.{k}": v for k, v in kept_state(self.method).items()}
-        if self.ema is not None:
-            state |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
-        return state
-
-    def _restore(self, source: Path) -> None:
-        state, optimisers, progress = self.checkpoints.load(source)
-        split = {
-            p: {k[len(p) :]: v for k, v in state.items() if k.startswith(p)} for p in ("method.", "ema.")
-        }
-        restore_state(self.method, split["method."], source)
-        restore_average(self.ema, split["ema."], source)
-        restore_optimisers(self.optimisers, self.schedules, self.accelerator.scaler, optimisers, source)
-        self.updates, self.earlier_seconds = progress_of(progress, self.players.keys(), source)
-
-    def _save_raw(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        ring = RawWeights(self.run, self.config.raw_weights.keep)
-        weights = {k: p.detach() for k, p in self.method.named_parameters() if p.requires_grad}
-        self._check_finite(weights)
-        ring.save(self.step, weights)
-
-    def _averaged(self) -> AbstractContextManager:
-        return nullcontext() if self.ema is None else self.ema.swapped()
-
     def _export(self) -> None:
         self.accelerator.wait_for_everyone()
         if self.offloaded is not None:
@@ -393,7 +209,3 @@ class Runner:
             self.folder.record_export(self.step, names, self._cost())
             self._say(f"exported {', '.join(str(self.run / name) for name in names)}")
         self.accelerator.wait_for_everyone()
-
-    def _say(self, line: str) -> None:
-        if self.accelerator.is_main_process:
-            tqdm.write(line)

@@ -248,7 +248,7 @@ def test_a_seed_has_63_bits(seed: int) -> None:
 @pytest.mark.parametrize("name", [*METHODS, *SEARCHES])
 def test_settings_hold_no_infinity(name: str) -> None:
     """Also where they are made by code: each number of each method."""
-    kind: Any = {**METHODS, **SEARCHES}[name].Settings
+    kind: Any = {**METHODS, **SEARCHES}[name].settings
     needed = {"control": Canny()} if name in ("nct", "controlnet") else {}
     kind(**needed)
     for key, info in kind.__pydantic_fields__.items():

@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 import torch
-from fewstep.distill.catalog.configuration import load_config, load_search
+from fewstep.distill.catalog.configuration import load_config, load_search, resolved
 from fewstep.distill.catalog.effects import RUN, SEARCH, default_of
-from fewstep.distill.catalog.methods import METHODS, SEARCHES
+from fewstep.distill.catalog.methods import METHODS, SEARCHES, load
 from fewstep.distill.config.method import as_tree, with_defaults
-from fewstep.distill.config.run import RunConfig, recorded
+from fewstep.distill.config.run import RunConfig
 from fewstep.distill.config.search import SearchConfig
 from fewstep.distill.errors import UserError
 from fewstep.distill.settings import Idle
@@ -168,14 +168,14 @@ def default(key: str) -> Any:
     """Of a run's key."""
     if key in ("output_dir", "data.name"):
         return "x"
-    return default_of(recorded(put(tree_of("ict"), "vae", {"path": "x"})), key)
+    return default_of(resolved(RunConfig, put(tree_of("ict"), "vae", {"path": "x"}), None), key)
 
 
 def rows() -> Iterator[tuple[str, Idle, str]]:
     """A method, a row and a key of it."""
     owned = [("ict", row) for row in RUN] + [("q_sched", row) for row in SEARCH]
     for name, method in {**METHODS, **SEARCHES}.items():
-        owned += [(name, row) for row in getattr(method.Settings, "idle", ())]
+        owned += [(name, row) for row in method.settings.idle]
     for name, row in owned:
         for key in row.keys.split():
             yield name, row, key
@@ -184,8 +184,8 @@ def rows() -> Iterator[tuple[str, Idle, str]]:
 def field_of(method: str, key: str) -> tuple[Any, Any]:
     """The type and the default of a key."""
     if key.startswith("method."):
-        kinds, key = leaves({**METHODS, **SEARCHES}[method].Settings, "method."), key
-        cls, path = {**METHODS, **SEARCHES}[method].Settings, key.split(".")[1:]
+        kinds, key = leaves({**METHODS, **SEARCHES}[method].settings, "method."), key
+        cls, path = {**METHODS, **SEARCHES}[method].settings, key.split(".")[1:]
     else:
         cls = SearchConfig if method in SEARCHES else RunConfig
         kinds, path = leaves(cls), key.split(".")
@@ -199,7 +199,7 @@ def field_of(method: str, key: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize(("method", "row", "key"), rows(), ids=lambda v: v if isinstance(v, str) else "")
 def test_idle_keys_are_refused_and_others_taken(method: str, row: Idle, key: str) -> None:
     search = method in SEARCHES
-    load: Any = load_search if search else load_config
+    read: Any = load_search if search else load_config
     tree = search_of(method) if search else tree_of(method)
     for section, inside in SECTIONS.get(method, {}).items():
         tree = put(tree, f"method.{section}", inside)
@@ -220,27 +220,28 @@ def test_idle_keys_are_refused_and_others_taken(method: str, row: Idle, key: str
             named = [v for k in options(besides) if get_origin(k) is Literal for v in get_args(k)]
             idle = next(v for v in named if v not in row.only)
     with pytest.raises(UserError) as refused:
-        load(put(put(tree, row.beside, idle), key, value))
+        read(put(put(tree, row.beside, idle), key, value))
     line = str(refused.value)
     assert line.startswith(f"{key}: ") and ("no effect beside" in line or "longer than the run" in line)
     try:
-        load(put(put(tree, row.beside, good), key, value))
+        read(put(put(tree, row.beside, good), key, value))
     except UserError as error:  # for another reason
         assert f"{key}: " not in str(error) or f"beside {row.beside}" not in str(error), error
     try:
-        load(put(put(tree, row.beside, idle), key, own))  # a default that is written out
+        read(put(put(tree, row.beside, idle), key, own))  # a default that is written out
     except UserError as error:
         assert not str(error).startswith(key), error
 
 
 def test_what_a_run_wrote_down_is_taken_again() -> None:
     for method in METHODS:
-        config = recorded(tree_of(method))
-        assert with_defaults(as_tree(config)) == as_tree(config)
+        config = resolved(RunConfig, tree_of(method), None)
+        assert with_defaults(as_tree(config), config) == as_tree(config)
         if method != "lct":
             load_config(as_tree(config))
     old = put(tree_of("lcd"), "ema_decay", 0.5)  # from before it was refused
-    assert with_defaults(old)["ema_decay"] == 0.5 and "seed" in with_defaults(old)
+    config = resolved(RunConfig, tree_of("lcd"), None)
+    assert with_defaults(old, config)["ema_decay"] == 0.5 and "seed" in with_defaults(old, config)
 
 
 def reads(module: Any) -> set[str]:
@@ -251,7 +252,7 @@ def reads(module: Any) -> set[str]:
 @pytest.mark.parametrize("name", [*METHODS, *SEARCHES])
 def test_every_setting_of_a_method_is_read(name: str) -> None:
     """By the code of the method, of its base classes, or of what takes a section of its settings."""
-    method = {**METHODS, **SEARCHES}[name]
+    method: Any = load(name)
     own = [sys.modules[c.__module__] for c in method.__mro__ if c.__module__.startswith("fewstep.distill")]
     beside = {v.__module__ for m in own for v in vars(m).values() if hasattr(v, "__module__")}
     modules = {*own, *(sys.modules[m] for m in beside if m and m.startswith("fewstep.distill"))}
@@ -332,3 +333,8 @@ def test_a_key_is_seen_in_the_run_folder(key: str, tiny: Tree, tmp_path: Path) -
     if key == "checkpoints_total_limit":
         usual = put(usual, key, 2)
     assert written(usual, "usual") != written(put(usual, key, WRITTEN[key]), "changed")
+
+
+def test_the_list_names_the_class_of_every_method() -> None:
+    for name, entry in {**METHODS, **SEARCHES}.items():
+        assert load(name).Settings is entry.settings

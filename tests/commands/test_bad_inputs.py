@@ -103,7 +103,7 @@ def settings_rows() -> dict[str, list[Row]]:
     out = dict(rows_of(("distill", "lcd.yaml"), RunConfig))
     out |= {f"search {k}": rows for k, rows in rows_of(("distill", "q_sched.yaml"), SearchConfig)}
     for name, method in {**METHODS, **SEARCHES}.items():
-        found = rows_of(("distill", f"{name}.yaml"), method.Settings, "method.")
+        found = rows_of(("distill", f"{name}.yaml"), method.settings, "method.")
         out |= {f"{name} {k}": rows for k, rows in found}
     stage = rows_of(("train-teacher", "teacher.yaml"), RunConfig, "stages.pixels.")
     out |= {k: rows for k, rows in stage if "output_dir" not in k}

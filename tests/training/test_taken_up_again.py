@@ -351,7 +351,7 @@ def test_a_signal_in_the_set_up_leaves_nothing(
     call: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "fewstep.distill.training.runner.save_memory", lambda *_: signal.raise_signal(signal.SIGTERM)
+        "fewstep.distill.training.assembly.save_memory", lambda *_: signal.raise_signal(signal.SIGTERM)
     )
     assert call() == 143
     assert not (tmp_path / "run").exists()
