@@ -63,8 +63,9 @@ def test_what_is_written_out_is_read_as_the_same(tmp_path: Path) -> None:
 def test_a_configuration_from_before_a_key_was_added_has_its_default() -> None:
     old = as_tree(config())
     del old["student"]["export_fused"], old["method"]["distance"]
-    assert with_defaults(old) == as_tree(config())
-    assert with_defaults({"gone": 1}) == {"gone": 1}
+    assert with_defaults(old, config()) == as_tree(config())
+    assert with_defaults({"gone": 1}, config()) == {"gone": 1}
+    assert with_defaults({**old, "method": {"name": "rcm"}}, config())["method"] == {"name": "rcm"}  # another's
 
 
 def test_overrides_reach_nested_keys_and_leave_the_tree_alone() -> None:
@@ -301,7 +302,8 @@ def test_every_ready_configuration_may_be_cut_to_four_steps(path: Path) -> None:
 def test_a_run_of_before_a_key_was_added_is_taken_up_as_it_was() -> None:
     """rcm weights rows by default; a folder that does not know the key was trained without."""
     tree = {**TREE, "method": {"name": "rcm"}}
-    assert with_defaults(tree)["method"]["output_weight"] is False
-    assert load_config(tree).method["output_weight"] is True
+    today = load_config(tree)
+    assert with_defaults(tree, today)["method"]["output_weight"] is False
+    assert today.method["output_weight"] is True
     given = {**tree, "method": {"name": "rcm", "output_weight": True}}
-    assert with_defaults(given)["method"]["output_weight"] is True
+    assert with_defaults(given, today)["method"]["output_weight"] is True

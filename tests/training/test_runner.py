@@ -22,7 +22,8 @@ from ..runs import train, train_in_two_processes
 STEPS = 8
 KILLED_WHILE_SAVING_6 = """
 import os, signal, sys
-from fewstep.distill import checkpoint, cli
+from fewstep.distill import cli
+from fewstep.distill.training import checkpoint
 
 save = checkpoint.save_objects
 
