@@ -13,7 +13,7 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.process import EDM, NoiseProcess
 from ..errors import UserError
 from ..models.codec import Codec
-from ..models.families import StableDiffusion
+from ..models.families.unets import StableDiffusion
 from ..models.student import new_denoiser, renewed
 from ..models.teacher import LatentTeacher
 from ..training.contract import Batch, Parts

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..settings import TeacherSettings
 from ..teachers import EMBEDDED
 from .codec import Codec, Units, vae_scale_factor
-from .families import FAMILY_NAMES, family_of
+from .families.known import FAMILY_NAMES, family_of
 from .frozen import content_hash, move_frozen
 from .hub import refusal
 from .lora_files import fuse_lora

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..errors import UserError
 from .codec import vae_scale_factor
-from .families import Family
+from .families.base import Family
 
 Size = int | list[int] | tuple[int, ...] | None
 REMEDY = "give a text-to-image teacher"

@@ -12,7 +12,7 @@ import transformers
 
 from ...pipelines.pipeline_edm import EDMPipeline
 from ..errors import UserError
-from ..models.families import FAMILIES
+from ..models.families.known import FAMILIES
 from ..models.hub import refusal
 from ..models.teacher import KNOWN_CLASSES, LatentTeacher, PixelTeacher, Teacher, class_of, locate
 from ..models.weight_files import component_sizes, refuse_variant, variants_in

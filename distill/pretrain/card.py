@@ -11,7 +11,8 @@ from ...pipelines.export import Export, sampling_of
 from ..config.run import DataSettings
 from ..data.sources import load_data
 from ..metrics.protocol import Score
-from ..reports.evaluate import caption_match, evaluate, real_floor
+from ..reports.anchors import caption_match, real_floor
+from ..reports.evaluate import evaluate
 from ..reports.table import markdown_table, rows_of
 from ..training.model_card import data_line, loading_lines, markdown, published
 from ..writers import write_file, write_report

@@ -12,8 +12,8 @@ from ..methods.published import PUBLISHED
 from ..training.interrupts import run_child
 from ..writers import check_writable, write_file, write_report
 from .entries import Entry, offered, read_entry
-from .evaluate import choose_device, open_source
 from .markup import markdown_text
+from .opening import choose_device, open_source
 from .page import page
 from .pipeline_source import quiet
 from .report import read_report

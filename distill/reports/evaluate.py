@@ -1,9 +1,7 @@
 """Score a pipeline or a folder of pictures against real pictures; every number carries its protocol."""
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,29 +10,17 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..methods.control.controls import Control
-from ..metrics.extractor import Extractor
-from ..metrics.features import make_extractor
-from ..metrics.neighbours import match_share
-from ..metrics.protocol import Score
-from ..metrics.reference import captions_of, load_reference, reference
 from ..protocols.table import get_standard
 from ..scorers.by_name import make_scorer
-from ..teachers import EMBEDDED
 from ..training.measure import PeakMemory
 from ..writers import check_writable, write_report
-from .folder_source import FolderSource
 from .generation import Generation, Made
-from .inputs import Inputs
 from .judges import DataJudge, Judge, StandardJudge, inputs_for
-from .pipeline_source import SEED_STRIDE, PipelineSource
+from .opening import check_counts, open_source, place_of, setting_of
 from .report import machine
-from .scoring import Setting, condition_score, image_text_score
-from .source import Source
-from .trained_on import check_place
-
-__all__ = ["caption_match", "evaluate", "open_source", "real_floor", "reference"]
+from .scoring import condition_score, image_text_score
 
 
 def evaluate(
@@ -87,10 +73,10 @@ def evaluate(
     the pipeline wants, and the noise seed seed_block * 1_000_000 + i. Seconds are the median over full batches of
     the pipeline call alone, below 5 batches after one of warm-up. Raises UserError for whatever the caller can mend.
     """
-    _check_counts(num_images, seeds, batch_size)
+    check_counts(num_images, seeds, batch_size)
     if output is not None:
         check_writable(output)
-    where, rank, processes = _place(device)
+    where, rank, processes = place_of(device)
     center_crop = bool((data_options or {}).get("center_crop", True))
     source = open_source(pipeline, where, trust_remote_code, center_crop)
     if protocol is not None and source.touched is not None:
@@ -139,7 +125,7 @@ def evaluate(
         return {}
     rows = []
     for n, arguments in calls.items():
-        setting = _setting(source, judge.network, num_images, inputs, made[n][0], judge.crop_rule)
+        setting = setting_of(source, judge.network, num_images, inputs, made[n][0], judge.crop_rule)
         scores = judge.scores([m.features for m in made[n]], setting)
         if scorer is not None and measure is not None:
             cosines = [m.cosines for m in made[n] if m.cosines is not None]
@@ -167,139 +153,3 @@ def evaluate(
     if output is not None:
         write_report(report, output)
     return report
-
-
-def caption_match(
-    pipeline: str,
-    *,
-    steps: int,
-    data: str = "emoji",
-    split: str = "holdout",
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    extractor: str = "efflite0-128",
-    guidance_scale: float | None = None,
-    data_options: Mapping[str, Any] | None = None,
-    progress: bool = True,
-    trust_remote_code: bool = False,
-) -> Score:
-    """Share of a split's captions whose picture is nearer to its own caption's than to another's.
-
-    Arguments as in `evaluate`. One picture a caption; caption i of the split's fixed random order has the
-    noise seed i. The interval is the Clopper-Pearson 95 % one. Raises UserError if the pipeline
-    or the data have no captions.
-    """
-    _check_counts(2, 1, batch_size)
-    where = choose_device(device)
-    source = open_source(pipeline, where, trust_remote_code)
-    ((_, arguments),) = source.calls([steps], 1, guidance_scale, 2).items()
-    if source.conditioning != "caption":
-        raise UserError(f"{pipeline}: takes no prompts, so its pictures have no captions to match")
-    network = make_extractor(extractor).to(where)
-    prompts = list(dict.fromkeys(captions_of(data, split, data_options)))
-    if len(prompts) < 2:
-        raise UserError(f"data {data}: split {split!r} has no captions to tell apart; set its caption_column")
-    generation = Generation(source, network, batch_size=batch_size, device=where, warm_up=arguments)
-    with tqdm(total=len(prompts), unit="image", disable=not progress) as bar:
-        made = generation.make(Inputs.of_captions(prompts), len(prompts), 0, arguments, bar)
-    real = load_reference(network, data, split, made.side, batch_size=batch_size, data_options=data_options)
-    share = match_share(made.features, prompts, real.features, real.captions)
-    setting = _setting(source, network, len(prompts), Inputs.of_captions(prompts), made)
-    return setting.score("caption match", real, [share.value], share.interval)
-
-
-def real_floor(
-    *,
-    image_size: int,
-    data: str = "emoji",
-    split: str = "train",
-    holdout: str = "holdout",
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    extractor: str = "efflite0-128",
-    data_options: Mapping[str, Any] | None = None,
-) -> list[Score]:
-    """What real pictures score: KID and FD of the hold-out to the training split, and of two halves of it.
-
-    `image_size` is the side in pixels at which the data are read. FD depends on the number of pictures, which
-    the protocol of each score states.
-    """
-    _check_counts(2, 1, batch_size)
-    network = make_extractor(extractor).to(choose_device(device))
-    train, unseen = (
-        load_reference(network, data, s, image_size, batch_size=batch_size, data_options=data_options)
-        for s in (split, holdout)
-    )
-    half = len(train.features) // 2
-    if half < 2:
-        raise UserError(f"data {data}: split {split!r} has {len(train.features)} pictures; two halves need 4")
-    first = replace(train, name=f"{train.name}, first half", features=train.features[:half])
-    out = []
-    for real, features, name in (
-        (train, unseen.features, unseen.name),
-        (first, train.features[half:], f"{train.name}, second half"),
-    ):
-        rule = f"real pictures of {name}"
-        setting = Setting(network, len(features), Inputs(), rule, "uint8, real pictures", image_size)
-        out.append(setting.score("KID", real, [real.kid(features)]))
-        out.append(setting.score("FD", real, [real.frechet(features)]))
-    return out
-
-
-def open_source(
-    pipeline: str, device: torch.device, trust_remote_code: bool = False, center_crop: bool = True
-) -> Source:
-    """An embedded teacher, a pipeline folder, a folder of images or a hub id; of pipelines also `PIPELINE+LORA`, with
-    the LoRA of a file in the weights. `center_crop`: how a folder's images become squares, as of load_data. Raises
-    UserError if it is none."""
-    check_place(pipeline)
-    lora = None
-    if not Path(pipeline).exists() and "+" in pipeline:
-        pipeline, _, lora = pipeline.partition("+")
-    path = EMBEDDED.get(pipeline, Path(pipeline))
-    if path.is_dir():
-        if (path / "model_index.json").is_file():
-            return PipelineSource(str(path), device, lora=lora, trust_remote_code=trust_remote_code)
-        if (path / "pipeline" / "model_index.json").is_file():
-            raise UserError(f"{path}: this is a run folder; give {path / 'pipeline'}")
-        if lora is not None:
-            raise UserError(f"{pipeline}+{lora}: a folder of images takes no LoRA; give a pipeline")
-        return FolderSource(path, center_crop)
-    return PipelineSource(pipeline, device, lora=lora, trust_remote_code=trust_remote_code)
-
-
-def _setting(
-    source: Source, network: Extractor, n_gen: int, inputs: Inputs, made: Made, crop_rule: str = "none"
-) -> Setting:
-    grey = "; grey repeated to RGB" if made.grey else ""
-    crop = "" if crop_rule == "none" else f"; crop: {crop_rule}"
-    rule = source.quantisation + grey + crop
-    return Setting(network, n_gen, inputs, source.seed_rule, rule, made.side)
-
-
-def _check_counts(num_images: int, seeds: int, batch_size: int) -> None:
-    if not 2 <= num_images <= SEED_STRIDE:
-        raise UserError(f"num_images: {num_images}; give 2 to {SEED_STRIDE}")
-    for name, value in (("seeds", seeds), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name}: {value}; give 1 or more")
-
-
-def _place(device: torch.device | str | None) -> tuple[torch.device, int, int]:
-    """The device, rank and number of processes; one process for each device under a launcher."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return choose_device(device), 0, 1
-    state = PartialState(cpu=device is not None and torch.device(device).type == "cpu")
-    return state.device, state.process_index, state.num_processes
-
-
-def choose_device(device: torch.device | str | None) -> torch.device:
-    """None: cuda if there is one, else cpu. Raises UserError for one that cannot be used here."""
-    try:
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device: {device}: not usable here ({first_line(error)}); leave it out or use cpu"
-        ) from None
-    return where

@@ -18,9 +18,9 @@ from ..metrics.protocol import hash_prompts
 from ..readers import Unreadable, read_json
 from ..training.run_lock import LOCK, locked
 from ..writers import write_bytes, write_file
-from .evaluate import choose_device, open_source
 from .inputs import Inputs
 from .judges import DataJudge, inputs_for
+from .opening import choose_device, open_source
 from .pipeline_source import SEED_STRIDE
 
 SEED_BLOCK = 1000  # noise that no score of fewer seeds has seen

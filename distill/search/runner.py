@@ -19,8 +19,8 @@ from ..diffusion.draws import mix
 from ..errors import UserError
 from ..models.quantise import held_bytes
 from ..readers import fitting
-from ..reports.evaluate import choose_device
 from ..reports.judges import inputs_for
+from ..reports.opening import choose_device
 from ..reports.pipeline_source import NotFinite, PipelineSource, quiet
 from ..reports.remote_code import own_code
 from ..training.interrupts import held_back

@@ -41,7 +41,13 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Assembly:
-    """The parts of one configuration's run; `_build` makes them, at the start or as a checkpoint has them."""
+    """The parts of one configuration's run; `_build` makes them, at the start or as a checkpoint has them.
+
+    step    iterations made so far; begun: when the loop began, in seconds of `time.perf_counter`
+    """
+
+    step: int
+    begun: float
 
     def __init__(self, config: RunConfig):
         self.config = config

@@ -65,7 +65,9 @@ def test_a_configuration_from_before_a_key_was_added_has_its_default() -> None:
     del old["student"]["export_fused"], old["method"]["distance"]
     assert with_defaults(old, config()) == as_tree(config())
     assert with_defaults({"gone": 1}, config()) == {"gone": 1}
-    assert with_defaults({**old, "method": {"name": "rcm"}}, config())["method"] == {"name": "rcm"}  # another's
+    assert with_defaults({**old, "method": {"name": "rcm"}}, config())["method"] == {
+        "name": "rcm"
+    }  # another's
 
 
 def test_overrides_reach_nested_keys_and_leave_the_tree_alone() -> None:

@@ -13,8 +13,9 @@ from fewstep.distill.methods.control.controls import Canny, Inpainting, SuperRes
 from fewstep.distill.metrics.reference import places_of, reference
 from fewstep.distill.reports.compare import compare
 from fewstep.distill.reports.conditions import Conditions, control_in, read_control
-from fewstep.distill.reports.evaluate import evaluate, open_source
+from fewstep.distill.reports.evaluate import evaluate
 from fewstep.distill.reports.judges import DataJudge, inputs_for
+from fewstep.distill.reports.opening import open_source
 from fewstep.distill.reports.table import by_column
 
 CPU = torch.device("cpu")

@@ -19,7 +19,8 @@ from fewstep.distill.metrics.extractor import extract
 from fewstep.distill.metrics.features import EfficientNetLite0
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
 from fewstep.distill.metrics.protocol import Score, hash_prompts, same_protocol
-from fewstep.distill.reports.evaluate import caption_match, evaluate
+from fewstep.distill.reports.anchors import caption_match
+from fewstep.distill.reports.evaluate import evaluate
 from fewstep.distill.reports.inputs import Inputs
 from fewstep.distill.reports.pipeline_source import PipelineSource, quantise
 from fewstep.distill.scorers.image_text import pair_cosines

@@ -17,8 +17,9 @@ from fewstep.distill.metrics.features import make_extractor
 from fewstep.distill.metrics.reference import places_of, reference
 from fewstep.distill.models.teacher import Teacher
 from fewstep.distill.reports.conditions import Conditions, control_in
-from fewstep.distill.reports.evaluate import evaluate, open_source
+from fewstep.distill.reports.evaluate import evaluate
 from fewstep.distill.reports.judges import DataJudge, inputs_for
+from fewstep.distill.reports.opening import open_source
 from fewstep.distill.reports.table import by_column
 from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.training.contract import Parts

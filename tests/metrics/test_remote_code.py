@@ -24,8 +24,9 @@ from fewstep.distill.reports import compare as comparing
 from fewstep.distill.reports import loading, remote_code
 from fewstep.distill.reports.compare import compare
 from fewstep.distill.reports.conditions import control_in
-from fewstep.distill.reports.evaluate import evaluate, open_source
+from fewstep.distill.reports.evaluate import evaluate
 from fewstep.distill.reports.inputs import Inputs
+from fewstep.distill.reports.opening import open_source
 from fewstep.distill.reports.pipeline_source import PipelineSource
 from fewstep.distill.reports.remote_code import may_run
 from PIL import Image

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 from fewstep.distill.cli import main
 from fewstep.distill.data.sources import load_data
 from fewstep.distill.metrics.reference import captions_of
-from fewstep.distill.reports.evaluate import open_source
 from fewstep.distill.reports.inputs import Inputs
+from fewstep.distill.reports.opening import open_source
 from fewstep.distill.training.run_lock import locked
 from peft import LoraConfig, get_peft_model_state_dict
 

@@ -203,7 +203,7 @@ def test_a_flux_without_guidance_has_shorter_prompts() -> None:
     class Schnell:
         transformer = flux_network(guidance_embeds=False)
 
-    from fewstep.distill.models.families import Flux
+    from fewstep.distill.models.families.flows import Flux
 
     family = Flux(Schnell())
     assert family.fixed(2, SIDE) == {} and family.tokens == 256

@@ -16,8 +16,8 @@ from diffusers import DiffusionPipeline
 from fewstep.distill.catalog.configuration import load_search
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
-from fewstep.distill.reports.evaluate import open_source
 from fewstep.distill.reports.inputs import Inputs
+from fewstep.distill.reports.opening import open_source
 from fewstep.distill.search import runner as module
 from fewstep.distill.search.checkpoint_set import CheckpointSet
 from fewstep.distill.search.runner import SearchRunner
