@@ -19,7 +19,7 @@ from fewstep.distill.scorers.rewards import ImageRewardReward, ScorerReward, cap
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..metrics import tiny_clip
+from . import tiny_clip
 
 CAPTIONS = ["red apple", "tiger face"]
 

@@ -16,7 +16,7 @@ from fewstep.distill.reports.evaluate import evaluate
 from fewstep.distill.reports.inputs import Inputs
 from fewstep.distill.reports.pipeline_source import QUANTISATION, PipelineSource, quantise
 
-from .tiny_classes import consistency_folder, tiny_unet
+from ..tiny_classes import consistency_folder, tiny_unet
 
 CPU = torch.device("cpu")
 

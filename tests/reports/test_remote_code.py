@@ -31,7 +31,7 @@ from fewstep.distill.reports.pipeline_source import PipelineSource
 from fewstep.distill.reports.remote_code import may_run
 from PIL import Image
 
-from .tiny_classes import CLASSES, class_data, consistency_folder
+from ..tiny_classes import CLASSES, class_data, consistency_folder
 
 CPU = torch.device("cpu")
 CODE = '''

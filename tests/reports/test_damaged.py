@@ -14,7 +14,7 @@ from fewstep.distill.errors import UserError
 from fewstep.distill.reports.entries import offered, read_entry
 from fewstep.distill.reports.report import read_report
 
-from .test_protocol import score
+from ..metrics.test_protocol import score
 
 INDEX = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
 CALLS = {"1": {"num_inference_steps": 1, "guidance_scale": 1.0}}

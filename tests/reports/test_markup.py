@@ -12,7 +12,7 @@ from fewstep.distill.reports.page import page
 from fewstep.distill.reports.table import by_steps, markdown, markdown_table
 from PIL import Image
 
-from .test_protocol import score
+from ..metrics.test_protocol import score
 
 HOSTILE = [
     "{{data}}",

@@ -27,7 +27,7 @@ from fewstep.distill.scorers.image_text import pair_cosines
 from fewstep.distill.scorers.lite_minilm import LiteMiniLM
 from torch import Tensor
 
-from .tiny_classes import CLASSES, class_data, consistency_folder
+from ..tiny_classes import CLASSES, class_data, consistency_folder
 
 CPU = torch.device("cpu")
 ORDER = torch.randperm(7, generator=torch.Generator().manual_seed(0)).tolist()

@@ -1,0 +1,1 @@
+from ..scoring import data_folder, extractor, lite0, lite2, scored_here  # noqa: F401
