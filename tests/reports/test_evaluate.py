@@ -21,8 +21,9 @@ from fewstep.distill.metrics.frechet import Moments, frechet_distance
 from fewstep.distill.metrics.kid import kid
 from fewstep.distill.metrics.manifold import manifold
 from fewstep.distill.metrics.protocol import Score
+from fewstep.distill.metrics.reference import reference
 from fewstep.distill.reports.anchors import caption_match, real_floor
-from fewstep.distill.reports.evaluate import evaluate, reference
+from fewstep.distill.reports.evaluate import evaluate
 from fewstep.distill.reports.inputs import Inputs
 from fewstep.distill.reports.opening import open_source
 from fewstep.distill.reports.pipeline_source import PipelineSource, hash_parts, quantise

@@ -14,7 +14,8 @@ from fewstep.distill.metrics.extractor import extract
 from fewstep.distill.metrics.features import EfficientNetLite0
 from fewstep.distill.metrics.kid import kid
 from fewstep.distill.metrics.protocol import Score
-from fewstep.distill.reports.evaluate import evaluate, reference
+from fewstep.distill.metrics.reference import reference
+from fewstep.distill.reports.evaluate import evaluate
 from fewstep.distill.reports.folder_source import FolderSource
 from fewstep.distill.reports.inputs import Inputs
 from fewstep.distill.reports.opening import open_source
