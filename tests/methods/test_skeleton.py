@@ -1,4 +1,4 @@
-"""The skeleton: a loss of zero where there is nothing to learn, a target without gradient, an export that draws alike."""
+"""The skeleton: a loss of zero where there is nothing to learn, a constant target, an export that draws alike."""
 
 from pathlib import Path
 
