@@ -84,3 +84,9 @@ def headings(page: Path) -> set[str]:
     """Anchors as GitHub makes them."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_page_of_exports_names_every_file_that_travels() -> None:
+    text = (ROOT / "pipelines" / "README.md").read_text()
+    travelling = {p.name for p in (ROOT / "pipelines").glob("*.py")} - {"__init__.py"}
+    assert {name for name in travelling if f"`{name}`" not in text} == set()
