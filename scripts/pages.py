@@ -66,10 +66,10 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def filled(text: str, name: str, content: str) -> str:
     """A page with `content` between its comments `<!-- name -->` and `<!-- end -->`."""
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    pattern = re.compile(rf"(<!-- {name} -->\n)(?:.*?\n)??(<!-- end -->)", re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"the page has no comments <!-- {name} --> and <!-- end -->")
-    return pattern.sub(lambda found: f"{found[1]}{content}{found[2]}", text)
+    return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
 
 
 def reference() -> str:
