@@ -63,12 +63,16 @@ NeedsTeacher = Literal["always", "to_start", "never"]
 class MethodSettings:
     """What can be known of a method or a search before torch is loaded: its keys are the fields of a subclass.
 
+    paper          its name and address; what has none says what it is from
+    idea           how it works, in one line
     needs_teacher  every run, or those whose student starts from the teacher's weights (`student.init: teacher`)
     ignores        keys and sections of a run's configuration that the method does not read
     idle           keys that have no effect beside others
     before         values of keys that run folders of before these keys were made with
     """
 
+    paper: ClassVar[str] = ""
+    idea: ClassVar[str] = ""
     needs_teacher: ClassVar[NeedsTeacher] = "never"
     ignores: ClassVar[tuple[str, ...]] = ()
     idle: ClassVar[tuple[Idle, ...]] = ()
@@ -92,10 +96,14 @@ LORA_TARGETS = (
 
 @settings
 class TeacherSettings:
-    """path: an embedded teacher's name, a diffusers pipeline folder, or a hub id.
+    """The model that is distilled.
 
-    lora        a .safetensors file, or `owner/name/file.safetensors` of the hub, added to the weights of network and
-                text encoders; lora_scale times
+    path          an embedded teacher's name, a diffusers pipeline folder, or a hub id
+    variant       which of the folder's weight files: fp16 for those named so; null for the plain ones
+    revision      of a hub id: branch, tag or commit
+    lora          a .safetensors file, or owner/name/file.safetensors of the hub, added to the weights of network and
+                  text encoders
+    lora_scale    the LoRA is added so many times
     quantisation  w8: the network's linear layers hold integers of 8 bits (torchao), for a LoRA student
     """
 
@@ -109,7 +117,12 @@ class TeacherSettings:
 
 @settings
 class AutoencoderSettings:
-    """path: a folder of AutoencoderKL or a hub id; subfolder: where it stands in a pipeline's folder."""
+    """The autoencoder of a method that works in latents without a teacher.
+
+    path       a folder of AutoencoderKL or a hub id
+    subfolder  where it stands in a pipeline's folder
+    revision   of a hub id: branch, tag or commit
+    """
 
     path: str
     subfolder: str | None = None
@@ -118,16 +131,20 @@ class AutoencoderSettings:
 
 @settings
 class StudentSettings:
-    """kind: all weights, or a LoRA on the teacher's network (LCM-LoRA, arXiv 2311.05556: rank 64, alpha 64).
-    export_fused: beside lora/ also a pipeline/ with the LoRA added to the weights; a full student has its pipeline.
+    """What is trained.
 
-    init     where a method allows both: the teacher's weights, or new ones
-    network  architecture of new weights: a diffusers model's arguments and its `_class_name` (UNet2DModel where there
-             is none; TwoTimeDiT is ours); null for the teacher's architecture
-    dropout  of the residual blocks while training; null for what the architecture says
-    target_modules  of the LoRA; the default is a U-Net's, in place of which a transformer takes its attention's layers
-    norm     of new weights, in place of the architecture's: those of pipelines/unet_norms.py, which tie a UNet to its
-             resolution
+    kind            full: all weights; lora: a LoRA on the teacher's network (LCM-LoRA, arXiv 2311.05556)
+    init            where a method allows both: the teacher's weights, or new ones
+    network         architecture of new weights: a diffusers model's arguments and its `_class_name` (UNet2DModel where
+                    there is none; TwoTimeDiT is ours); null for the teacher's architecture
+    dropout         dropout of the residual blocks while training; null for what the architecture says
+    norm            norms of new weights, in place of the architecture's: those of pipelines/unet_norms.py, which tie a
+                    UNet to its resolution
+    rank            rank of the LoRA
+    lora_alpha      the LoRA is added alpha / rank times
+    lora_dropout    share of the LoRA's inputs that are dropped while training
+    target_modules  layers of the LoRA; the default is a U-Net's, in place of which a transformer takes its attention's
+    export_fused    of a LoRA also export a pipeline/ with it added to the weights, beside lora/
     """
 
     kind: Literal["full", "lora"] = "full"

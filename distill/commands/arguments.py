@@ -10,15 +10,41 @@ from ..errors import UserError
 MOST_IMAGES = 1_000_000  # picture i of a seed block has the seed 1,000,000 block + i
 MOST_STEPS = 1000
 
+Verb = Callable[[list[str]], int]  # its docstring: the usage in the first line, then what it does
+
+
+def usage_of(verb: Verb) -> str:
+    return f"fewstep {(verb.__doc__ or '').splitlines()[0]}"
+
+
+def described(verb: Verb) -> str:
+    """What a verb does, in one line."""
+    return " ".join("".join((verb.__doc__ or "").partition("\n")[2]).split())
+
 
 class Parser(argparse.ArgumentParser):
-    """Without abbreviations: --seed is a key of a configuration, not --seeds."""
+    """The flags of a verb. Without abbreviations: --seed is a key of a configuration, not --seeds."""
 
-    def __init__(self, *, prog: str, description: str | None = None, epilog: str | None = None):
-        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+    def __init__(self, verb: Verb, *, epilog: str | None = None, usage: str | None = None):
+        name = usage_of(verb).split(maxsplit=2)[1]
+        super().__init__(
+            prog=f"fewstep {name}", usage=usage, description=described(verb), epilog=epilog, allow_abbrev=False,
+            formatter_class=_Defaults,
+        )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default of every flag that has one and does not name it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or "default" in (action.help or ""):
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:

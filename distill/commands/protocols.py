@@ -7,11 +7,13 @@ from .arguments import Parser, whole
 
 
 def prepare_data_command(arguments: list[str]) -> int:
-    """prepare-data NAME [--statistics PATH] [--pictures PATH] [--prompts PATH] [--weights PATH]: files of a protocol"""
+    """prepare-data NAME [--statistics PATH] [--pictures PATH] [--prompts PATH] [--weights PATH]
+
+    Fetch, check by hash and keep what a protocol or a check of verify-metrics needs.
+    """
     parser = Parser(
-        prog="fewstep prepare-data",
-        description="Fetch, check by hash and keep what a protocol or a check of verify-metrics needs, and the "
-        "Inception weights. Give local copies where there is no network.",
+        prepare_data_command,
+        epilog="The Inception weights are fetched too. Give local copies where there is no network.",
     )
     parser.add_argument("name", help="protocol, check of verify-metrics, or inception for the weights alone")
     parser.add_argument("--statistics", type=Path, help=".npz of mu and sigma of the reference")
@@ -37,14 +39,14 @@ def prepare_data_command(arguments: list[str]) -> int:
 
 
 def verify_metrics_command(arguments: list[str]) -> int:
-    """verify-metrics [CHECK ...] [--device DEVICE]: reproduce published FIDs, so that reports say "verified here"."""
-    parser = Parser(
-        prog="fewstep verify-metrics",
-        description="Compute constants that others published, from prepared files, and stamp this machine.",
-    )
+    """verify-metrics [CHECK ...] [--device DEVICE]
+
+    Reproduce published FIDs from prepared files, so that reports say "verified here".
+    """
+    parser = Parser(verify_metrics_command)
     parser.add_argument("checks", nargs="*", metavar="CHECK", help="which; all that are prepared by default")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch_size", type=whole(1, 65536), default=64)
+    parser.add_argument("--device", default="cpu", help="where Inception runs")
+    parser.add_argument("--batch_size", type=whole(1, 65536), default=64, help="pictures seen at once")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(arguments)
 

@@ -17,7 +17,7 @@ from ..planning.dry_run import gib, text_of
 from ..planning.known_teachers import blueprint
 from ..planning.plan import Plan, planned
 from ..settings import TeacherSettings
-from ..training.launch import num_processes
+from ..training.processes import num_processes
 from ..training.run_folder import CONFIG
 from ..training.runner import Runner
 from ..training.teacher_data import NAME, own_guidance

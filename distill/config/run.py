@@ -14,13 +14,22 @@ Precision = Annotated[
 
 @settings
 class DataSettings:
-    """name: "emoji", "emoji-noto", "emoji-twemoji", "fashion-mnist", "cifar10", an image folder, webdataset shards, or
-    a hub data set. caption_column: null for pictures without captions. random_flip: mirror every second image, for
-    methods that train on pixels.
+    """What is trained on.
 
-    "teacher": the teacher makes the data's latents from `prompts`, a text file of one prompt a line or a folder of
-    such files, and the other keys apply: num_inference_steps (50) of its own sampler, guidance_scale (its own),
-    images_per_prompt (1), and the seed of the noise (0).
+    With `name: teacher` the teacher makes latents of `prompts` by its own sampler; the last five keys are for that.
+
+    name                  emoji, emoji-noto, emoji-twemoji, fashion-mnist, cifar10, an image folder, webdataset shards,
+                          a hub data set, or teacher
+    split                 part of the data that is trained on
+    image_column          column of the pictures, in shards the ending of their files
+    caption_column        column of the captions; null for pictures without captions
+    center_crop           the middle square of a picture; false: the whole picture, squeezed into a square
+    random_flip           mirror every second picture, for methods that train on pixels
+    prompts               with name teacher: text file of one prompt a line, or a folder of such files
+    num_inference_steps   with name teacher: steps of the teacher's own sampler; null for 50
+    guidance_scale        with name teacher: guidance of its pictures; null for the teacher's own
+    images_per_prompt     with name teacher: pictures of each prompt; null for 1
+    seed                  with name teacher: of the noise; null for 0
     """
 
     name: str
@@ -38,7 +47,11 @@ class DataSettings:
 
 @settings
 class RawWeightsSettings:
-    """every: steps between saves of the student's raw weights, 0 for none; keep: how many stay."""
+    """The last snapshots of the student's weights, for the search `lcsc`.
+
+    every  steps between snapshots of the student's weights; 0 for none
+    keep   newest snapshots that stay
+    """
 
     every: int = Field(0, ge=0, le=COUNTS)
     keep: int = Field(20, ge=1, le=COUNTS)
@@ -46,13 +59,62 @@ class RawWeightsSettings:
 
 @settings
 class RunConfig:
-    """Keys are the flag names of diffusers' training scripts; train_batch_size is per device.
+    """Keys are the flag names of diffusers' training scripts.
 
-    vae: the autoencoder of a method that works in latents without a teacher. ema_std: of EDM2's power function average,
-    in place of ema_decay. resume_from_checkpoint: latest, checkpoint-<step>, or the path of another run's checkpoint,
-    where a new run folder begins (with its step as max_train_steps it is only exported). compile: the networks, by
-    torch.compile. cpu_offload: text encoders and autoencoder wait in the CPU's memory. optimizer adamw_8bit: torchao's,
-    or bitsandbytes' without torchao.
+    run:
+    output_dir                   folder of the run: configuration, log, checkpoints, samples, the exported pipeline
+    resolution                   side of the pictures in pixels; null for the teacher's
+    seed                         seed of weights, order of the data, noise and times
+    train_batch_size             pictures of a step on each device
+    gradient_accumulation_steps  batches whose gradients are added up for one step
+    max_train_steps              steps in all
+    checkpointing_steps          steps between checkpoints
+    checkpoints_total_limit      checkpoints that stay; null for all
+    resume_from_checkpoint       latest, checkpoint-STEP, or the path of another run's checkpoint, where a new run
+                                 folder begins (with its step as max_train_steps it is only exported); null: only a new
+                                 start will do
+
+    data:
+    data  what is trained on
+
+    teacher:
+    teacher  the model that is distilled, or that the student starts from; null to train from data alone
+    vae      autoencoder of a method that works in latents without a teacher
+
+    student:
+    student      what is trained
+    use_ema      export an average of the weights over the steps
+    ema_decay    share of the average that stays at each step
+    ema_std      relative width of EDM2's power function average, in place of ema_decay; null for ema_decay
+    raw_weights  snapshots of the weights for the search lcsc
+
+    optimiser:
+    optimizer          of every trained network; adamw_8bit is torchao's, without torchao that of bitsandbytes
+    learning_rate      highest learning rate of the student
+    lr_scheduler       course of the learning rate
+    lr_warmup_steps    steps over which the learning rate rises from 0
+    adam_beta1         decay of the average of gradients
+    adam_beta2         decay of the average of their squares
+    adam_weight_decay  decay of the weights a step, times the learning rate
+    adam_epsilon       added to the root of the squares' average
+    max_grad_norm      gradients of a larger norm are scaled down to it; null for no bound
+
+    memory:
+    mixed_precision         number format of the networks' arithmetic
+    gradient_checkpointing  compute activations again in the backward pass in place of keeping them
+    compile                 run the networks through torch.compile
+    cpu_offload             keep text encoders and autoencoder in the CPU's memory while they wait
+    allow_tf32              matrix products of fp32 in TF32, on GPUs that have it
+    enable_xformers_memory_efficient_attention  attention by xformers
+
+    logging:
+    logging_steps       steps between lines of log.jsonl
+    report_to           tracker that also gets these lines
+    validation_steps    steps between pictures in samples/; 0 for none
+    validation_prompts  prompts of these pictures; none: captions of the data
+
+    method:
+    method  how the student is trained; `fewstep methods` lists them
     """
 
     output_dir: str

@@ -9,9 +9,10 @@ from ..settings import COUNTS, settings
 
 @settings
 class StudentFolder:
-    """path: a pipeline folder, the folder of a run that exported one, or a hub id.
+    """The student that is searched on.
 
-    lora       added to its weights: a file, or FILE of a hub repository as "owner/name/FILE"
+    path       a pipeline folder, the folder of a run that exported one, or a hub id
+    lora       added to its weights: a file, or FILE of a hub repository as owner/name/FILE
     scheduler  in place of its own: a class of diffusers, from the same configuration with trailing timesteps
     """
 
@@ -22,7 +23,14 @@ class StudentFolder:
 
 @settings
 class SearchDataSettings:
-    """The prompts or classes of the search, and the pictures of its metric: a split that the report does not use."""
+    """The prompts or classes of the search, and the pictures of its metric.
+
+    name            data set, as of a training
+    split           part that the search sees; the report must use another
+    image_column    column of the pictures
+    caption_column  column of the captions
+    center_crop     the middle square of a picture; false: the whole picture, squeezed into a square
+    """
 
     name: str
     split: str = "reward"
@@ -35,9 +43,13 @@ class SearchDataSettings:
 class FitnessSettings:
     """What a search maximises, of pictures from the same noise and prompts for every candidate.
 
-    kind       jaq: text + weight * quality (arXiv 2509.01624); kid: minus the KID to data.split
-    text       a scorer of pictures with their captions, by a name of `make_scorer`; log_text: its logarithm instead
-    quality    "realism", of the `neighbours`-th neighbour in `extractor`'s features, or a scorer
+    kind        jaq: text + weight * quality (arXiv 2509.01624); kid: minus the KID to data.split
+    text        a scorer of pictures with their captions: lite0-minilm, hpsv2, pickscore or MODEL:TAG of open_clip
+    log_text    the logarithm of the text score in its place
+    quality     realism, of the `neighbours`-th neighbour in `extractor`'s features, or a scorer
+    weight      weight of the quality
+    extractor   network of the picture features, of realism and KID
+    neighbours  which neighbour's distance counts in realism
     """
 
     kind: Literal["jaq", "kid"] = "jaq"
@@ -51,8 +63,15 @@ class FitnessSettings:
 
 @settings
 class SearchReportSettings:
-    """Scores of the winner and of what it is compared with, by `fewstep evaluate`: other prompts and noise than the
-    search's. name: other data than the search's, null for the same."""
+    """Scores of the winner and its rivals, as of `fewstep evaluate`, on other prompts and noise than the search's.
+
+    name        other data than the search's; null for the same
+    split       split of the real pictures and the prompts
+    holdout     split of unseen real pictures; null for none
+    num_images  pictures in one value
+    seeds       values, each of other noise
+    clip        also an image-text score, as of `fewstep evaluate --clip`
+    """
 
     name: str | None = None
     split: str = "train"
@@ -64,11 +83,34 @@ class SearchReportSettings:
 
 @settings
 class SearchConfig:
-    """A search without gradients, among `max_candidates` of each thing searched; nothing is trained.
+    """A search without gradients, among candidates of each thing searched; nothing is trained.
 
-    steps          network evaluations, a key of the student's sampling.json; what is found holds for them alone
-    num_images     pictures of a candidate; the best `finalists` are scored again on `final_images` of other noise
-    report         null for none
+    run:
+    output_dir         folder of the search: configuration, log, the exported pipelines
+    steps              network steps, a key of the student's sampling.json; what is found holds for them alone
+    guidance_scale     guidance of the pictures; null for the student's own
+    max_candidates     most candidates of each thing searched
+    num_images         pictures of a candidate
+    finalists          best candidates that are scored again
+    final_images       pictures of a finalist, of other noise
+    batch_size         pictures made at once
+    seed               seed of noise and candidates
+    trust_remote_code  run code that the student's folder brings; ours runs anyway
+
+    student:
+    student  what is searched on
+
+    data:
+    data  prompts and pictures of the search
+
+    fitness:
+    fitness  what is maximised
+
+    report:
+    report  scores of the winner on other data; null for none
+
+    method:
+    method  how candidates are made; `fewstep methods` lists them
     """
 
     output_dir: str

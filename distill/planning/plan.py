@@ -21,7 +21,7 @@ from ..scorers.rewards import Reward, UnloadedReward
 from ..scorers.vision import PlannedVision
 from ..training.assembly import DTYPES
 from ..training.contract import Batch, Method, Parts, Progress
-from ..training.launch import num_processes
+from ..training.processes import num_processes
 from ..training.runner import Carry
 from ..training.teacher_data import NAME as TAUGHT
 from ..training.teacher_data import captions_of, check_keys, open_data

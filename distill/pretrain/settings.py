@@ -10,23 +10,36 @@ from ..settings import MethodSettings, NeedsTeacher, settings
 
 @settings
 class DiffusionSettings(MethodSettings):
-    """caption_dropout: share of samples trained without their prompt. snr_gamma: min-SNR weighting of the epsilon
-    loss (arXiv 2303.09556, eq. 6), min(SNR, gamma)/SNR; null for equal weights. guidance_scale: of the pictures and
-    of sampling.json."""
+    """Of a latent diffusion model.
+
+    caption_dropout  share of samples trained without their prompt
+    snr_gamma        min-SNR weighting of the epsilon loss (arXiv 2303.09556, eq. 6), min(SNR, gamma)/SNR; null for
+                     equal weights
+    guidance_scale   guidance of the pictures and of sampling.json
+    """
 
     caption_dropout: float = 0.1
     snr_gamma: float | None = None
     guidance_scale: float = 3.0
 
+    paper: ClassVar[str] = "DDPM, arXiv 2006.11239"
+    idea: ClassVar[str] = "trains a latent diffusion teacher"
     ignores: ClassVar[tuple[str, ...]] = ("student.init", "student.network", "student.norm")
     needs_teacher: ClassVar[NeedsTeacher] = "always"
 
 
 @settings
 class EDMSettings(MethodSettings):
-    """Defaults are EDM's (table 1): ln sigma is normal with mean p_mean and standard deviation p_std in training;
-    sampling runs from sigma_max to sigma_min on a grid bent by rho. num_inference_steps: of Heun, in pictures and
-    sampling.json."""
+    """Defaults are EDM's (table 1).
+
+    p_mean               mean of ln sigma in training
+    p_std                standard deviation of ln sigma in training
+    sigma_min            where sampling ends
+    sigma_max            where sampling starts
+    sigma_data           the data's standard deviation per element
+    rho                  bends the grid of sampling
+    num_inference_steps  steps of Heun's solver, in pictures and sampling.json
+    """
 
     p_mean: float = -1.2
     p_std: float = Field(1.2, gt=0)
@@ -36,14 +49,24 @@ class EDMSettings(MethodSettings):
     rho: float = Field(7.0, gt=0)
     num_inference_steps: int = Field(18, ge=1)
 
+    paper: ClassVar[str] = "EDM, arXiv 2206.00364"
+    idea: ClassVar[str] = "trains a pixel teacher"
     ignores: ClassVar[tuple[str, ...]] = ("teacher",)
 
 
 @settings
 class AutoencoderSettings(MethodSettings):
-    """l1_weight, l2_weight, kl_weight: weights of the mean absolute error, the mean squared error and the mean KL
-    divergence per latent element. max_shift: augmentation by whole pixels. recolour: share of images whose colour
-    channels are permuted."""
+    """Of a small AutoencoderKL.
+
+    block_out_channels  channels of its levels
+    layers_per_block    residual layers of a level
+    latent_channels     channels of a latent
+    l1_weight           weight of the mean absolute error
+    l2_weight           weight of the mean squared error
+    kl_weight           weight of the mean KL divergence per latent element
+    max_shift           augmentation by so many whole pixels
+    recolour            share of images whose colour channels are permuted
+    """
 
     block_out_channels: tuple[int, ...] = (32, 64, 64)
     layers_per_block: int = 1
@@ -54,6 +77,8 @@ class AutoencoderSettings(MethodSettings):
     max_shift: int = 2
     recolour: float = 0.3
 
+    paper: ClassVar[str] = "LDM, arXiv 2112.10752"
+    idea: ClassVar[str] = "trains a small autoencoder"
     ignores: ClassVar[tuple[str, ...]] = (
         "teacher",
         "student",
@@ -65,8 +90,17 @@ class AutoencoderSettings(MethodSettings):
 
 @settings
 class TextEncoderSettings(MethodSettings):
-    """vocabulary_size: byte-pair tokens. num_words, num_edits, num_combinations: training phrases of each kind beside
-    the captions: single words, captions with one word changed, and two or three words at random."""
+    """Of a small CLIPTextModel and its tokenizer.
+
+    vocabulary_size   byte-pair tokens
+    hidden_size       width of the encoder
+    num_layers        its blocks
+    num_heads         its attention heads
+    max_length        tokens of a prompt
+    num_words         training phrases of single words, beside the captions
+    num_edits         training phrases that are captions with one word changed
+    num_combinations  training phrases of two or three words at random
+    """
 
     vocabulary_size: int = 4096
     hidden_size: int = 128
@@ -77,6 +111,8 @@ class TextEncoderSettings(MethodSettings):
     num_edits: int = 6000
     num_combinations: int = 10000
 
+    paper: ClassVar[str] = "MiniLM's sentence vectors"
+    idea: ClassVar[str] = "trains a small text encoder towards them"
     ignores: ClassVar[tuple[str, ...]] = (
         "teacher",
         "student",
@@ -91,14 +127,17 @@ class TextEncoderSettings(MethodSettings):
 
 @settings
 class ControlNetSettings(MethodSettings):
-    """control: what the adapter sees of a picture, by its name and that control's own keys.
+    """Of a ControlNet.
 
+    control          what the adapter sees of a picture, by its name and that control's own keys
     caption_dropout  share of samples trained without their prompt; the paper's
-    guidance_scale   of the pictures and of sampling.json
+    guidance_scale   guidance of the pictures and of sampling.json
     """
 
     control: SpatialControl
     caption_dropout: float = Field(0.5, ge=0, lt=1)
     guidance_scale: float = Field(3.0, ge=1)
 
+    paper: ClassVar[str] = "ControlNet, arXiv 2302.05543"
+    idea: ClassVar[str] = "trains a ControlNet on pictures"
     needs_teacher: ClassVar[NeedsTeacher] = "always"

@@ -15,14 +15,18 @@ class LCSCSettings(MethodSettings):
 
     family       evolution: LCSC's search from a population of EMAs; uniform: over the last k checkpoints for each k of
                  `windows`; ema: over `rates`; mwa: weights by `metric`, a candidate for each of `penalties`, no search
-    last         of the checkpoints, the newest so many; null for all
+    last         use the newest so many checkpoints; null for all
     space        weights; of a LoRA also lora_factors (sum of A and sum of B) or lora_delta (sum of B A)
-    rates        per checkpoint; alpha_1 = g^(K-1), alpha_i = (1-g) g^(K-i)
-    num_parents, sigma, probability   of the evolution: the paper's values are not public, these are ours; sigma is a
-                 share of the first population's spread and falls tenfold over the budget
+    rates        rates g of a candidate's average of checkpoints: alpha_1 = g^(K-1), alpha_i = (1-g) g^(K-i)
+    windows      numbers k of last checkpoints
+    num_parents  best candidates that the evolution goes on from (the paper's value is not public, this is ours)
+    sigma        size of a mutation, as a share of the first population's spread; it falls tenfold over the budget
+                 (ours)
+    probability  probability of a mutation, for each entry (ours)
     metric       mwa: mean training loss since the checkpoint before, or the step
     weighting    mwa: power, w ~ loss^-p or step^p; softmax, w ~ exp(-p (loss - min) / (max - min)). MWA-style: the
                  paper's own formula could not be read
+    penalties    mwa: the powers p
     """
 
     family: Literal["evolution", "uniform", "ema", "mwa"] = "evolution"
@@ -37,6 +41,8 @@ class LCSCSettings(MethodSettings):
     weighting: Literal["power", "softmax"] = "power"
     penalties: tuple[float, ...] = (2.0,)
 
+    paper: ClassVar[str] = "LCSC, arXiv 2404.02241"
+    idea: ClassVar[str] = "the best combination of a run's checkpoints"
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.num_parents method.sigma method.probability", "method.family", only=("evolution",)),
         Idle("method.rates", "method.family", only=("evolution", "ema")),
@@ -49,13 +55,18 @@ class LCSCSettings(MethodSettings):
 class QSchedSettings(MethodSettings):
     """Each step multiplies the network's output by c_eps and the state by c_x.
 
-    quantisation   w8a8, w4a8, w8, w4, ... (see quantise.Scheme); null: the unquantised student alone
-    convolutions   quantise them too, by fake quantisation
-    family         constant: one pair for all steps; ramp_to_one: linear, 1 at the last step (the official search);
-                   ramp: linear between two pairs (the official evaluation); free: a pair a step
-    strategy       grid: `points` values on each axis; evolution: from the best so far
-    c_eps, c_x     ranges of the grid, and of the first candidates of the evolution
-    control        search the unquantised student too: its gain is not one over the quantisation
+    quantisation  w8a8, w4a8, w8, w4 or the like: bits of weights (2 to 8) and activations; null: the unquantised
+                  student alone
+    convolutions  quantise them too, by fake quantisation
+    family        constant: one pair for all steps; ramp_to_one: linear, 1 at the last step (the official search); ramp:
+                  linear between two pairs (the official evaluation); free: a pair a step
+    strategy      grid: `points` values on each axis; evolution: from the best so far
+    c_eps         range of the grid, and of the first candidates of the evolution
+    c_x           range of the state's factor, likewise
+    points        values of the grid on each axis
+    num_parents   best candidates that the evolution goes on from
+    sigma         size of a mutation, as a share of the range; halves until the budget is spent
+    control       search the unquantised student too: its gain is not one over the quantisation
     """
 
     quantisation: str | None = "w4a8"
@@ -66,11 +77,11 @@ class QSchedSettings(MethodSettings):
     c_x: tuple[float, float] = (0.8, 1.1)
     points: int = Field(10, ge=1)
     num_parents: int = Field(10, ge=2)
-    sigma: float = Field(
-        0.1, gt=0
-    )  # of a mutation, as a share of the range; halves until the budget is spent
+    sigma: float = Field(0.1, gt=0)
     control: bool = True
 
+    paper: ClassVar[str] = "Q-Sched, arXiv 2509.01624"
+    idea: ClassVar[str] = "two factors a step that suit the schedule to quantised weights"
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.convolutions method.control", "method.quantisation", values=(None,)),
         Idle("method.points", "method.strategy", only=("grid",)),

@@ -25,7 +25,7 @@ from ..models.codec import Autoencoder
 from ..models.frozen import Offloaded
 from ..models.teacher import LatentTeacher, Teacher
 from .batches import Batches
-from .checkpoint import Checkpoints, ProgressFile, RawWeights, kept_state, restore_state
+from .checkpoint import Checkpoints, RawWeights, kept_state, restore_state
 from .contract import Method, Parts
 from .finite import Blame, check_saved
 from .launch import check_accelerator
@@ -34,6 +34,7 @@ from .memory_savers import save_memory, waiting
 from .optimisers import optimiser
 from .resume import progress_of, restore_average, restore_optimisers
 from .run_folder import RunFolder
+from .saved import ProgressFile
 from .teacher_data import open_data
 
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}

@@ -2,33 +2,23 @@
 
 import json
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from typing_extensions import TypedDict
 
 from ..errors import UserError
-from ..readers import Unreadable, read_json, read_objects, read_tensors
+from ..readers import read_json, read_objects, read_tensors
 from ..writers import write_folder, writing
-from .launch import rank
+from .processes import rank
+from .saved import CHECKPOINT, PROGRESS, ProgressFile, checkpoint_folder, saved_steps, step_of
 
-STATE, OPTIMISERS, PROGRESS = "state.safetensors", "optimizers.pt", "progress.json"
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-class ProgressFile(TypedDict):
-    """updates: optimiser steps of each player; seconds: in the loop; batch: pictures of a step, of all processes."""
-
-    updates: dict[str, int]
-    seconds: float
-    batch: NotRequired[int]
+STATE, OPTIMISERS = "state.safetensors", "optimizers.pt"
 
 
 def save_objects(value: Any, path: Path) -> None:
@@ -68,21 +58,6 @@ def restore_state(method: nn.Module, state: dict[str, Tensor], source: Path) -> 
         ) from error
 
 
-def step_of(checkpoint: Path) -> int:
-    match = CHECKPOINT.fullmatch(checkpoint.name)
-    assert match is not None, checkpoint
-    return int(match[1])
-
-
-def progress_of(checkpoint: Path) -> ProgressFile | None:
-    """None where it cannot be read."""
-    try:
-        progress: ProgressFile = read_json(checkpoint / PROGRESS, ProgressFile)
-        return progress
-    except (FileNotFoundError, Unreadable):
-        return None
-
-
 class Checkpoints:
     """checkpoint-<step> folders of one run, at most `limit` of them; those that cannot be read do not count."""
 
@@ -90,11 +65,10 @@ class Checkpoints:
         self.run, self.limit = run, limit
 
     def steps(self) -> list[int]:
-        found = (CHECKPOINT.fullmatch(p.name) for p in self.run.glob("checkpoint-*"))
-        return sorted(int(m[1]) for m in found if m)
+        return saved_steps(self.run)
 
     def folder(self, step: int) -> Path:
-        return self.run / f"checkpoint-{step}"
+        return checkpoint_folder(self.run, step)
 
     def save(self, step: int, state: dict[str, Tensor], optimisers: Any, progress: ProgressFile) -> None:
         def fill(folder: Path) -> None:
@@ -188,7 +162,7 @@ class Checkpoints:
         if not CHECKPOINT.fullmatch(chosen.name) or not chosen.is_dir():
             run = chosen if chosen.is_dir() else chosen.parent  # a run folder needs its checkpoint named
             name = "checkpoint-<step> named" if chosen.is_dir() else chosen.name
-            there = ", ".join(f"checkpoint-{s}" for s in Checkpoints(run, None).steps()) or "none"
+            there = ", ".join(f"checkpoint-{s}" for s in saved_steps(run)) or "none"
             raise UserError(f"resume_from_checkpoint: no {name} in {run}; there are: {there}")
         elsewhere = chosen.parent.resolve() != self.run.resolve()
         return (self.newest_whole() if elsewhere else None) or chosen

@@ -9,22 +9,11 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 
 from ..config.run import RunConfig
 from ..errors import UserError
+from .processes import RANKS, SIZES, num_processes
 
-RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 REPLICATED = (
     DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_NPU, DistributedType.MULTI_XPU,
 )  # fmt: skip
-
-
-def rank() -> int:
-    """This process's number among those of its launch."""
-    return _number(RANKS, 0)
-
-
-def num_processes() -> int:
-    """As torchrun, accelerate and MPI tell their processes."""
-    return _number(SIZES, 1)
 
 
 def together_on_cpus() -> bool:
@@ -89,7 +78,3 @@ def check_accelerator(accelerator: Accelerator) -> None:
             f"launcher: {num_processes()} processes were started and each would run for itself; start one, or set "
             "ACCELERATE_USE_CPU=true for processes on CPUs"
         )
-
-
-def _number(names: tuple[str, ...], default: int) -> int:
-    return next((int(os.environ[n]) for n in names if os.environ.get(n, "").isdigit()), default)

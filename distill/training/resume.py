@@ -11,9 +11,10 @@ from typing_extensions import TypedDict
 from ..diffusion.ema import EMA
 from ..errors import UserError
 from ..readers import fitting
-from .checkpoint import OPTIMISERS, PROGRESS
+from .checkpoint import OPTIMISERS
 from .optimisers import restore
 from .run_folder import Count, Seconds
+from .saved import PROGRESS
 
 REMEDY = "choose another checkpoint, or --resume_from_checkpoint null and a new --output_dir"
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -17,8 +17,8 @@ from ..config.tree import read_yaml
 from ..errors import UserError
 from ..readers import Unreadable, check_finite, parse_json, read_json, read_text
 from ..writers import write_file, writing
-from .checkpoint import Checkpoints, progress_of
-from .launch import num_processes, rank
+from .processes import num_processes, rank
+from .saved import checkpoint_folder, progress_of, saved_steps
 
 CONFIG, LOG, EXPORTED = "config.yaml", "log.jsonl", "exported.json"
 CARD = "README.md"
@@ -102,9 +102,8 @@ class RunFolder:
 
     def batch(self) -> int | None:
         """Pictures of a step so far, of all processes; None where nothing says so."""
-        checkpoints = Checkpoints(self.path, None)
-        for step in reversed(checkpoints.steps()):
-            progress = progress_of(checkpoints.folder(step))
+        for step in reversed(saved_steps(self.path)):
+            progress = progress_of(checkpoint_folder(self.path, step))
             if progress is not None:
                 return progress.get("batch")
         record = self._exported()
@@ -158,7 +157,7 @@ class RunFolder:
         damaged = self._damaged(record)
         if damaged is None:
             return True
-        if isinstance(self.config, RunConfig) and not Checkpoints(self.path, None).steps():
+        if isinstance(self.config, RunConfig) and not saved_steps(self.path):
             raise UserError(
                 f"output_dir: {damaged}, and there is no checkpoint to export from; choose another --output_dir, or "
                 f"remove {self.path / EXPORTED} to train anew"

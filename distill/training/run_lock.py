@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..writers import writing
-from .launch import rank
+from .processes import rank
 
 LOCK = ".lock"
 WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}

@@ -19,7 +19,6 @@ from ..diffusion.draws import mix
 from ..errors import UserError
 from ..writers import recover, writing
 from .assembly import Assembly
-from .checkpoint import step_of
 from .contract import Progress
 from .export_check import check_export
 from .grid import save_rows
@@ -29,6 +28,7 @@ from .measure import seconds
 from .run_export import write_exports
 from .run_folder import flat
 from .run_lock import locked
+from .saved import step_of
 
 
 class Carry(UserDict):

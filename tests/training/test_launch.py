@@ -7,7 +7,8 @@ import torch
 from fewstep.distill.config.run import RunConfig
 from fewstep.distill.errors import UserError
 from fewstep.distill.settings import StudentSettings
-from fewstep.distill.training.launch import check_launcher, num_processes, rank, together_on_cpus
+from fewstep.distill.training.launch import check_launcher, together_on_cpus
+from fewstep.distill.training.processes import num_processes, rank
 
 # What `accelerate launch` of one process sets, asked for nothing.
 SILENT = {

@@ -11,16 +11,23 @@ Curriculum = Literal["doubling", "sqrt", "constant", "continuous"]
 
 @settings
 class ConsistencySettings(MethodSettings):
-    """Defaults are iCT's.
+    """Of consistency training in EDM's noise levels. Defaults are iCT's.
 
-    target             whose weights see x_lo: the student's own, without a gradient, or their average (CT, CD)
-    curriculum         number of noise levels: doubling from s0 to s1 (iCT), its square growing (CT), constant at
-                       num_points (CD)
-    noise              pairs drawn lognormally with p_mean, p_std, or uniformly
-    weighting          inverse_gap 1 / (sigma_hi - sigma_lo), or uniform
-    target_decay       of the averaged target, scheduled with N under sqrt
-    sigma_*, rho       the EDM process; sigma_data is the data's standard deviation per element
-    two_step_sigma     where the second step of pictures and sampling.json starts
+    target          whose weights see x_lo: the student's own, without a gradient, or their average (CT, CD)
+    curriculum      number of noise levels: doubling from s0 to s1 (iCT), its square growing (CT), constant (CD)
+    s0              noise levels at the start, less one
+    s1              noise levels at the end, less one
+    num_points      noise levels of the constant curriculum
+    noise           law of the pairs: lognormal, or uniform
+    p_mean          mean of ln sigma in the lognormal law
+    p_std           standard deviation of ln sigma in the lognormal law
+    weighting       inverse_gap: 1 / (sigma_hi - sigma_lo); or uniform
+    target_decay    decay of the averaged target; under sqrt it changes with the number of levels
+    sigma_min       lowest noise level of the EDM process
+    sigma_max       highest noise level of the EDM process
+    sigma_data      the data's standard deviation per element
+    rho             bends the grid of noise levels
+    two_step_sigma  noise level where the second step of pictures and sampling.json starts
     """
 
     target: Literal["student", "ema"] = "student"
@@ -49,12 +56,19 @@ class ConsistencySettings(MethodSettings):
 
 @settings
 class ICTSettings(ConsistencySettings):
-    """Those of consistency training, and
+    """Those of consistency training, with CD and ECT as other values.
 
-    ode_source         where x_lo comes from: the data's own noise, or a step of the teacher's ODE (CD)
-    curriculum         also continuous pairs (ECT) with q, k, b over num_stages equal stages
-    distance, huber_c  pseudo_huber of the whole sample, c = 0.00054 sqrt(D) unless given (0: the norm); or mean l1, l2
-    solver             of the teacher's step; guidance_scale of the teacher, 1 = off
+    ode_source      where x_lo comes from: the data's own noise, or a step of the teacher's ODE (CD)
+    curriculum      number of noise levels: doubling from s0 to s1 (iCT), its square growing (CT), constant (CD), or
+                    continuous pairs (ECT) with q, k and b
+    q               of continuous pairs: the ratio to the next level falls by 1/q a stage
+    k               of continuous pairs: extra width at low noise
+    b               of continuous pairs: how fast that width ends with the noise level
+    num_stages      equal stages of the run, of continuous pairs
+    distance        between student and target: pseudo_huber of the whole sample, or mean l1, l2
+    huber_c         c of pseudo_huber; null for 0.00054 sqrt(D), 0 for the norm
+    solver          solver of the teacher's step
+    guidance_scale  guidance of the teacher; 1 = off
     """
 
     ode_source: Literal["data", "teacher"] = "data"
@@ -68,6 +82,8 @@ class ICTSettings(ConsistencySettings):
     solver: Literal["heun", "euler"] = "heun"
     guidance_scale: float = Field(1.0, ge=1)
 
+    paper: ClassVar[str] = "iCT, arXiv 2310.14189"
+    idea: ClassVar[str] = "two noise levels of a picture lead to the same x0; also CT, CD, ECT"
     needs_teacher: ClassVar[NeedsTeacher] = "to_start"
     idle: ClassVar[tuple[Idle, ...]] = (
         *ConsistencySettings.idle,
@@ -79,14 +95,17 @@ class ICTSettings(ConsistencySettings):
 
 @settings
 class LCTSettings(ConsistencySettings):
-    """Those of consistency training with s1 = 640, and
+    """Those of consistency training in latents.
 
     distance          of the mean square over a sample: cauchy, geman_mcclure, mean_huber (all with c), l2; of the mean
                       absolute value: l1; of the whole sample: pseudo_huber, iCT's with its own c = 0.00054 sqrt(D)
-    c                 constant; without it c_first in the first stage, then exp(c_slope ln(N - 1) + c_offset), as in the
-                      paper's code
-    diffusion_weight  of EDM's denoising loss (arXiv 2206.00364, table 1) on the pairs of the low-noise end, from the
-                      share diffusion_from of the levels counted from the noisiest
+    c                 scale of the distance, constant; null for c_first, then exp(c_slope ln(N - 1) + c_offset), as in
+                      the paper's code
+    c_first           c in the first stage, while c is null
+    c_slope           slope of ln c over ln(N - 1), N noise levels
+    c_offset          ln c at N = 2 noise levels
+    diffusion_weight  weight of EDM's denoising loss (arXiv 2206.00364, table 1) on the pairs of the low-noise end
+    diffusion_from    share of the levels, counted from the noisiest, after which that loss begins
     coupling          noise by optimal transport over the rows of a process's batch that are told the same (condition),
                       over all of them (batch), or as it is drawn (none)
     normalise         each element of the latents to mean 0 and standard deviation sigma_data over the training set;
@@ -108,6 +127,8 @@ class LCTSettings(ConsistencySettings):
     coupling: Literal["condition", "batch", "none"] = "condition"
     normalise: bool = True
 
+    paper: ClassVar[str] = "sLCT, arXiv 2502.01441"
+    idea: ClassVar[str] = "ict in latents, robust to their outliers"
     idle: ClassVar[tuple[Idle, ...]] = (
         *(row for row in ConsistencySettings.idle if "method.s0" not in row.keys),
         Idle("method.s1", "method.curriculum", only=("doubling", "sqrt")),

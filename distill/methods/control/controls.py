@@ -60,7 +60,12 @@ class ControlSettings:
 
 @settings
 class Canny(ControlSettings):
-    """Edges of OpenCV's Canny in 0 and 1; thresholds of the gradient on a scale of 0 to 255, as ControlNet's."""
+    """Edges of OpenCV's Canny in 0 and 1; thresholds of the gradient on a scale of 0 to 255, as ControlNet's.
+
+    name  which control
+    low   gradient below which nothing is an edge
+    high  gradient from which everything is an edge
+    """
 
     name: Literal["canny"] = "canny"
     low: int = Field(100, ge=0)
@@ -78,7 +83,11 @@ class Canny(ControlSettings):
 
 @settings
 class SoftEdges(ControlSettings):
-    """Norm of the Sobel gradient of the blurred luminance, at most 1; blur: standard deviation in pixels."""
+    """Norm of the Sobel gradient of the blurred luminance, at most 1.
+
+    name  which control
+    blur  standard deviation in pixels
+    """
 
     name: Literal["soft_edges"] = "soft_edges"
     blur: float = Field(1.0, gt=0)
@@ -99,7 +108,10 @@ class SoftEdges(ControlSettings):
 
 @settings
 class Luminance(ControlSettings):
-    """The picture without its colours."""
+    """The picture without its colours.
+
+    name  which control
+    """
 
     name: Literal["luminance"] = "luminance"
 
@@ -109,7 +121,11 @@ class Luminance(ControlSettings):
 
 @settings
 class SuperResolution(ControlSettings):
-    """The picture averaged over squares of `factor` pixels, each square in its one colour."""
+    """The picture averaged over squares of `factor` pixels, each square in its one colour.
+
+    name    which control
+    factor  side of a square in pixels
+    """
 
     name: Literal["superres"] = "superres"
     factor: int = Field(8, ge=2)
@@ -127,7 +143,12 @@ class SuperResolution(ControlSettings):
 
 @settings
 class Inpainting(ControlSettings):
-    """The picture with one rectangle of `HIDDEN`, whose sides are uniform on this share of the picture's."""
+    """The picture with one rectangle of `HIDDEN`.
+
+    name      which control
+    min_side  least side of the rectangle, as a share of the picture's
+    max_side  largest side of the rectangle, as a share of the picture's
+    """
 
     name: Literal["inpaint"] = "inpaint"
     min_side: float = Field(0.25, gt=0, le=1)
@@ -149,7 +170,11 @@ class Inpainting(ControlSettings):
 
 @settings
 class Depth(ControlSettings):
-    """Relative inverse depth by a model of transformers, near bright; model: its folder or hub id."""
+    """Relative inverse depth by a model of transformers, near bright.
+
+    name   which control
+    model  its folder or hub id
+    """
 
     name: Literal["depth"] = "depth"
     model: str = "depth-anything/Depth-Anything-V2-Small-hf"
@@ -160,8 +185,11 @@ class Depth(ControlSettings):
 
 @settings
 class HED(ControlSettings):
-    """Soft edges of ControlNet's HED (arXiv 1504.06375), by the package controlnet-aux; model: a folder or hub id with
-    ControlNetHED.pth. `soft_edges` needs no weights."""
+    """Soft edges of ControlNet's HED (arXiv 1504.06375), by the package controlnet-aux. `soft_edges` needs no weights.
+
+    name   which control
+    model  a folder or hub id with ControlNetHED.pth
+    """
 
     name: Literal["hed"] = "hed"
     model: str = "lllyasviel/Annotators"
@@ -172,8 +200,12 @@ class HED(ControlSettings):
 
 @settings
 class ImagePrompt(ControlSettings):
-    """The picture's embedding; encoder: efflite0, efflite2, or a folder or hub id (it may go on below the repository)
-    of a CLIPVisionModelWithProjection."""
+    """The picture's embedding.
+
+    name     which control
+    encoder  efflite0, efflite2, or a folder or hub id (it may go on below the repository) of a
+             CLIPVisionModelWithProjection
+    """
 
     definition: ClassVar[str] = (
         "1 - cosine of the encoder's embeddings of the picture that was shown and of the picture"

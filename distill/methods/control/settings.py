@@ -12,15 +12,19 @@ Grid = Literal["trig", "linear"]
 
 @settings
 class NCTSettings(MethodSettings):
-    """control: what the adapter sees of a picture, by its name and that control's own keys.
+    """A control for a one-step generator.
 
-    num_levels, grid   coupling levels N and their sigmas; a level is drawn uniformly (none is published)
-    distance, huber_c  of both losses between latents: mean d^2, or sqrt(|d|^2 + c^2) - c
-    margin             xi that the boundary loss may have: a few percent of the distance between unrelated samples
-    boundary_weight    lambda at the start; dual_lr: eta of its rule, 0 to keep it fixed
-    prompt_dropout     share of samples without their prompt
-    timestep           of the generator's one step; null for that of its sampling.json, else its last
-    guidance_scale     that a guidance-embedding generator is told; null for that of its sampling.json
+    control          what the adapter sees of a picture, by its name and that control's own keys
+    num_levels       coupling levels N; a level is drawn uniformly (none is published)
+    grid             law of the levels' sigmas
+    distance         of both losses between latents: l2, mean d^2; huber, sqrt(|d|^2 + c^2) - c
+    huber_c          c of huber
+    margin           xi that the boundary loss may have: a few percent of the distance between unrelated samples
+    boundary_weight  lambda at the start
+    dual_lr          eta of lambda's rule; 0 to keep it fixed
+    prompt_dropout   share of samples without their prompt
+    timestep         time of the generator's one step; null for that of its sampling.json, else its last
+    guidance_scale   guidance that a guidance-embedding generator is told; null for that of its sampling.json
     """
 
     control: Control
@@ -35,6 +39,8 @@ class NCTSettings(MethodSettings):
     timestep: int | None = Field(None, ge=0)
     guidance_scale: float | None = Field(None, ge=1)
 
+    paper: ClassVar[str] = "NCT, arXiv 2506.19741"
+    idea: ClassVar[str] = "a control for a frozen one-step generator, without pictures"
     needs_teacher: ClassVar[NeedsTeacher] = "always"
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.huber_c", "method.distance", values=("l2",)),

@@ -11,13 +11,16 @@ from ...settings import Distance, Idle, MethodSettings, NeedsTeacher, settings
 class LatentConsistencySettings(MethodSettings):
     """Guidance here is the paper's omega, w = guidance_scale - 1.
 
-    w_min, w_max           omega is uniform on this range for each sample
-    guidance_dim           width of the omega embedding of a full student
-    timestep_scaling       of the boundary condition
-    distance, huber_c      between student and target
-    target_decay           EMA of the target network (full); a LoRA's target is the student itself
-    w_export               omega of the pictures and of sampling.json; must lie in the trained range
-    sampling_power         sampling times of pictures and sampling.json, see `lcm_timesteps`; 1 is LCMScheduler's
+    w_min             least omega; it is uniform up to w_max
+    w_max             largest omega that is trained
+    guidance_dim      width of the omega embedding of a full student
+    timestep_scaling  steepness of the boundary condition at the data
+    distance          between student and target
+    huber_c           c of huber
+    target_decay      average of the target network (full); a LoRA's target is the student itself; null for the same
+    w_export          omega of the pictures and of sampling.json; must lie in the trained range
+    sampling_power    sampling times of pictures and sampling.json stand at (1 - i/n)^power of the way from the data; 1
+                      is LCMScheduler's
     """
 
     w_min: float = Field(5.0, ge=0)
@@ -40,23 +43,34 @@ class LatentConsistencySettings(MethodSettings):
 
 @settings
 class LCDSettings(LatentConsistencySettings):
-    """num_ddim_timesteps: N, the teacher's steps are k = T/N long."""
+    """Those of latent consistency, and the teacher's step.
+
+    num_ddim_timesteps  N: the teacher's steps are k = T/N long
+    """
 
     num_ddim_timesteps: int = Field(50, ge=1)
+
+    paper: ClassVar[str] = "LCM, arXiv 2310.04378"
+    idea: ClassVar[str] = "one DDIM step of the guided teacher leads to the same x0"
 
 
 @settings
 class LRMSettings:
     """Defaults are latent_ViT's of the official code; "ours": the release has neither weights nor their training.
 
-    vision_*, patch_size, embed_dim  the ViT on latents; unlocked_vision_layers: last blocks that matching trains
-    text_layers                      trained blocks above the teacher's frozen text states (official: the last 5 of a
-                                     24-block text tower, which starts from weights that are not released)
-    learning_rate                    of matching, after every step of the student
-    pretrain_steps, pretrain_lr      iterations of contrastive training before the student moves (ours; rate from a
-                                     checkpoint's name)
-    batch_size                       rows of the batch that matching uses
-    smooth                           where the expert prefers a generated latent to the real one, call it a draw
+    vision_width            width of the ViT on latents
+    vision_layers           its blocks
+    vision_heads            its attention heads
+    patch_size              side of its patches in latents
+    embed_dim               width of the space where latents and texts are compared
+    unlocked_vision_layers  its last blocks, which matching trains
+    text_layers             trained blocks above the teacher's frozen text states (official: the last 5 of a 24-block
+                            text tower, which starts from weights that are not released)
+    learning_rate           of matching, after every step of the student
+    pretrain_steps          iterations of contrastive training before the student moves (ours)
+    pretrain_lr             learning rate of contrastive training (from a checkpoint's name)
+    batch_size              rows of the batch that matching uses
+    smooth                  where the expert prefers a generated latent to the real one, call it a draw
     """
 
     vision_width: int = Field(512, ge=8)
@@ -77,13 +91,14 @@ class LRMSettings:
 class CtrlUSettings:
     """Ctrl-U (arXiv 2410.11236) for a scalar reward: U = |R_a - R_b| / spread, cost = best reward - R.
 
-    pair                  R_b of the student at t + 1 with the same noise (Ctrl-U), or of LCD's own target: without a
-                          second pass, and with a gradient through R_a alone
-    weight                exp(-U); the same without its gradient; or none: the plain mean of both costs (a control)
-    penalty               lambda of the mean of U
-    spread                reward differences of this size count as 1 (ours: no value for scalar rewards is known)
-    t_min, t_max          only samples at these times are rewarded (Ctrl-U: up to 200 or 400; ours: all)
-    ramp_steps            the reward's weight grows to its full value over these iterations (Ctrl-U: 5,000)
+    pair        R_b of the student at t + 1 with the same noise (Ctrl-U), or of LCD's own target: without a second pass,
+                and with a gradient through R_a alone
+    weight      exp(-U); the same without its gradient; or none: the plain mean of both costs (a control)
+    penalty     lambda of the mean of U
+    spread      reward differences of this size count as 1 (ours: no value for scalar rewards is known)
+    t_min       only samples from this time on are rewarded; null for all
+    t_max       only samples up to this time are rewarded (Ctrl-U: 200 or 400); null for all (ours)
+    ramp_steps  the reward's weight grows to its full value over these iterations (Ctrl-U: 5,000)
     """
 
     pair: Literal["second_pass", "target"] = "second_pass"
@@ -97,10 +112,13 @@ class CtrlUSettings:
 
 @settings
 class RGLCDSettings(LCDSettings):
-    """reward        name of the reward, see `load_reward`; with lrm: the expert that it copies
-    reward_scale  beta
-    lrm           settings of the latent proxy reward model; null: the reward itself, through the decoder
-    uncertainty   settings of Ctrl-U's weighting; null: off
+    """Those of LCD, and the reward.
+
+    reward        image-reward, hpsv2, pickscore, lite0-minilm or MODEL:TAG of open_clip; with lrm: the expert that it
+                  copies
+    reward_scale  beta, the weight of the reward
+    lrm           the latent proxy reward model; null: the reward itself, through the decoder
+    uncertainty   Ctrl-U's weighting; null: off
     """
 
     reward: str = "hpsv2"
@@ -108,6 +126,8 @@ class RGLCDSettings(LCDSettings):
     lrm: LRMSettings | None = None
     uncertainty: CtrlUSettings | None = None
 
+    paper: ClassVar[str] = "RG-LCD, arXiv 2403.11027"
+    idea: ClassVar[str] = "lcd, and a reward of the one-step pictures"
     idle: ClassVar[tuple[Idle, ...]] = (
         *LCDSettings.idle,
         Idle("method.uncertainty.penalty method.uncertainty.spread", "method.uncertainty.weight",
@@ -121,15 +141,19 @@ class RGLCDSettings(LCDSettings):
 class SCottSettings(LatentConsistencySettings):
     """Values of the paper as two summaries of it give them; "ours": not known, chosen here.
 
-    segment, num_solver_steps  t_hi - t_lo, solved in this many equal stochastic steps
-    times                      t_hi: all integers 1 .. T-1, or a grid from T-1 down in segments (ours: all)
-    solver                     er_sde with its noise_function (SDE_5 unless given), ddim with its eta; the other two
-                               are ddim with eta 1 (which one the paper ends with is not known; ours: er_sde)
-    lambda_adv                 weight of -D(prediction) in the student's loss; 0: no discriminator
-    gan_start_step             iterations in which the discriminator learns before it is listened to (ours: 0)
-    discriminator_rank         of the LoRA in the decoder, on the layers that LCM-LoRA adapts (the summaries disagree);
-                               discriminator_lr, discriminator_beta1 of its optimiser
-    renoise                    D sees both sides at one new noise level instead of clean (ours: clean)
+    segment              t_hi - t_lo, the length of the teacher's way
+    num_solver_steps     equal stochastic steps that solve a segment
+    times                t_hi: all integers 1 .. T-1, or a grid from T-1 down in segments (ours: all)
+    solver               er_sde, ddim; the other two are ddim with eta 1 (which one the paper ends with is not known;
+                         ours: er_sde)
+    noise_function       noise function of er_sde; null for SDE_5
+    eta                  eta of ddim: 0 without noise, 1 as much as the forward process
+    lambda_adv           weight of -D(prediction) in the student's loss; 0: no discriminator
+    gan_start_step       iterations in which the discriminator learns before it is listened to (ours: 0)
+    discriminator_rank   rank of the LoRA in the decoder, on the layers that LCM-LoRA adapts (the summaries disagree)
+    discriminator_lr     learning rate of the discriminator
+    discriminator_beta1  adam_beta1 of the discriminator
+    renoise              D sees both sides at one new noise level instead of clean (ours: clean)
     """
 
     segment: int = Field(24, ge=1)
@@ -145,6 +169,8 @@ class SCottSettings(LatentConsistencySettings):
     discriminator_beta1: float = Field(0.9, ge=0, lt=1)
     renoise: bool = False
 
+    paper: ClassVar[str] = "SCott, arXiv 2403.01505"
+    idea: ClassVar[str] = "stochastic steps of the teacher, and a discriminator"
     idle: ClassVar[tuple[Idle, ...]] = (
         *LatentConsistencySettings.idle,
         Idle("method.gan_start_step method.discriminator_rank method.discriminator_lr method.discriminator_beta1 "

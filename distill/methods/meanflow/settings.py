@@ -17,21 +17,39 @@ class MeanFlowSettings(MethodSettings):
     """Defaults are the official ImageNet ones without guidance.
 
     source             of the velocity: data and noise, or the teacher
-    target             over r < t: by the derivative (MeanFlow), `alpha_target` or `split_target`, which need none
+    target             over r < t: by the derivative (MeanFlow), or alpha_flow (arXiv 2510.20771) or split (arXiv
+                       2507.16884), which need none
     tangent            of the derivative: that velocity, or the student's own u(z, t, t) (improved MeanFlow)
-    alpha_*            `annealed_alpha` by the share of the run: alpha_start, alpha_end, alpha_gamma, alpha_clip;
-                       rows with r < t weigh alpha
-    target_clip        bound of alpha_target's values, none unless given
-    span_law, ratio    `draw_spans` of r <= t; ratio: share of rows with r < t
-    p_mean, p_std      of logit t and r; r_mean, r_std: of logit r under span_law separate
-    omega, kappa       guided velocity omega v + (1 - omega - kappa) u(z, t, t | none) + kappa u(z, t, t | y) where
-                       guidance_start <= t <= guidance_end; from a teacher, omega is its guidance scale
+    alpha_start        share of the run from which alpha falls from 1 to 0; rows with r < t weigh alpha
+    alpha_end          share of the run at which alpha is 0, and the target the derivative's
+    alpha_gamma        steepness of alpha's fall
+    alpha_clip         alpha within this of 0 or 1 is 0 or 1
+    target_clip        bound of the values of alpha_flow's target; null for none
+    span_law           sorted: r and t are the smaller and the larger of two draws; separate: r is the smaller of t and
+                       a draw of its own
+    ratio              share of rows with r < t
+    p_mean             mean of logit t, and of r under span_law sorted
+    p_std              standard deviation of logit t, and of r under span_law sorted
+    r_mean             mean of logit r under span_law separate; null for p_mean
+    r_std              standard deviation of logit r under span_law separate; null for p_std
+    omega              guided velocity omega v + (1 - omega - kappa) u(z, t, t | none) + kappa u(z, t, t | y); from a
+                       teacher its guidance scale
+    kappa              share of the student's own conditional velocity in the guided one
+    guidance_start     time from which guidance is on
+    guidance_end       time up to which guidance is on
     condition_dropout  share of rows trained without their condition, at r < t too (source data)
-    loss               l2: `adaptive` of the summed squares; opt_grad: `unit_step`
-    norm_p, norm_c     of either; per_element: they see the mean of the squares (l2), a gradient over sqrt(D) (opt_grad)
+    loss               l2: squared error D as D / (D + c)^p; opt_grad: a step g of the output as g / (|g| + c)^p
+    norm_p             p of the loss
+    norm_c             c of the loss
+    per_element        D is the mean of the squares in place of their sum; g is divided by the square root of its number
+                       of elements
     tangent_warmup     steps over which the derivative's weight grows from 0 to 1
-    derivative         back end of `total_derivative`; derivative_step: of finite_difference
-    dispersive         regulariser on the outputs of the modules dispersive_blocks, summed: weight, tau
+    derivative         how the derivative along the path is computed
+    derivative_step    step of finite_difference
+    dispersive         regulariser on the outputs of modules, summed
+    dispersive_weight  weight of the regulariser
+    dispersive_tau     temperature of the regulariser
+    dispersive_blocks  modules whose outputs the regulariser sees
     """
 
     source: Literal["data", "teacher"] = "data"
@@ -65,6 +83,8 @@ class MeanFlowSettings(MethodSettings):
     dispersive_tau: float = Field(1.0, gt=0)
     dispersive_blocks: tuple[str, ...] = ()
 
+    paper: ClassVar[str] = "MeanFlow, arXiv 2505.13447"
+    idea: ClassVar[str] = "the mean velocity over a span, by its identity with the velocity"
     needs_teacher: ClassVar[NeedsTeacher] = "to_start"
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.derivative_step", "method.derivative", only=("finite_difference",)),

@@ -15,8 +15,9 @@ Range = tuple[float, float]
 class DegradationSettings:
     """Ranges that a picture's own values are drawn from uniformly. The defaults are InterLCM's, for 512 pixels.
 
-    blur         standard deviations of a Gaussian in pixels; kernel_size: its support, odd
+    kernel_size  support of the blur in pixels, odd
     anisotropic  share of pictures with two standard deviations along turned axes
+    blur         standard deviations of a Gaussian in pixels
     downsample   the side is divided by this
     noise        standard deviation in 1/255, the same in all channels
     jpeg         quality, a whole number below the upper end
@@ -43,7 +44,11 @@ class DegradationSettings:
 
 @settings
 class PatchSettings:
-    """width: channels of the first layer; layers: strided ones, each of which halves the side."""
+    """The discriminator of pictures.
+
+    width   channels of the first layer
+    layers  strided ones, each of which halves the side
+    """
 
     width: int = Field(64, ge=1)
     layers: int = Field(4, ge=1)
@@ -51,9 +56,11 @@ class PatchSettings:
 
 @settings
 class VisualSettings:
-    """image_encoder  frozen network that describes the picture in tokens: efflite0, efflite2, or a CLIPVisionModel
+    """The picture's tokens for the U-Net.
 
-    channels, blocks_per_level  of the trained network between its tokens and the U-Net's
+    image_encoder     frozen network that describes the picture in tokens: efflite0, efflite2, or a CLIPVisionModel
+    channels          channels of the trained network between its tokens and the U-Net's
+    blocks_per_level  blocks of that network at each level
     """
 
     image_encoder: str = "openai/clip-vit-base-patch16"
@@ -65,15 +72,21 @@ class VisualSettings:
 class InterLCMSettings(MethodSettings):
     """Values of the released code (options/interlcm.yml).
 
-    num_steps, timesteps   the student's schedule, by number or by times; the one-step variant has num_steps 2
-    start_index            of the step whose state the picture makes; the network runs from it to the last
-    guidance_scale         that a guidance-embedding student is told; null for that of its sampling.json
-    visual                 tokens of the picture in place of the prompt's; null for the empty prompt's
-    spatial                whether a ControlNet sees the picture
-    perceptual             network of the perceptual loss: lpips-imagenet as the released code calls VGG's LPIPS, lpips
-                           as its package does, or efflite0 and efflite2, which ordinary packages carry
-    gan_weight             of -D(restored); 0: no discriminator
-    gan_start_step         iterations before the discriminator joins; discriminator_lr: as the run's unless given
+    degradation        how pictures are damaged
+    num_steps          steps of the student's schedule; the one-step variant has 2
+    timesteps          times of the student's schedule, in place of num_steps
+    start_index        index of the step whose state the picture makes; the network runs from it to the last
+    guidance_scale     guidance that a guidance-embedding student is told; null for that of its sampling.json
+    visual             tokens of the picture in place of the prompt's; null for the empty prompt's
+    spatial            whether a ControlNet sees the picture
+    l1_weight          weight of the mean absolute difference
+    perceptual         network of the perceptual loss: lpips-imagenet as the released code calls VGG's LPIPS, lpips as
+                       its package does, or efflite0 and efflite2, which ordinary packages carry
+    perceptual_weight  weight of the perceptual loss
+    gan_weight         weight of -D(restored); 0: no discriminator
+    gan_start_step     iterations before the discriminator joins
+    discriminator      network of the discriminator
+    discriminator_lr   learning rate of the discriminator; null for the run's
     """
 
     degradation: DegradationSettings = Field(default_factory=DegradationSettings)
@@ -91,6 +104,8 @@ class InterLCMSettings(MethodSettings):
     discriminator: PatchSettings = Field(default_factory=PatchSettings)
     discriminator_lr: float | None = Field(None, gt=0)
 
+    paper: ClassVar[str] = "InterLCM, arXiv 2502.02215"
+    idea: ClassVar[str] = "faces restored from a middle state of a few-step student"
     needs_teacher: ClassVar[NeedsTeacher] = "always"
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.num_steps", "method.timesteps", only=(None,)),

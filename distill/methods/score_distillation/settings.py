@@ -13,25 +13,36 @@ Warmup = Literal["code", "paper", "scm"]
 class RCMSettings(MethodSettings):
     """Defaults are rCM's for text to image (its table 4, and its released code where that says more).
 
-    source             of dx/dt in the consistency term: the guided teacher (sCD), or data and noise (sCT)
-    scm_weight         of the consistency term, 0: the score term alone (DMD without its discriminator)
-    score_weight       of the score term, 0: sCM alone, without a fake score
-    p_mean, p_std      of ln(sigma_data tan t) in the consistency term
-    tangent_warmup     H: steps over which r of `tangent` grows to 1, and before which there is no score term;
-                       tangent_form says where r stands, tangent_c is c of the normalisation g / (|g| + c)
-    per_element        |g| is divided by the square root of the number of elements (FastGen, not the papers)
-    adaptive           the consistency term is e^w / D times itself minus w, w(t) learned (sCM, algorithm 1; not rCM)
-    output_weight      rows are weighted so that a unit of the network's output counts alike at every time: the
-                       consistency term by `score.output_weight`, the fake score's loss by its square; both are 1 unless
-                       the network predicts noise or x0. false: the papers' losses, whose networks predict velocities
-    derivative         back end of the derivative; derivative_step: of finite_difference
-    max_rollout        N_max: rollouts have 1, 2, .. N_max, 1, .. steps in turn
-    rollout_times      fixed times of their later steps in place of random ones (better for the score alone)
-    score_law          of t in the score terms and rollouts: ln(sigma_data tan t) ~ N(score_p_mean, score_p_std^2), or
-                       straight paths' times shifted by score_shift (video)
+    source               source of dx/dt in the consistency term: the guided teacher (sCD), or data and noise (sCT)
+    guidance_scale       guidance of the teacher; 1 = off
+    sigma_data           the data's standard deviation per element
+    scm_weight           weight of the consistency term; 0: the score term alone (DMD without its discriminator)
+    score_weight         weight of the score term; 0: sCM alone, without a fake score
+    p_mean               mean of ln(sigma_data tan t) in the consistency term
+    p_std                standard deviation of ln(sigma_data tan t) in the consistency term
+    tangent_warmup       H: steps over which the factor r of the tangent's second part grows to 1, and before which
+                         there is no score term
+    tangent_form         where r stands: as in rCM's code, in its paper, or as in sCM
+    tangent_c            c of the normalisation g / (|g| + c)
+    per_element          |g| is divided by the square root of the number of elements (FastGen, not the papers)
+    adaptive             the consistency term is e^w / D times itself minus w, w(t) learned (sCM, algorithm 1; not rCM)
+    output_weight        rows are weighted so that a unit of the network's output counts alike at every time (a
+                         difference only where it predicts noise or x0); false: the papers' losses, whose networks
+                         predict velocities
+    derivative           how the derivative along the path is computed
+    derivative_step      step of finite_difference
+    max_rollout          N_max: rollouts have 1, 2, .. N_max, 1, .. steps in turn
+    rollout_times        fixed times of the rollouts' later steps in place of random ones (better for the score alone)
+    score_law            law of t in the score terms and rollouts: lognormal of sigma_data tan t, or straight paths'
+                         times shifted by score_shift (video)
+    score_p_mean         mean of ln(sigma_data tan t) in the lognormal score_law
+    score_p_std          standard deviation of ln(sigma_data tan t) in the lognormal score_law
+    score_shift          shift of the shifted score_law
     student_update_freq  one step in so many is the student's, the others are the fake score's
-    fake_score_lr      the run's unless given; the papers': 5 to 10 times smaller than the student's
-    times              of sampling after the first, which is atan(sigma_max / sigma_data) cut to the teacher's reach
+    fake_score_lr        learning rate of the fake score; null for the run's; the papers': 5 to 10 times smaller than
+                         the student's
+    sigma_max            noise level of the first sampling time atan(sigma_max / sigma_data), cut to the teacher's reach
+    times                times of sampling after the first
     """
 
     source: Literal["teacher", "data"] = "teacher"
@@ -60,6 +71,8 @@ class RCMSettings(MethodSettings):
     sigma_max: float = Field(80.0, gt=0)
     times: tuple[float, ...] = (1.3, 1.0, 0.6)
 
+    paper: ClassVar[str] = "rCM, arXiv 2510.08431"
+    idea: ClassVar[str] = "continuous-time consistency (sCM), regularised by a score"
     needs_teacher: ClassVar[NeedsTeacher] = "to_start"
     before: ClassVar[dict[str, Any]] = {"output_weight": False}
     idle: ClassVar[tuple[Idle, ...]] = (
@@ -78,13 +91,16 @@ class RCMSettings(MethodSettings):
 class DMD2Settings(MethodSettings):
     """Values of the released code (tianweiy/DMD2); of SDXL's four-step recipe where recipes differ.
 
-    num_steps            at i / num_steps of the teacher's time; rollouts end at each of them in turn
+    guidance_scale       guidance of the teacher; 1 = off
+    num_steps            steps of a picture, at i / num_steps of the teacher's time; rollouts end at each of them in
+                         turn
     student_update_freq  fake-score steps per student step: 5, in SD 1.5's recipe 10 (dfake_gen_update_ratio)
-    fake_score_lr        of fake score and discriminator, as the run's unless given
-    min_share, max_share the share of the teacher's time where the scores are compared (min, max_step_percent)
-    gan_weight           of -log D(G) in the student's loss (gen_cls_loss_weight: SDXL 5e-3, SD 1.5 1e-3);
-                         0: no discriminator
-    critic_weight        of the discriminator's loss in the fake score's (guidance_cls_loss_weight)
+    fake_score_lr        learning rate of fake score and discriminator; null for the run's
+    min_share            least share of the teacher's time where the scores are compared (min_step_percent)
+    max_share            largest share of the teacher's time where the scores are compared (max_step_percent)
+    gan_weight           weight of -log D(G) in the student's loss (gen_cls_loss_weight: SDXL 5e-3, SD 1.5 1e-3); 0: no
+                         discriminator
+    critic_weight        weight of the discriminator's loss in the fake score's (guidance_cls_loss_weight)
     sigma_data           the data's standard deviation per element, of TrigFlow, in which all of it is written
     """
 
@@ -98,5 +114,7 @@ class DMD2Settings(MethodSettings):
     critic_weight: float = Field(1e-2, gt=0)
     sigma_data: float = Field(1.0, gt=0)
 
+    paper: ClassVar[str] = "DMD2, arXiv 2405.14867"
+    idea: ClassVar[str] = "the student's pictures get the teacher's distribution"
     needs_teacher: ClassVar[NeedsTeacher] = "always"
     idle: ClassVar[tuple[Idle, ...]] = (Idle("method.critic_weight", "method.gan_weight", values=(0,)),)
