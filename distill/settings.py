@@ -164,7 +164,7 @@ class Published:
     """A number that a paper gives for a method, shown beside ours and never mixed with it.
 
     benchmark  data and resolution, in the paper's terms
-    source     where it stands, and how surely it was read
+    source     where it stands
     """
 
     benchmark: str

@@ -2,45 +2,31 @@
 
 from ..settings import Published
 
-LCD_TABLE = "LCM paper, guidance scale 8, SD 2.1; {}"
+LCD_FIGURE = "LCM, guidance scale 8: the authors' figure speed_fid.png (github.com/luosiallen/latent-consistency-model)"
 LCD = tuple(
-    Published(f"LAION-Aesthetics {side} px", "FID", steps, value, LCD_TABLE.format(certainty))
-    for side, values, certainty in (
-        (768, (34.2, 16.3, 13.5), "values recalled, in agreement with the repository's speed_fid.png"),
-        (512, (35.4, 13.3, 11.1), "values recalled, not checked"),
-    )
-    for steps, value in zip((1, 2, 4), values, strict=True)
+    Published("LAION-Aesthetics 768 px, SD 2.1", "FID", steps, value, LCD_FIGURE)
+    for steps, value in ((1, 34.2), (2, 16.3), (4, 13.5))
 )
 
-RG_LCD_SECOND_HAND = "RG-LCD with ImageReward, {}; quoted by a third party, the paper's table was not read"
-RG_LCD = (
-    Published("MS-COCO (presumed), SD 2.1", "FID", 4, 42.7, RG_LCD_SECOND_HAND.format("direct")),
+SCOTT = (
     Published(
-        "MS-COCO (presumed), SD 2.1", "FID", 4, 17.2, RG_LCD_SECOND_HAND.format("through the latent proxy")
+        "COCO 2017, 5k, 512 px, SD 1.5", "FID", 2, 21.9, "SCott, arXiv 2403.01505, abstract of version 4"
     ),
 )
 
-SCOTT_SECOND_HAND = "SCott, a summary of the paper; the paper's table was not read"
-SCOTT = (
-    Published("COCO 2017, 5k, 512 px, SD 1.5", "FID", 2, 21.9, "SCott paper, abstract of its last version"),
-    Published("COCO 2014, 30k, 512 px, SD 1.5", "FID", 2, 11.13, SCOTT_SECOND_HAND),
-    Published("COCO 2014, 30k, 512 px, SD 1.5", "FID", 4, 10.68, SCOTT_SECOND_HAND),
-    Published("MJHQ, 5k, SD 1.5", "FID", 2, 24.9, SCOTT_SECOND_HAND),
-)
-
-ICT_RECALLED = "iCT paper, table {}; recalled, not re-read"
+ICT_ABSTRACT = "iCT, arXiv 2310.14189, abstract"
 ICT = tuple(
-    Published(benchmark, "FID", steps, value, ICT_RECALLED.format(table))
-    for benchmark, table, values in (
-        ("CIFAR-10, unconditional", "2", (2.83, 2.46)),
-        ("ImageNet 64 x 64, class-conditional", "3", (4.02, 3.20)),
+    Published(benchmark, "FID", steps, value, ICT_ABSTRACT)
+    for benchmark, values in (
+        ("CIFAR-10, unconditional, iCT-deep", (2.51, 2.24)),
+        ("ImageNet 64 x 64, class-conditional, iCT-deep", (3.25, 2.77)),
     )
     for steps, value in zip((1, 2), values, strict=True)
 )
 
-LCT_READ = "sLCT paper, 1 / 2 steps, as a stored copy of its tables has them"
+LCT_RESULTS = "sLCT, arXiv 2502.01441, results"
 LCT = tuple(
-    Published(benchmark, "FID", steps, value, LCT_READ)
+    Published(benchmark, "FID", steps, value, LCT_RESULTS)
     for benchmark, values in (
         ("CelebA-HQ 256 x 256", (7.27, 6.93)),
         ("LSUN Church 256 x 256", (8.87, 7.71)),
@@ -49,45 +35,48 @@ LCT = tuple(
     for steps, value in zip((1, 2), values, strict=True)
 )
 
-MEANFLOW = tuple(
-    Published(benchmark, "FID", steps, value, f"MeanFlow paper; {certainty}")
-    for benchmark, steps, value, certainty in (
-        ("ImageNet 256 x 256, class-conditional, XL/2", 1, 3.43, "abstract"),
-        ("ImageNet 256 x 256, class-conditional, XL/2", 2, 2.93, "at second hand, not checked"),
-        ("CIFAR-10, unconditional", 1, 2.92, "FID of the paper as its code's README gives it"),
-    )
+MEANFLOW = (
+    Published(
+        "ImageNet 256 x 256, class-conditional, XL/2", "FID", 1, 3.43, "MeanFlow, arXiv 2505.13447, abstract"
+    ),
+    Published(
+        "CIFAR-10, unconditional",
+        "FID",
+        1,
+        2.92,
+        "the paper's number in the README of its code (github.com/Gsunshine/py-meanflow)",
+    ),
 )
 
-RCM_TABLE = "rCM paper, results; read in its stored text"
-SCM_TABLE = "sCM paper; read in its stored text"
+RCM_RESULTS = "rCM, arXiv 2510.08431, results"
+SCM_RESULTS = "sCM, arXiv 2410.11081, results"
 RCM = tuple(
     Published(benchmark, metric, steps, value, source)
     for benchmark, metric, source, results in (
-        ("Cosmos-Predict2 0.6B, text to image", "GenEval", RCM_TABLE, {4: 0.79, 2: 0.78, 1: 0.78}),
-        ("Cosmos-Predict2 2B, text to image", "GenEval", RCM_TABLE, {4: 0.81, 2: 0.82, 1: 0.81}),
-        ("Cosmos-Predict2 14B, text to image", "GenEval", RCM_TABLE, {4: 0.83, 2: 0.81, 1: 0.82}),
-        ("Wan2.1 1.3B, 480p", "VBench total", RCM_TABLE, {4: 84.43, 2: 84.09, 1: 82.65}),
-        ("Wan2.1 14B, 480p", "VBench total", RCM_TABLE, {4: 84.92, 2: 85.05, 1: 83.02}),
-        ("CIFAR-10, unconditional, sCT", "FID", SCM_TABLE, {1: 2.85, 2: 2.06}),
-        ("CIFAR-10, unconditional, sCD", "FID", SCM_TABLE, {1: 3.66, 2: 2.52}),
-        ("ImageNet 64 x 64, XL, sCT", "FID", SCM_TABLE, {1: 2.04, 2: 1.48}),
-        ("ImageNet 64 x 64, XL, sCD", "FID", SCM_TABLE, {1: 2.44, 2: 1.66}),
-        ("ImageNet 512 x 512, XXL, sCD", "FID", SCM_TABLE, {1: 2.28, 2: 1.88}),
+        ("Cosmos-Predict2 0.6B, text to image", "GenEval", RCM_RESULTS, {4: 0.79, 2: 0.78, 1: 0.78}),
+        ("Cosmos-Predict2 2B, text to image", "GenEval", RCM_RESULTS, {4: 0.81, 2: 0.82, 1: 0.81}),
+        ("Cosmos-Predict2 14B, text to image", "GenEval", RCM_RESULTS, {4: 0.83, 2: 0.81, 1: 0.82}),
+        ("Wan2.1 1.3B, 480p", "VBench total", RCM_RESULTS, {4: 84.43, 2: 84.09, 1: 82.65}),
+        ("Wan2.1 14B, 480p", "VBench total", RCM_RESULTS, {4: 84.92, 2: 85.05, 1: 83.02}),
+        ("CIFAR-10, unconditional, sCT", "FID", SCM_RESULTS, {1: 2.85, 2: 2.06}),
+        ("CIFAR-10, unconditional, sCD", "FID", SCM_RESULTS, {1: 3.66, 2: 2.52}),
+        ("ImageNet 64 x 64, XL, sCT", "FID", SCM_RESULTS, {1: 2.04, 2: 1.48}),
+        ("ImageNet 64 x 64, XL, sCD", "FID", SCM_RESULTS, {1: 2.44, 2: 1.66}),
+        ("ImageNet 512 x 512, XXL, sCD", "FID", SCM_RESULTS, {1: 2.28, 2: 1.88}),
     )
     for steps, value in results.items()
 )
 
+DMD2_ABSTRACT = "DMD2, arXiv 2405.14867, abstract"
 DMD2 = (
-    Published(
-        "ImageNet 64 x 64, class-conditional", "FID", 1, 1.28, "DMD2 paper, abstract as its README quotes it"
-    ),
-    Published("zero-shot COCO 2014, SD 1.5", "FID", 1, 8.35, "DMD2 paper, abstract as its README quotes it"),
+    Published("ImageNet 64 x 64, class-conditional", "FID", 1, 1.28, DMD2_ABSTRACT),
+    Published("zero-shot COCO 2014, SD 1.5", "FID", 1, 8.35, DMD2_ABSTRACT),
 )
 
-NCT_TABLE = "NCT paper, results (Diff-Instruct generator of SD 1.5); read in its stored text"
+NCT_RESULTS = "NCT, arXiv 2506.19741, results with the Diff-Instruct generator of SD 1.5"
 NCT_SETTING = "internal prompts, FID to the uncontrolled base model"
 NCT = tuple(
-    Published(f"{control}, {NCT_SETTING}", metric, 1, value, NCT_TABLE)
+    Published(f"{control}, {NCT_SETTING}", metric, 1, value, NCT_RESULTS)
     for control, results in (
         ("Canny", {"FID": 13.67, "consistency": 0.110}),
         ("HED", {"FID": 14.96, "consistency": 0.060}),
@@ -96,13 +85,13 @@ NCT = tuple(
     )
     for metric, value in results.items()
 ) + tuple(
-    Published("image prompt, COCO-2017 5k, 4 images per prompt", metric, 1, value, NCT_TABLE)
+    Published("image prompt, COCO-2017 5k, 4 images per prompt", metric, 1, value, NCT_RESULTS)
     for metric, value in (("CLIP-T", 0.593), ("CLIP-I", 0.821))
 )
 
-INTERLCM_TABLE = "DMDP-FR's README, which measured it again; the paper's own table was not read"
+INTERLCM_AGAIN = "measured again by the authors of DMDP-FR, in their README"
 INTERLCM = tuple(
-    Published(f"{data}, 512 px, blind restoration", metric, 3, value, INTERLCM_TABLE)
+    Published(f"{data}, 512 px, blind restoration", metric, 3, value, INTERLCM_AGAIN)
     for data, metric, value in (
         ("CelebA-Test", "FID", 51.524),
         ("CelebA-Test", "LPIPS", 0.398),
@@ -116,7 +105,6 @@ INTERLCM = tuple(
 
 PUBLISHED: dict[str, tuple[Published, ...]] = {
     "lcd": LCD,
-    "rg_lcd": RG_LCD,
     "scott": SCOTT,
     "ict": ICT,
     "lct": LCT,

@@ -101,7 +101,7 @@ SD15 = Architecture(
     },
 )
 
-# SimianLuo's latent consistency model of Dreamshaper v7: SD 1.5 with an embedding of the guidance scale (recalled).
+# SimianLuo's latent consistency model of Dreamshaper v7: SD 1.5 with an embedding of the guidance scale.
 LCM_DREAMSHAPER = Architecture(
     "LatentConsistencyModelPipeline",
     {

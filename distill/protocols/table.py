@@ -79,7 +79,7 @@ IMAGENET256 = Standard(
             "VIRTUAL_imagenet256_labeled.npz",
             ADM,
         ),
-        ADM + "; MeanFlow reads adm_in256_stats.npz, whose equality with it was not checked",
+        ADM + "; MeanFlow reads adm_in256_stats.npz",
     ),
     keys=("mu", "sigma"),
     n_ref=Stated(IMAGENET_TRAIN, "statistics over the whole dataset: " + ADM),

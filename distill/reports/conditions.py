@@ -88,9 +88,7 @@ class Conditions:
         return self.control.shown(real.float() / 255, self.seen(real, rows)).clamp(min=0)
 
     def errors(self, images: Tensor, rows: Sequence[int]) -> Tensor:
-        """Of uint8 pictures `rows` (B, 3, H, W): float64 (B,), as the control's definition says. The formula of NCT's
-        consistency (arXiv 2506.19741) is lost in the text that was read; a mean absolute difference fits its figures.
-        """
+        """Of uint8 pictures `rows` (B, 3, H, W): float64 (B,), as the control's definition says."""
         return self.control.error(self.of(rows, images.shape[-1]), self.seen(images, rows))
 
     def identity(self, rows: Sequence[int]) -> str:

@@ -65,9 +65,9 @@ def evaluate(
     A row's `steps` is what was asked for; its `nfe` the evaluations of the network per image, counted; its peak
     memory that of making the pictures.
 
-    Features and timings are kept below $FEWSTEP_CACHE/features under the content of the pipeline, so that an
-    interrupted call goes on and an equal one is quick. Under torchrun or `accelerate launch` the processes share
-    the pictures; the first scores them and writes the report, the others return {}.
+    Features and timings are kept below $FEWSTEP_CACHE/features as long as the pipeline's files do not change: an
+    interrupted call goes on, and an equal one is quick. Under torchrun or `accelerate launch` the processes share the
+    pictures; the first scores them and writes the report, the others return {}.
 
     Picture i uses the caption or class label of reference row i (fixed random order, repeated if it is short), as
     the pipeline wants, and the noise seed seed_block * 1_000_000 + i. Seconds are the median over full batches of

@@ -1,4 +1,4 @@
-"""Stochastic consistency distillation (SCott, arXiv 2403.01505). Its text was not read whole: see the defaults."""
+"""Stochastic consistency distillation (SCott, arXiv 2403.01505)."""
 
 from functools import partial
 from typing import Any
