@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .commands.arguments import MOST_IMAGES, MOST_STEPS, Parser, place, scale, whole
+from .commands.process import settle
 from .commands.protocols import prepare_data_command, verify_metrics_command
 from .config.nearest import hint
 from .errors import UserError
@@ -347,6 +348,7 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 2 after a user's mistake, 1 after a fault of ours or of a library's, 130 after Ctrl-C."""
+    settle()
     arguments = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in arguments
     arguments = [a for a in arguments if a != "--traceback"]
