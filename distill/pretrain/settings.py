@@ -1,11 +1,23 @@
 """Settings of the stages that train the embedded teachers."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from ..methods.control.controls import SpatialControl
 from ..settings import MethodSettings, NeedsTeacher, settings
+
+
+@settings
+class SharedSettings:
+    """What all stages of a teacher share. data, resolution: as of a run; a stage may have its own.
+
+    name, license: of the card, the former that of output_dir where it is null."""
+
+    data: dict[str, Any] | None = None
+    resolution: int | None = Field(None, ge=1, le=16384)
+    name: str | None = None
+    license: str = "other"
 
 
 @settings
@@ -65,8 +77,11 @@ class AutoencoderSettings(MethodSettings):
 
 @settings
 class TextEncoderSettings(MethodSettings):
-    """vocabulary_size: byte-pair tokens. num_words, num_edits, num_combinations: training phrases of each kind beside
-    the captions: single words, captions with one word changed, and two or three words at random."""
+    """vocabulary_size: byte-pair tokens, at most. max_length: tokens of a prompt; what is longer is cut.
+
+    num_words, num_edits, num_combinations: training phrases of each kind beside the captions: single words, captions
+    with one word changed, and two or three words at random; of none more than phrases_per_caption for each distinct
+    caption."""
 
     vocabulary_size: int = 4096
     hidden_size: int = 128
@@ -76,6 +91,7 @@ class TextEncoderSettings(MethodSettings):
     num_words: int = 8000
     num_edits: int = 6000
     num_combinations: int = 10000
+    phrases_per_caption: int = Field(12, ge=1)
 
     ignores: ClassVar[tuple[str, ...]] = (
         "teacher",
