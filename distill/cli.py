@@ -111,7 +111,7 @@ def push_to_hub(arguments: list[str]) -> int:
 
 
 def train_teacher(arguments: list[str]) -> int:
-    """train-teacher CONFIG [--data.name FOLDER] [--resolution N] [--stages.<stage>.key value ...]: a teacher from data"""
+    """train-teacher CONFIG [--data.name FOLDER] [--resolution N] [--key.sub value ...]: a teacher from nothing"""
     from .catalog.configuration import fitted, with_overrides
     from .commands.train_teacher import train
     from .config.tree import read_yaml

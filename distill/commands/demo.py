@@ -24,7 +24,7 @@ from ..training.runner import Runner
 from ..writers import write_file
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# Seconds on two cores of 2.4 GHz: of a picture in a training step, of a picture's evaluation of the network, of the rest.
+# Seconds on two cores of 2.4 GHz: a picture in a training step, one in an evaluation of the network, the rest
 SECONDS_TRAINED, SECONDS_EVALUATION, BESIDE = 1.34 / 48, 0.004, 70
 CAPTIONS = (
     "red apple", "grinning face", "rocket", "banana", "tiger face", "rose", "octopus", "cherries", "airplane", "owl",
@@ -85,9 +85,8 @@ def _run(output_dir: Path, config: RunConfig, num_images: int, seeds: int | None
     write_file(output_dir / "comparison.md", table)
     with_scores(student, markdown_table([row for row in rows if row["model"] == "student"]))
     lines = loading_lines(Export(pipeline, sampling=sampling_of(student)), str(student))
-    print(
-        f"{time.perf_counter() - begun:.0f} seconds\n\n{table}\npictures: {pictures}\n\nthe student in plain diffusers:\n\n{lines}"
-    )
+    print(f"{time.perf_counter() - begun:.0f} seconds\n\n{table}\npictures: {pictures}\n")
+    print(f"the student in plain diffusers:\n\n{lines}")
     return table
 
 

@@ -3,18 +3,18 @@
 Waiting: the threads of GNU OpenMP, which torch's wheels use, spin while they wait for one another. Beside any other
 busy process the one that has work then waits for a core on which another of them spins. Passive waiting sleeps.
 
-Memory: glibc gives each large tensor back to the kernel and has its pages zeroed again at the next step. Kept, they cause no
-page faults; the peak stays the same, memory that was freed stays with the process.
+Memory: glibc gives each large tensor back to the kernel, whose pages are zeroed again in the next step. Memory that is
+kept causes no page faults; it stays with the process after it was freed.
 
-A step of `lcd` on emoji-sd, batch 48, two threads on two cores of an AMD EPYC; median of 5 steps, and system time
-and page faults of one. About four single-threaded processes of low priority ran all along; "busy" is one more of normal
-priority.
+A step of `lcd` on emoji-sd, batch 48, two threads on two cores of an AMD EPYC: median of 5 steps, and page faults of$
+the last. About four single-threaded processes, two of low priority, ran all along; "beside one more" adds one of
+normal priority. CPU seconds are of user and system.
 
-| setting | s a step | s a step, busy | system s | page faults |
-|---|---:|---:|---:|---:|
-| none | 13.5 | 45.2 | 0.05 | 24,060 |
-| passive | 2.7 | 4.1 | 0.08 | 29,173 |
-| passive, memory kept | 2.9 | BUSY_KEPT | 0.04 | 0 |
+| setting | s | CPU s | s beside one more | CPU s | page faults |
+|---|---:|---:|---:|---:|---:|
+| none | 13.5 | 5.05 | 45.2 | 16.54 | 47,123 |
+| passive | 2.7 | 1.07 | 4.1 and 4.9 | 1.10 and 1.14 | 44,816 and 42,949 |
+| passive, memory kept | 2.9 | 1.00 | 1.9 | 0.90 | 377 |
 """
 
 import ctypes
