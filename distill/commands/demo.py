@@ -25,7 +25,7 @@ from ..writers import write_file
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Seconds on two cores of 2.4 GHz: a picture in a training step, one in an evaluation of the network, the rest
-SECONDS_TRAINED, SECONDS_EVALUATION, BESIDE = 1.34 / 48, 0.004, 70
+SECONDS_TRAINED, SECONDS_EVALUATION, BESIDE = 1.34 / 48, 0.002, 110
 CAPTIONS = (
     "red apple", "grinning face", "rocket", "banana", "tiger face", "rose", "octopus", "cherries", "airplane", "owl",
     "watermelon", "frog face",  # the last two are held out
