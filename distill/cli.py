@@ -12,6 +12,7 @@ from importlib.metadata import version
 from .commands.arguments import described, usage_of
 from .commands.hub import push_to_hub
 from .commands.methods import methods
+from .commands.process import settle
 from .commands.protocols import prepare_data_command, verify_metrics_command
 from .commands.scoring import compare, evaluate, sample
 from .commands.training import demo, distill, train_teacher, turbo
@@ -45,6 +46,7 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 2 after a user's mistake, 1 after a fault of ours or of a library's, 130 after Ctrl-C."""
+    settle()
     arguments = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in arguments
     arguments = [a for a in arguments if a != "--traceback"]

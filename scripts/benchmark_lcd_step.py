@@ -225,6 +225,7 @@ def random_pipeline(folder: Path) -> str:
     from fewstep.distill.config.run import StudentSettings
     from fewstep.distill.pretrain.autoencoder import Autoencoder
     from fewstep.distill.pretrain.settings import TextEncoderSettings
+    from fewstep.distill.pretrain.stages import network_of, stages_of
     from fewstep.distill.pretrain.text_encoder import train_tokenizer
     from fewstep.distill.training.contract import Parts
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -250,7 +251,7 @@ def random_pipeline(folder: Path) -> str:
         vae=Autoencoder(autoencoder, Parts(None, StudentSettings(), [])).vae,
         text_encoder=encoder,
         tokenizer=tokenizer,
-        unet=UNet2DConditionModel(cross_attention_dim=text.hidden_size, **tree["network"]),
+        unet=UNet2DConditionModel(cross_attention_dim=text.hidden_size, **network_of(tree, stages_of(tree))),
         scheduler=DDIMScheduler(**tree["scheduler"]),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip

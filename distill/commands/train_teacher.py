@@ -1,7 +1,6 @@
 """Trains an embedded teacher stage by stage: autoencoder, text encoder, then the diffusion network."""
 
 from collections.abc import Callable
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,22 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ...pipelines.export import Export, sampling_of, write_export
 from ...pipelines.pipeline_edm import EDMPipeline
-from ..catalog.configuration import load_config
-from ..config.nearest import hint
 from ..config.run import RunConfig
 from ..config.tree import read_yaml
-from ..config.validation import shown
+from ..data.images import ImageData
 from ..data.sources import load_data
-from ..errors import UserError
 from ..models.teacher import class_of, load_edm
 from ..pretrain.card import PIXEL_STEPS, STEPS, write_card, write_own_card, write_pixel_card
+from ..pretrain.stages import STAGES, is_pixels, network_of, shared_of, stages_of
+from ..pretrain.text_encoder import distinct
+from ..reports.trained_on import DEFAULTS
+from ..scorers.minilm import minilm_folder
 from ..training.run_folder import RunFolder
 from ..training.run_lock import locked
 from ..training.runner import Runner
 from ..writers import recover, write_folder
 
-STAGES = ("autoencoder", "text_encoder", "diffusion")
-PIXEL_STAGES = ("pixels",)
+MOST_PICTURES, PIXELS_AT_ONCE = 4096, 256 * 32**2  # of which the latents' scale is measured
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES: dict[str, Callable[[Path], Any]] = {  # of the embedded teachers
     "emoji": write_card,
@@ -37,35 +36,31 @@ RECIPES: dict[str, Callable[[Path], Any]] = {  # of the embedded teachers
 def train(tree: dict[str, Any]) -> Path:
     """The stages of a teacher configuration, each a run folder below output_dir that resumes by itself.
 
-    tree: output_dir and stages, run configurations without output_dir: either {pixels}; or {autoencoder, text_encoder,
-    diffusion}, beside network (UNet2DConditionModel's arguments) and scheduler (DDIMScheduler's arguments).
-    Returns the pipeline folder, in float16. Raises UserError for missing and unknown keys.
+    tree: output_dir; data and resolution, of every stage; name and license, of the card; and stages, run configurations
+    without output_dir: either {pixels}; or {autoencoder, text_encoder, diffusion}, beside network
+    (UNet2DConditionModel's arguments) and scheduler (DDIMScheduler's arguments).
+    Returns the pipeline folder, in float16. Raises UserError for what the caller can mend.
     """
-    for key in ("output_dir", "stages"):
-        if not tree.get(key):
-            raise UserError(
-                f"{key}: missing; see configs/emoji/teacher.yaml and configs/fashion/teacher.yaml"
-            )
-    if not isinstance(tree["stages"], dict):
-        raise UserError(f"stages: {shown(tree['stages'])} has no keys; write `stages: {{pixels: ...}}`")
-    pixels = "pixels" in tree["stages"]
-    _check_keys("", tree, ("output_dir", "stages", *(() if pixels else ("network", "scheduler"))))
-    _check_keys("stages.", tree["stages"], PIXEL_STAGES if pixels else STAGES)
+    shared = shared_of(tree)
+    stages, pixels = stages_of(tree), is_pixels(tree)
     root = Path(str(tree["output_dir"]))
-    if not pixels:
-        _check_arguments("network", UNet2DConditionModel, tree["network"])
-        _check_arguments("scheduler", DDIMScheduler, tree["scheduler"])
-    stages = _stages(root, tree["stages"])
+    network = {} if pixels else network_of(tree, stages)
+    if not pixels and not (root / "text_encoder" / "pipeline").is_dir():
+        minilm_folder()
+        distinct(rows_of_stage(stages["text_encoder"]).captions)
     with locked(root):
         recover(root)
-        last = root / (_train_pixels if pixels else _train_latents)(root, tree, stages)
+        last = root / (_train_pixels(stages) if pixels else _train_latents(root, network, tree, stages))
         pipeline = halve(last / "pipeline", root / "pipeline")
         name = next((recipe for recipe in RECIPES if is_recipe(tree, recipe)), None)
         if name is not None:
             RECIPES[name](pipeline)
         else:
             stage = stages["pixels" if pixels else "diffusion"]
-            write_own_card(pipeline, root.name, stage.data, steps=PIXEL_STEPS if pixels else (STEPS,))
+            steps = PIXEL_STEPS if pixels else (STEPS,)
+            write_own_card(
+                pipeline, shared.name or root.name, stage.data, license=shared.license, steps=steps
+            )
     return pipeline
 
 
@@ -75,57 +70,32 @@ def is_recipe(tree: dict[str, Any], name: str) -> bool:
     return file.is_file() and {**read_yaml(file), "output_dir": None} == {**tree, "output_dir": None}
 
 
-def _stages(root: Path, trees: dict[str, Any]) -> dict[str, RunConfig]:
-    """The configuration of every stage, before the first of them takes its hours."""
-    out = {}
-    for name, tree in trees.items():
-        if not isinstance(tree, dict):
-            raise UserError(
-                f"stages.{name}: {shown(tree)} has no keys; write `stages: {{{name}: {{method: ...}}}}`"
-            )
-        placed: dict[str, Any] = {"output_dir": str(root / name)}
-        if name == "diffusion":
-            placed["teacher"] = {"path": str(root / "start")}
-        for key in placed:
-            if key in tree:
-                raise UserError(f"stages.{name}.{key}: follows from output_dir; leave it out")
-        out[name] = load_config({**tree, **placed}, f"stages.{name}.")
-    return out
+def rows_of_stage(config: RunConfig) -> ImageData:
+    """The training pictures of a stage."""
+    data = config.data
+    assert config.resolution is not None
+    return load_data(
+        data.name,
+        split=data.split,
+        resolution=config.resolution,
+        **{k: getattr(data, k) for k in DEFAULTS},
+    )
 
 
-def _check_keys(prefix: str, tree: dict[str, Any], wanted: tuple[str, ...]) -> None:
-    for key in wanted:
-        if key not in tree:
-            raise UserError(
-                f"{prefix}{key}: missing; see configs/emoji/teacher.yaml and configs/fashion/teacher.yaml"
-            )
-    for key in tree:
-        if key not in wanted:
-            raise UserError(f"{prefix}{key}: no such key; {hint(str(key), wanted)}")
-
-
-def _check_arguments(key: str, cls: Any, given: Any) -> None:
-    """UserError for what the class does not take."""
-    if not isinstance(given, dict):
-        raise UserError(f"{key}: {shown(given)} has no keys; give the arguments of diffusers' {cls.__name__}")
-    known = [name for name in signature(cls).parameters if not name.startswith("_")]
-    for name in given:
-        if name not in known:
-            raise UserError(f"{key}.{name}: {cls.__name__} takes no such argument; {hint(str(name), known)}")
-
-
-def _train_pixels(root: Path, tree: dict[str, Any], stages: dict[str, RunConfig]) -> str:
+def _train_pixels(stages: dict[str, RunConfig]) -> str:
     finish(stages["pixels"])
     return "pixels"
 
 
-def _train_latents(root: Path, tree: dict[str, Any], stages: dict[str, RunConfig]) -> str:
+def _train_latents(
+    root: Path, network: dict[str, Any], tree: dict[str, Any], stages: dict[str, RunConfig]
+) -> str:
     for name in STAGES[:2]:
         finish(stages[name])
     start = root / "start"
     # Before the network's first checkpoint another `network` or `scheduler` may have been meant.
     if not start.is_dir() or not RunFolder(stages["diffusion"]).binding():
-        pipeline = assemble(stages["autoencoder"], root, tree)
+        pipeline = assemble(stages["autoencoder"], root, network, tree["scheduler"])
         write_folder(start, lambda folder: pipeline.save_pretrained(folder))
     finish(stages["diffusion"])
     return "diffusion"
@@ -137,26 +107,32 @@ def finish(config: RunConfig) -> None:
         runner.train()
 
 
-def assemble(autoencoder: RunConfig, root: Path, tree: dict[str, Any]) -> StableDiffusionPipeline:
+@torch.no_grad()
+def unit_scale(vae: AutoencoderKL, config: RunConfig) -> float:
+    """What the latents of a stage's pictures, of MOST_PICTURES at most, are multiplied by for a variance of one."""
+    data = rows_of_stage(config)
+    chosen = range(0, len(data), -(-len(data) // MOST_PICTURES))
+    at_once = max(1, PIXELS_AT_ONCE // data.resolution**2)
+    parts = (chosen[i : i + at_once] for i in range(0, len(chosen), at_once))
+    latents = [vae.encode(data.images(part).float() / 127.5 - 1).latent_dist.sample() for part in parts]
+    return round(1 / float(torch.cat(latents).std()), 5)
+
+
+def assemble(
+    autoencoder: RunConfig, root: Path, network: dict[str, Any], scheduler: dict[str, Any]
+) -> StableDiffusionPipeline:
     """The trained parts around a new network; the latents' scale is set so that they have unit variance."""
     vae = AutoencoderKL.from_pretrained(root / "autoencoder" / "pipeline")
     text = root / "text_encoder" / "pipeline"
-    data = autoencoder.data
-    assert autoencoder.resolution is not None
-    images = load_data(data.name, split=data.split, resolution=autoencoder.resolution).images()
-    with torch.no_grad():
-        std = torch.cat(
-            [vae.encode(x.float() / 127.5 - 1).latent_dist.sample() for x in images.split(256)]
-        ).std()
-    vae.register_to_config(scaling_factor=round(1 / float(std), 5))
+    vae.register_to_config(scaling_factor=unit_scale(vae, autoencoder))
     torch.manual_seed(0)
     encoder = CLIPTextModel.from_pretrained(text)
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=encoder,
         tokenizer=CLIPTokenizer.from_pretrained(text),
-        unet=UNet2DConditionModel(cross_attention_dim=encoder.config.hidden_size, **tree["network"]),
-        scheduler=DDIMScheduler(**tree["scheduler"]),
+        unet=UNet2DConditionModel(cross_attention_dim=encoder.config.hidden_size, **network),
+        scheduler=DDIMScheduler(**scheduler),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 
 from ...pipelines.export import Export, sampling_of
@@ -14,10 +15,11 @@ from ..metrics.protocol import Score
 from ..reports.anchors import caption_match, real_floor
 from ..reports.evaluate import evaluate
 from ..reports.table import markdown_table, rows_of
+from ..reports.trained_on import DEFAULTS, Data, default_holdout
 from ..training.model_card import data_line, loading_lines, markdown, published
 from ..writers import write_file, write_report
 
-STEPS, NUM_IMAGES = 50, 500
+STEPS, NUM_IMAGES, LEAST_IMAGES = 50, 500, 8
 PIXEL_STEPS, PIXEL_IMAGES = (1, 2, 4, 18), 10_000
 
 HEAD = """---
@@ -32,6 +34,7 @@ embedded teacher of fewstep: small enough for two CPU cores, and loaded by stock
 
 ```python
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{folder}", dtype=torch.float32)
@@ -58,6 +61,7 @@ loads it with the one file of code in this folder.
 
 ```python
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{folder}", dtype=torch.float32, trust_remote_code=True)
@@ -71,9 +75,7 @@ Trained by `scripts/train_teacher.py configs/fashion/teacher.yaml` on the 60,000
 
 
 OWN_HEAD = """---
-library_name: diffusers
-tags: [fewstep]
----
+{front}---
 # {name}
 
 A {kind} of {parameters:.1f} M parameters, trained by fewstep on {data}.
@@ -89,31 +91,38 @@ def write_own_card(
     name: str,
     data: DataSettings,
     *,
+    license: str = "other",
     steps: Sequence[int],
     num_images: int = NUM_IMAGES,
     device: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Score a teacher of one's own to the data that it was trained on; README.md and report.json go into `folder`.
+    """Score a teacher of one's own to what it was trained on; README.md and report.json go into `folder`.
 
-    Nothing is said of a licence, which is its owner's to choose. Returns the report's rows.
+    The data's hold-out is scored too where there is one. num_images: at most, and no more than the data have rows.
+    Returns the report's rows.
     """
-    options = {k: getattr(data, k) for k in ("center_crop", "image_column", "caption_column")}
-    report = evaluate(
-        str(folder), data=data.name, split=data.split, holdout=None, num_images=num_images, steps=steps,
-        data_options=options, device=device,
-    )  # fmt: skip
-    write_report(report, folder / "report.json")
+    own_data = Data.of({k: getattr(data, k) for k in ("name", *DEFAULTS)}, data.split)  # type: ignore[misc]
     own = any(folder.glob("*.py"))
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=own)
+    captions = load_data(data.name, split=data.split, resolution=1, **own_data.options).captions
+    report = evaluate(
+        str(folder), data=data.name, split=data.split, holdout=default_holdout(own_data, data.split),
+        num_images=min(num_images, max(LEAST_IMAGES, len(captions))), steps=steps, data_options=own_data.options,
+        device=device,
+    )  # fmt: skip
+    write_report(report, folder / "report.json")
     parts = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
     call = {**sampling_of(folder).get("default", {}), "num_inference_steps": max(steps)}
     export = Export(pipeline, sampling={"default": call})
+    prompt = next((c for c in captions if c.strip()), "")
+    front = {"library_name": "diffusers", "license": license, "tags": ["fewstep"]}
     text = OWN_HEAD.format(
+        front=yaml.safe_dump(front, sort_keys=False),
         name=name,
         kind=type(pipeline).__name__,
         parameters=sum(p.numel() for m in parts for p in m.parameters()) / 1e6,
         data=data_line(published(data)),
-        lines=loading_lines(export, folder.name, own=own, options=", dtype=torch.float32"),
+        lines=loading_lines(export, folder.name, own=own, options=", dtype=torch.float32", prompt=prompt),
     )
     write_file(folder / "README.md", text + markdown_table(rows_of(name, report)))
     return report["rows"]

@@ -1,11 +1,27 @@
 """Settings of the stages that train the embedded teachers."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from ..methods.control.controls import SpatialControl
 from ..settings import MethodSettings, NeedsTeacher, settings
+
+
+@settings
+class SharedSettings:
+    """What all stages of a teacher share.
+
+    data        as of a run; a stage may have its own
+    resolution  as of a run; a stage may have its own
+    name        title of the card; null for that of output_dir
+    license     of the card
+    """
+
+    data: dict[str, Any] | None = None
+    resolution: int | None = Field(None, ge=1, le=16384)
+    name: str | None = None
+    license: str = "other"
 
 
 @settings
@@ -100,6 +116,7 @@ class TextEncoderSettings(MethodSettings):
     num_words         training phrases of single words, beside the captions
     num_edits         training phrases that are captions with one word changed
     num_combinations  training phrases of two or three words at random
+    phrases_per_caption  for each distinct caption at most so many phrases of each of these kinds
     """
 
     vocabulary_size: int = 4096
@@ -110,6 +127,7 @@ class TextEncoderSettings(MethodSettings):
     num_words: int = 8000
     num_edits: int = 6000
     num_combinations: int = 10000
+    phrases_per_caption: int = Field(12, ge=1)
 
     paper: ClassVar[str] = "MiniLM's sentence vectors"
     idea: ClassVar[str] = "trains a small text encoder towards them"

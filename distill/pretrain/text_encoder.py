@@ -5,6 +5,7 @@ vectors on single words, captions and word combinations; the diffusion model lat
 """
 
 import json
+import logging
 import random
 from typing import Any
 
@@ -15,9 +16,12 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ...pipelines.export import Export
+from ..errors import UserError
 from ..scorers.minilm import minilm_folder
 from ..training.contract import Batch, Method, Parts, Progress
 from .settings import TextEncoderSettings
+
+log = logging.getLogger(__name__)
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -37,19 +41,31 @@ def sentence_vectors(phrases: list[str], batch_size: int = 256) -> Tensor:
     return torch.cat(out)
 
 
+def distinct(captions: list[str]) -> list[str]:
+    """The captions that have words, each once, in order. UserError where there are none."""
+    kept = sorted({c for c in captions if c.split()})
+    if not kept:
+        raise UserError(
+            "data.name: the data have no captions, and a text encoder learns from them: give a NAME.txt beside each "
+            "NAME.png or a metadata.jsonl, or take the names of class folders (--data.caption_column label)"
+        )
+    return kept
+
+
 def training_phrases(captions: list[str], settings: TextEncoderSettings) -> list[str]:
     """Distinct phrases from the captions of the training split and MiniLM's whole words, the frequent ones first."""
     rng = random.Random(0)
+    captions = distinct(captions)
+    most = settings.phrases_per_caption * len(captions)
     lines = (minilm_folder() / "vocab.txt").read_text().split()
-    words = [w for w in lines if w.isascii() and w.isalpha() and len(w) > 1][: settings.num_words]
-    captions = sorted(set(captions))
+    words = [w for w in lines if w.isascii() and w.isalpha() and len(w) > 1][: min(settings.num_words, most)]
     own = sorted({w for c in captions for w in c.split()})
     phrases = dict.fromkeys([*captions, *own, *words])
-    for _ in range(settings.num_edits):
+    for _ in range(min(settings.num_edits, most)):
         edited = rng.choice(captions).split()
         edited[rng.randrange(len(edited))] = rng.choice(own if rng.random() < 0.5 else words)
         phrases[" ".join(edited)] = None
-    for _ in range(settings.num_combinations):
+    for _ in range(min(settings.num_combinations, most)):
         pool = [own, words]
         phrases[" ".join(rng.choice(pool[rng.random() < 0.5]) for _ in range(rng.choice((2, 3))))] = None
     return list(phrases)
@@ -83,7 +99,11 @@ class TextEncoder(Method):
     def __init__(self, settings: TextEncoderSettings, parts: Parts):
         super().__init__(settings, parts)
         phrases = training_phrases(parts.captions, settings)
+        told = f"{len(phrases)} training phrases from {len(set(parts.captions))} distinct captions"
         self.tokenizer = train_tokenizer(phrases, settings.vocabulary_size, settings.max_length)
+        long = [c for c in set(parts.captions) if len(self.tokenizer(c).input_ids) > settings.max_length]
+        cut = f", {len(long)} of them cut at max_length, {settings.max_length} tokens" if long else ""
+        log.warning("text encoder: %s%s", told, cut)
         ids = self.tokenizer(phrases, padding="max_length", truncation=True, return_tensors="pt").input_ids
         self.register_buffer("ids", ids, persistent=False)
         self.register_buffer("vectors", sentence_vectors(phrases), persistent=False)

@@ -1,5 +1,6 @@
 """What the benchmarks share: seconds, peak memory, quantiles, and what they ran on."""
 
+import ctypes
 import platform
 import resource
 import statistics
@@ -59,6 +60,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
+            give_back()
             self.known = _forget_peak()
         return self
 
@@ -67,6 +69,13 @@ class PeakMemory:
             self.bytes = torch.cuda.max_memory_allocated(self.device)
         elif self.known:
             self.bytes = _resident_peak()
+
+
+def give_back() -> None:
+    """Return memory that was freed, and that the C library keeps for later, to the system, where it can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.system() == "Linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _forget_peak() -> bool:

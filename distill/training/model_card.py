@@ -1,6 +1,7 @@
 """The README.md of an exported folder: what it is, the lines that load it, how it was made."""
 
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,28 +24,36 @@ from ..teachers import EMBEDDED
 from ..writers import write_file
 from .licence import base_model, licence_of
 
+PROMPT = "red apple"
+
 
 def loading_lines(
-    export: Export, folder: str = "pipeline", *, own: bool | None = None, options: str = ""
+    export: Export,
+    folder: str = "pipeline",
+    *,
+    own: bool | None = None,
+    options: str = "",
+    prompt: str = PROMPT,
 ) -> str:
     """Python that opens the export with plain diffusers and samples with its own arguments.
 
     A ControlNet's pipeline also opens its condition, an IP-Adapter's its image prompt, a restorer the picture that it
     restores.
 
-    own: whether the folder holds code; None: whether a class of it is ours. options: further arguments
+    own: whether the folder holds code; None: whether a class of it is ours. options: further arguments. prompt: of the
+    call, where it takes one
     """
     own = bool(is_own(export.model) or own_parts(export.model)) if own is None else own
     note = "  # the .py files in the folder" if own else ""
     trust = ", trust_remote_code=True" if own else ""
-    prompt = image_prompt(export)
-    picture = picture_line(export) if prompt is None else prompt.loading_lines(folder)
+    shown = image_prompt(export)
+    picture = picture_line(export) if shown is None else shown.loading_lines(folder)
     return (
         "import torch\nfrom diffusers import DiffusionPipeline\n"
         + ("from diffusers.utils import load_image\n\n" if picture else "\n")
         + f'pipe = DiffusionPipeline.from_pretrained("{folder}"{options}{trust}){note}\n'
         + picture
-        + f"{sampling_line(export)}\n"
+        + f"{sampling_line(export, prompt)}\n"
     )
 
 
@@ -97,7 +106,7 @@ def adapter_loading_lines(config: RunConfig, export: Export, folder: str = "lora
     )
 
 
-def sampling_line(export: Export) -> str:
+def sampling_line(export: Export, prompt: str = PROMPT) -> str:
     """One call of `pipe`, in two steps where there are two."""
     call = export.sampling.get("2") or next(iter(export.sampling.values()))
     arguments = "".join(f", {k}={v}" for k, v in call.items())
@@ -111,11 +120,11 @@ def sampling_line(export: Export) -> str:
         return f"image = pipe(degraded{arguments}).images[0]"
     if hasattr(export.model, "controlnet"):
         arguments = ", image=condition" + arguments
-    if prompt := image_prompt(export):
-        arguments = f", {prompt.argument}{arguments}"
+    if shown := image_prompt(export):
+        arguments = f", {shown.argument}{arguments}"
     if "prompt" in takes:
         picture = "frames[0][0]" if "num_frames" in call else "images[0]"
-        return f'image = pipe("red apple"{arguments}).{picture}'
+        return f"image = pipe({json.dumps(prompt, ensure_ascii=False)}{arguments}).{picture}"
     label = "class_labels=0" if export.model.unet.config.num_class_embeds is not None else ""
     return f"image = pipe({(label + arguments) if label else arguments[2:]}).images[0]"
 

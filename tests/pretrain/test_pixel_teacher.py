@@ -125,13 +125,17 @@ def test_a_pixel_teacher_is_trained_halved_scored_and_can_be_loaded(tree: dict[s
     assert [(row["steps"], row["nfe"]) for row in rows] == [(1, 1), (2, 3)]
     assert {s["protocol"]["conditioning"] for row in rows for s in row["scores"]} == {"class"}
     card = (folder / "README.md").read_text()
-    assert "| teacher | 2 |" in card and "trained by fewstep on fashion, split train" in card
+    assert (
+        "license: other" in card
+        and "| teacher | 2 |" in card
+        and "trained by fewstep on fashion, split train" in card
+    )
     lines: dict[str, Any] = {}
     code = card.split("```python\n")[1].split("```")[0].replace(f'("{folder.name}"', f'("{folder}"')
     exec(code, lines)
     assert lines["image"].size == (32, 32)
     private = str(folder.parents[1])
-    assert not any(word in card for word in ("fashion-edm", "license", "Fashion-MNIST", private))
+    assert not any(word in card for word in ("fashion-edm", "apache", "Fashion-MNIST", private))
     loaded = Teacher.load(TeacherSettings(str(folder)))
     assert isinstance(loaded, PixelTeacher)
     assert loaded.shape == (1, 32, 32) and loaded.process.t_range == (0.002, 80.0)

@@ -79,6 +79,31 @@ def test_constraints_are_installed_when_asked_for_and_anew_when_they_change(tmp_
     assert b"missing.txt is no readable file" in refused.value.stderr
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_installation_is_one_line_and_a_log_of_which_a_failure_shows_the_end(
+    fails: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("pip", "python"):
+        file = tmp_path / "bin" / name
+        file.write_text(f"#!/bin/sh\nseq 100 | sed 's/^/line /'\necho broken wheel >&2\nexit {int(fails)}\n")
+        file.chmod(0o755)
+    child = subprocess.run(
+        ["bash", "-c", f"set -euo pipefail; source {SCRIPTS}/_venv.sh; ensure_venv; echo installed"],
+        env={**os.environ, "FEWSTEP_VENV": str(tmp_path), "FEWSTEP_CONSTRAINTS": ""},
+        capture_output=True,
+        text=True,
+    )
+    log, said = tmp_path / "install.log", child.stderr.splitlines()
+    assert str(log) in said[0] and "line 1\n" in log.read_text() and "broken wheel" in log.read_text()
+    if fails:
+        assert (child.returncode, child.stdout) == (1, "")
+        assert "line 100" in said and "broken wheel" in said and "line 50" not in said
+        assert str(log) in said[-1]
+    else:
+        assert (child.returncode, child.stdout, len(said)) == (0, "installed\n", 1)
+
+
 def test_continuous_integration_installs_the_tested_set(tmp_path: Path) -> None:
     (tmp_path / ".ci").mkdir()
     (tmp_path / "scripts").mkdir()
