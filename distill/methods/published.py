@@ -2,6 +2,14 @@
 
 from ..settings import Published
 
+# Our protocols that these papers used, and what the pictures are made from.
+CIFAR10 = ("cifar10-50k", "none")
+IMAGENET64 = ("imagenet64-50k", "class")
+IMAGENET256 = ("imagenet256-50k", "class")
+COCO2014 = ("coco2014-30k", "caption")
+COCO2017 = ("coco2017-5k", "caption")
+MJHQ = ("mjhq-5k", "caption")
+
 LCD_TABLE = "LCM paper, guidance scale 8, SD 2.1; {}"
 LCD = tuple(
     Published(f"LAION-Aesthetics {side} px", "FID", steps, value, LCD_TABLE.format(certainty))
@@ -22,18 +30,20 @@ RG_LCD = (
 
 SCOTT_SECOND_HAND = "SCott, a summary of the paper; the paper's table was not read"
 SCOTT = (
-    Published("COCO 2017, 5k, 512 px, SD 1.5", "FID", 2, 21.9, "SCott paper, abstract of its last version"),
-    Published("COCO 2014, 30k, 512 px, SD 1.5", "FID", 2, 11.13, SCOTT_SECOND_HAND),
-    Published("COCO 2014, 30k, 512 px, SD 1.5", "FID", 4, 10.68, SCOTT_SECOND_HAND),
-    Published("MJHQ, 5k, SD 1.5", "FID", 2, 24.9, SCOTT_SECOND_HAND),
+    Published(
+        "COCO 2017, 5k, 512 px, SD 1.5", "FID", 2, 21.9, "SCott paper, abstract of its last version", COCO2017
+    ),
+    Published("COCO 2014, 30k, 512 px, SD 1.5", "FID", 2, 11.13, SCOTT_SECOND_HAND, COCO2014),
+    Published("COCO 2014, 30k, 512 px, SD 1.5", "FID", 4, 10.68, SCOTT_SECOND_HAND, COCO2014),
+    Published("MJHQ, 5k, SD 1.5", "FID", 2, 24.9, SCOTT_SECOND_HAND, MJHQ),
 )
 
 ICT_RECALLED = "iCT paper, table {}; recalled, not re-read"
 ICT = tuple(
-    Published(benchmark, "FID", steps, value, ICT_RECALLED.format(table))
-    for benchmark, table, values in (
-        ("CIFAR-10, unconditional", "2", (2.83, 2.46)),
-        ("ImageNet 64 x 64, class-conditional", "3", (4.02, 3.20)),
+    Published(benchmark, "FID", steps, value, ICT_RECALLED.format(table), standard)
+    for benchmark, table, values, standard in (
+        ("CIFAR-10, unconditional", "2", (2.83, 2.46), CIFAR10),
+        ("ImageNet 64 x 64, class-conditional", "3", (4.02, 3.20), IMAGENET64),
     )
     for steps, value in zip((1, 2), values, strict=True)
 )
@@ -50,18 +60,18 @@ LCT = tuple(
 )
 
 MEANFLOW = tuple(
-    Published(benchmark, "FID", steps, value, f"MeanFlow paper; {certainty}")
-    for benchmark, steps, value, certainty in (
-        ("ImageNet 256 x 256, class-conditional, XL/2", 1, 3.43, "abstract"),
-        ("ImageNet 256 x 256, class-conditional, XL/2", 2, 2.93, "at second hand, not checked"),
-        ("CIFAR-10, unconditional", 1, 2.92, "FID of the paper as its code's README gives it"),
+    Published(benchmark, "FID", steps, value, f"MeanFlow paper; {certainty}", standard)
+    for benchmark, steps, value, certainty, standard in (
+        ("ImageNet 256 x 256, class-conditional, XL/2", 1, 3.43, "abstract", IMAGENET256),
+        ("ImageNet 256 x 256, class-conditional, XL/2", 2, 2.93, "at second hand, not checked", IMAGENET256),
+        ("CIFAR-10, unconditional", 1, 2.92, "FID of the paper as its code's README gives it", CIFAR10),
     )
 )
 
 RCM_TABLE = "rCM paper, results; read in its stored text"
 SCM_TABLE = "sCM paper; read in its stored text"
 RCM = tuple(
-    Published(benchmark, metric, steps, value, source)
+    Published(benchmark, metric, steps, value, source, CIFAR10 if benchmark.startswith("CIFAR") else None)
     for benchmark, metric, source, results in (
         ("Cosmos-Predict2 0.6B, text to image", "GenEval", RCM_TABLE, {4: 0.79, 2: 0.78, 1: 0.78}),
         ("Cosmos-Predict2 2B, text to image", "GenEval", RCM_TABLE, {4: 0.81, 2: 0.82, 1: 0.81}),
@@ -77,11 +87,10 @@ RCM = tuple(
     for steps, value in results.items()
 )
 
+DMD2_QUOTED = "DMD2 paper, abstract as its README quotes it"
 DMD2 = (
-    Published(
-        "ImageNet 64 x 64, class-conditional", "FID", 1, 1.28, "DMD2 paper, abstract as its README quotes it"
-    ),
-    Published("zero-shot COCO 2014, SD 1.5", "FID", 1, 8.35, "DMD2 paper, abstract as its README quotes it"),
+    Published("ImageNet 64 x 64, class-conditional", "FID", 1, 1.28, DMD2_QUOTED, IMAGENET64),
+    Published("zero-shot COCO 2014, SD 1.5", "FID", 1, 8.35, DMD2_QUOTED, COCO2014),
 )
 
 NCT_TABLE = "NCT paper, results (Diff-Instruct generator of SD 1.5); read in its stored text"
