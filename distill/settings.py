@@ -165,6 +165,8 @@ class Published:
 
     benchmark  data and resolution, in the paper's terms
     source     where it stands
+    standard   the protocol of ours (`fewstep evaluate --protocol`) whose numbers stand beside it, and what that
+               protocol's pictures are made from; None where none is the same
     """
 
     benchmark: str
@@ -172,6 +174,7 @@ class Published:
     steps: int
     value: float
     source: str
+    standard: tuple[str, str] | None = None
 
 
 Distance = Literal["huber", "l2"]

@@ -2,6 +2,13 @@
 
 from ..settings import Published
 
+# Our protocols that these papers used, and what the pictures are made from.
+CIFAR10 = ("cifar10-50k", "none")
+IMAGENET64 = ("imagenet64-50k", "class")
+IMAGENET256 = ("imagenet256-50k", "class")
+COCO2014 = ("coco2014-30k", "caption")
+COCO2017 = ("coco2017-5k", "caption")
+
 LCD_FIGURE = "LCM, guidance scale 8: the authors' figure speed_fid.png (github.com/luosiallen/latent-consistency-model)"
 LCD = tuple(
     Published("LAION-Aesthetics 768 px, SD 2.1", "FID", steps, value, LCD_FIGURE)
@@ -10,16 +17,21 @@ LCD = tuple(
 
 SCOTT = (
     Published(
-        "COCO 2017, 5k, 512 px, SD 1.5", "FID", 2, 21.9, "SCott, arXiv 2403.01505, abstract of version 4"
+        "COCO 2017, 5k, 512 px, SD 1.5",
+        "FID",
+        2,
+        21.9,
+        "SCott, arXiv 2403.01505, abstract of version 4",
+        COCO2017,
     ),
 )
 
 ICT_ABSTRACT = "iCT, arXiv 2310.14189, abstract"
 ICT = tuple(
-    Published(benchmark, "FID", steps, value, ICT_ABSTRACT)
-    for benchmark, values in (
-        ("CIFAR-10, unconditional, iCT-deep", (2.51, 2.24)),
-        ("ImageNet 64 x 64, class-conditional, iCT-deep", (3.25, 2.77)),
+    Published(benchmark, "FID", steps, value, ICT_ABSTRACT, standard)
+    for benchmark, values, standard in (
+        ("CIFAR-10, unconditional, iCT-deep", (2.51, 2.24), CIFAR10),
+        ("ImageNet 64 x 64, class-conditional, iCT-deep", (3.25, 2.77), IMAGENET64),
     )
     for steps, value in zip((1, 2), values, strict=True)
 )
@@ -37,7 +49,12 @@ LCT = tuple(
 
 MEANFLOW = (
     Published(
-        "ImageNet 256 x 256, class-conditional, XL/2", "FID", 1, 3.43, "MeanFlow, arXiv 2505.13447, abstract"
+        "ImageNet 256 x 256, class-conditional, XL/2",
+        "FID",
+        1,
+        3.43,
+        "MeanFlow, arXiv 2505.13447, abstract",
+        IMAGENET256,
     ),
     Published(
         "CIFAR-10, unconditional",
@@ -45,13 +62,14 @@ MEANFLOW = (
         1,
         2.92,
         "the paper's number in the README of its code (github.com/Gsunshine/py-meanflow)",
+        CIFAR10,
     ),
 )
 
 RCM_RESULTS = "rCM, arXiv 2510.08431, results"
 SCM_RESULTS = "sCM, arXiv 2410.11081, results"
 RCM = tuple(
-    Published(benchmark, metric, steps, value, source)
+    Published(benchmark, metric, steps, value, source, CIFAR10 if benchmark.startswith("CIFAR") else None)
     for benchmark, metric, source, results in (
         ("Cosmos-Predict2 0.6B, text to image", "GenEval", RCM_RESULTS, {4: 0.79, 2: 0.78, 1: 0.78}),
         ("Cosmos-Predict2 2B, text to image", "GenEval", RCM_RESULTS, {4: 0.81, 2: 0.82, 1: 0.81}),
@@ -69,8 +87,8 @@ RCM = tuple(
 
 DMD2_ABSTRACT = "DMD2, arXiv 2405.14867, abstract"
 DMD2 = (
-    Published("ImageNet 64 x 64, class-conditional", "FID", 1, 1.28, DMD2_ABSTRACT),
-    Published("zero-shot COCO 2014, SD 1.5", "FID", 1, 8.35, DMD2_ABSTRACT),
+    Published("ImageNet 64 x 64, class-conditional", "FID", 1, 1.28, DMD2_ABSTRACT, IMAGENET64),
+    Published("zero-shot COCO 2014, SD 1.5", "FID", 1, 8.35, DMD2_ABSTRACT, COCO2014),
 )
 
 NCT_RESULTS = "NCT, arXiv 2506.19741, results with the Diff-Instruct generator of SD 1.5"

@@ -1,4 +1,5 @@
-"""All students of one teacher, scored alike: compare.json, compare.md and one self-contained compare.html."""
+"""All students of one teacher, scored alike: one self-contained page, and the same numbers as JSON, Markdown, CSV and
+LaTeX."""
 
 import json
 import sys
@@ -11,6 +12,7 @@ from ..errors import UserError
 from ..methods.published import PUBLISHED
 from ..training.interrupts import run_child
 from ..writers import check_writable, write_file, write_report
+from .csv_latex import csv_text, latex
 from .entries import Entry, offered, read_entry
 from .markup import markdown_text
 from .opening import choose_device, open_source
@@ -20,6 +22,7 @@ from .report import read_report
 from .strips import check_data, draw_conditions, draw_strips, strip_inputs
 from .table import by_column, by_steps, columns_of, markdown, protocol_notes
 from .trained_on import data_for
+from .words import timing
 
 
 def compare(
@@ -36,7 +39,7 @@ def compare(
     options: Sequence[str] = (),
     title: str | None = None,
 ) -> dict[str, Any]:
-    """Score every entry by the same protocol and write compare.json, compare.md and compare.html into `output`.
+    """Score every entry by the same protocol and write compare.{html,json,md,csv,tex} into `output`.
 
     entries        as in `read_entry`; reports are taken as they are and must be of the same protocol
     steps          of students; those that an export does not offer are left out
@@ -80,7 +83,7 @@ def compare(
         rows += _rows(model, report)
     columns_of(rows)  # refuses mixed protocols before the pictures are made
     record: dict[str, Any] = {
-        "title": title or "Few-step students" + (f" of {Path(origin.pipeline or '').name}" if origin else ""),
+        "title": title or _title(origin),
         "call": {"data": data, "num_images": num_images, "seeds": seeds, "options": list(options)},
         "rows": rows,
         "strips": _strips(
@@ -88,10 +91,12 @@ def compare(
         ),
         "published": published(rows),
     }
-    notes = markdown_text(protocol_notes(rows))
+    notes = "\n\n".join(markdown_text(text) for text in (protocol_notes(rows), timing(rows)))
     texts = {
         "compare.json": json.dumps(record, indent=1, allow_nan=False) + "\n",
         "compare.md": f"# {markdown_text(record['title'])}\n\n{by_steps(rows)}\n{markdown(rows)}\n{notes}\n",
+        "compare.csv": csv_text(rows),
+        "compare.tex": latex(record["title"], rows),
         "compare.html": page(record, output),
     }
     for name, text in texts.items():
@@ -110,6 +115,13 @@ def _teacher_of(models: Sequence[Entry], teacher: str | None) -> Entry | None:
     if entry.pipeline is not None and any(m.pipeline == entry.pipeline for m in models):
         return None
     return entry if entry.name.startswith("teacher (") else replace(entry, name=f"teacher ({entry.name})")
+
+
+def _title(origin: Entry | None) -> str:
+    if origin is None:
+        return "Few-step students"
+    name = Path(origin.pipeline).name if origin.pipeline else origin.name[len("teacher (") : -1]
+    return f"Few-step students of {name}"
 
 
 def _score(model: Entry, steps: Sequence[int], shared: Sequence[str], reports: Path) -> dict[str, Any]:
@@ -136,6 +148,7 @@ def _made(model: Entry) -> dict[str, Any]:
         "export": model.export,
         "training": dict(model.training),
         "bytes": model.bytes,
+        "config": dict(model.config),
     }
 
 
@@ -146,6 +159,7 @@ def _rows(model: Entry, report: Mapping[str, Any]) -> list[dict[str, Any]]:
         "pipeline_sha256": report.get("pipeline_sha256"),
         "commit": report.get("commit", "unknown"),
         "verified": report.get("verified"),
+        "measured": "here" if model.report is None else "before",
         **{k: report[k] for k in ("device", "versions", "batch_size")},
     }
     return [{**row, **shared} for row in report["rows"]]
@@ -177,21 +191,21 @@ def _strips(
 
 
 def published(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What the papers of the compared methods say, beside our number at as many steps, and whether they compare."""
+    """What the papers of the compared methods say by the protocol that rows were measured by, at as many steps, beside
+    our numbers."""
     out = []
     for name in dict.fromkeys(row["method"].partition(",")[0] for row in rows if row["method"]):
         ours = [row for row in rows if (row["method"] or "").partition(",")[0] == name]
         for paper in PUBLISHED.get(name, ()):
-            here, same = [], []
-            for row in ours:
-                if row["steps"] == paper.steps:
-                    scores = list(by_column(row).values())
-                    score = next((s for s in scores if s.name == paper.metric), scores[0])
-                    reference = score.protocol.reference
-                    here.append(f"{row['model']}: {score.name} {score.value:.4f} on {reference}")
-                    same.append(score.name == paper.metric and reference == paper.benchmark)
+            here = [
+                f"{row['model']}: {score.name} {score.value:.4g}"
+                for row in ours
+                for score in by_column(row).values()
+                if (row["steps"], score.name) == (paper.steps, paper.metric)
+                and (score.protocol.reference, score.protocol.conditioning) == paper.standard
+            ]
             if here:
-                out.append({"method": name, **asdict(paper), "here": here, "same_protocol": all(same)})
+                out.append({"method": name, **asdict(paper), "here": here})
     return out
 
 

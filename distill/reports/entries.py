@@ -14,7 +14,7 @@ from ..teachers import EMBEDDED
 from ..training.run_folder import CONFIG, read_exported
 from .loading import SAMPLING, read_sampling
 from .remote_code import INDEX, own_code, read_index
-from .report import read_report
+from .report import OPEN, read_report
 
 HUB_ID = r"\w[\w.-]*(/[\w.-]+)?"
 
@@ -28,6 +28,7 @@ class Entry:
     report    that report; one that `compare` made says the rest too
     method, export, training   what the run folder says of how it was made; export is stock, LoRA or remote code
     bytes     of the files that a user needs to fetch beside the teacher's, None where they are not at hand
+    config    the run's whole configuration as a page may show it (see `shareable`); empty where none is known
     """
 
     name: str
@@ -38,23 +39,28 @@ class Entry:
     training: Mapping[str, Any] = field(default_factory=dict)
     teacher: str | None = None
     bytes: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Method(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
     name: str
 
 
 class _Teacher(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
     path: str
 
 
 class _Student(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
     kind: NotRequired[str]
 
 
 class _Run(TypedDict):
     """What is read of a run's configuration."""
 
+    __pydantic_config__ = OPEN  # type: ignore[misc]
     method: _Method
     teacher: NotRequired[_Teacher | None]
     student: NotRequired[_Student | None]
@@ -97,6 +103,7 @@ def _read_report(name: str, path: Path) -> Entry:
         export=made.get("export"),
         training=made.get("training", {}),
         bytes=made.get("bytes"),
+        config=made.get("config", {}),
     )
 
 
@@ -121,7 +128,21 @@ def _read_run(name: str, run: Path) -> Entry:
         training=exported["training"] if exported else {},
         teacher=(config.get("teacher") or {}).get("path"),
         bytes=size_of(run / "lora" if lora else pipeline),
+        config=shareable(config),
     )
+
+
+def shareable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration without the places of this machine: no output folder, the last part of a full path."""
+    return {k: _without_places(v) for k, v in config.items() if k != "output_dir"}
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_places(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_places(v) for v in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def kind_of(folder: Path) -> str | None:

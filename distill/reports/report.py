@@ -57,6 +57,7 @@ class _Model(TypedDict):
     export: NotRequired[str | None]
     training: NotRequired[Training]
     bytes: NotRequired[Count | None]
+    config: NotRequired[dict[str, Any]]
 
 
 class Report(TypedDict):

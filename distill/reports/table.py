@@ -22,6 +22,7 @@ SCORES = {  # metric: digits
     "caption match": 3,
     "condition error": 4,
 }
+SUFFIX = {"KID hold-out": " hold-out", "image-text of classes": " of classes"}  # of scores of one name
 IMAGE_TEXT = {m.metric for m in (COSINE, CLIP_SCORE, CLIP_SCORE_HESSEL)}
 BEST = dict.fromkeys(SCORES, "higher is better") | {
     **dict.fromkeys(("KID", "KID hold-out", "FD", "FD-infinity", "condition error"), "lower is better"),
@@ -57,8 +58,7 @@ def score_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
         found = [s[key] for s in scores if key in s]
         if found:
             comparable(found)
-            title = f"{found[0].name} hold-out" if key == "KID hold-out" else found[0].name
-            out.append(Column(key, title, _score_of(key), _digits(digits)))
+            out.append(Column(key, found[0].name + SUFFIX.get(key, ""), _score_of(key), _digits(digits)))
     return out
 
 

@@ -1,5 +1,7 @@
 """Names, captions and titles that look like Markdown, HTML, templates or JSON stay the text that they are."""
 
+import csv
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fewstep.distill.reports.csv_latex import csv_text, latex
 from fewstep.distill.reports.markup import filled, markdown_text, script_json
 from fewstep.distill.reports.page import page
 from fewstep.distill.reports.table import by_steps, markdown, markdown_table
@@ -65,11 +68,12 @@ def record(name: str, folder: Path) -> dict[str, Any]:
         "model": name, "method": name, "export": "stock", "steps": 1, "nfe": 1, "seeds": 1,
         "seconds_per_image": 0.5, "peak_memory": {"bytes": 5}, "arguments": {}, "bytes": 7,
         "scores": [s.to_json() for s in scores], "training": {"seconds": 3.0, "steps": 2},
+        "measured": "before", "config": {"method": {"name": "lcd"}, "data": {"name": name}},
         "device": name, "batch_size": 4, "versions": {name: name}, "commit": name, "verified": name,
     }  # fmt: skip
     published = {
         "method": name, "steps": 1, "metric": "FID", "value": 3.0, "benchmark": name, "source": name,
-        "here": [name], "same_protocol": False,
+        "here": [name],
     }  # fmt: skip
     strips = {
         "made_from": name,
@@ -98,6 +102,30 @@ def test_markdown_of_a_hostile_name(name: str, tmp_path: Path) -> None:
         assert [bars(line) for line in text.split("\n")] == [bars(line) for line in plain.split("\n")]
         assert "<" not in text and not re.search(r"(?<!\\)[`*\[\]~]", re.sub(r"\\\\", "", text))
         assert " ".join(name.split()) in shown(text)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_csv_of_a_hostile_name(name: str, tmp_path: Path) -> None:
+    """Any reader of CSV gets the name back as it was, in as many lines and columns as a plain one has."""
+    plain, lines = (
+        list(csv.reader(io.StringIO(csv_text(record(n, tmp_path)["rows"]), newline="")))
+        for n in ("plain", name)
+    )
+    assert [len(line) for line in lines] == [len(line) for line in plain]
+    assert [line[0] for line in lines] == ["model", name, name]
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, r"50% & \cost{$x_1^2$} #1 [2] ~"])
+def test_latex_of_a_hostile_name(name: str, tmp_path: Path) -> None:
+    """It adds no command, no cell, no line, no comment and no group that stays open."""
+    plain, text = (latex(n, record(n, tmp_path)["rows"]) for n in ("plain", name))
+    assert text.count("\n") == plain.count("\n")
+    bare = re.sub(
+        r"\\text(backslash|asciitilde|asciicircum|less|greater|bar)\{\}|\\[&%$#_{}]|\{[\[\]]\}", "", text
+    )
+    for special in "&%$#_{}\\~^":
+        assert bare.count(special) == plain.count(special), special
+    assert not re.search(r"\\\\\s*\[", text)
 
 
 def bars(line: str) -> int:
