@@ -89,7 +89,7 @@ def trained_on(pipeline: str) -> Data | None:
     data: _Data = fitting(tree["data"], f"{path}: data", _Data)
     if data["name"] == MADE_BY_TEACHER:
         return None
-    if "fitness" not in tree:  # a search's
+    if "report" not in tree:  # a search has one
         return Data.of(data, data.get("split", "train"))
     report: _Report = fitting(tree.get("report") or {}, f"{path}: report", _Report)
     return Data.of({**data, "name": report.get("name") or data["name"]}, report.get("split", "train"))

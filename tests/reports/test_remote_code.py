@@ -190,8 +190,8 @@ def test_a_fresh_process_without_network(folder: Path, ours: Path, modules: Path
     """As a user calls it: the command line, diffusers' own place for code, and nothing from the hub."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules)}
     code = (
-        "import sys, torch; from pathlib import Path; from fewstep.distill.metrics import remote_code\n"
-        "from fewstep.distill.reports.evaluate import open_source\n"
+        "import sys, torch; from pathlib import Path; from fewstep.distill.reports import remote_code\n"
+        "from fewstep.distill.reports.opening import open_source\n"
         "from fewstep.distill.reports.inputs import Inputs\n"
         f"remote_code.OURS = Path({str(ours)!r})\n"
         f"source = open_source({str(folder)!r}, torch.device('cpu'))\n"

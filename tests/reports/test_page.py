@@ -21,7 +21,7 @@ from fewstep.distill.reports.table import BEST, SCORES, by_column, columns_of
 from fewstep.distill.reports.words import MEANING, summary, timing
 from PIL import Image
 
-from .test_protocol import score
+from ..metrics.test_protocol import score
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 REPORTS = CONFIGS / "emoji" / "results" / "reports"
