@@ -81,7 +81,8 @@ def meanings_of(cls: type) -> dict[str, tuple[str, str]]:
 
 def _rows(text: str) -> Iterator[tuple[list[str], str, str]]:
     """The rows of a docstring: keys, meaning, group."""
-    group, names, meaning = "", [], ""
+    group, meaning = "", ""
+    names: list[str] = []
     for line in [*text.splitlines(), ""]:
         row, heading = ROW.fullmatch(line), GROUP.fullmatch(line)
         if names and line.startswith("  "):
