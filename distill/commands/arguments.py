@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import textwrap
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -37,7 +38,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default of every flag that has one and does not name it itself."""
+    """Adds the default of every flag that has one and does not name it itself. Paths and names stay on one line."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or "default" in (action.help or ""):

@@ -42,10 +42,14 @@ def keys_help(verb: Verb, arguments: list[str]) -> str:
     )
     parser.add_argument("--dry_run", action="store_true", help="print what it would take, and do nothing")
     groups: dict[str, Any] = {}
+    keys: dict[str, list[Key]] = {}
     for key in all_keys(SearchConfig if searches else RunConfig, named):
-        if key.group not in groups:
-            groups[key.group] = parser.add_argument_group(key.group)
-        _add(groups[key.group], key, tree)
+        keys.setdefault(key.name, []).append(key)
+    for same in keys.values():
+        title = same[0].group
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add(groups[title], same, tree)
     if named is None:
         note = "its own keys: `fewstep distill --method.name NAME --help`"
         groups["method"].add_argument("--method.*", metavar="...", help=note)
@@ -83,12 +87,17 @@ def stages_help(verb: Verb) -> str:
     return parser.format_help().rstrip()
 
 
-def _add(group: argparse._ArgumentGroup, key: Key, tree: dict[str, Any]) -> None:
-    default = key.default if key.default == "required" else f"default: {key.default or 'on, as its keys say'}"
-    given = _value(tree, key.name)
+def _add(group: argparse._ArgumentGroup, same: list[Key], tree: dict[str, Any]) -> None:
+    """A flag of one key, or of those of one name that a section's `name` chooses among."""
+    given = _value(tree, same[0].name)
     here = "" if given is ABSENT else f"; here: {_short(given)}"
-    meaning = f"{key.meaning} ({default}{here})".replace("%", "%%")
-    group.add_argument(f"--{key.name}", metavar=key.type, help=meaning)
+    texts = []
+    for key in same:
+        default = (
+            key.default if key.default == "required" else f"default: {key.default or 'on, as its keys say'}"
+        )
+        texts.append(f"{key.meaning} ({default}{here})")
+    group.add_argument(f"--{same[0].name}", metavar=same[0].type, help="; ".join(texts).replace("%", "%%"))
 
 
 def _value(tree: Any, name: str) -> Any:

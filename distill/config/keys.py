@@ -73,7 +73,7 @@ def keys_of(cls: type, prefix: str = "") -> list[Key]:
 def meanings_of(cls: type) -> dict[str, tuple[str, str]]:
     """Meaning and group of the keys that the docstrings of a class and of its bases describe."""
     found: dict[str, tuple[str, str]] = {}
-    for owner in reversed(cls.__mro__):
+    for owner in (c for c in reversed(cls.__mro__) if "__pydantic_fields__" in vars(c)):
         for names, meaning, group in _rows(inspect.cleandoc(vars(owner).get("__doc__") or "")):
             found |= dict.fromkeys(names, (meaning, group))
     return found
@@ -81,7 +81,8 @@ def meanings_of(cls: type) -> dict[str, tuple[str, str]]:
 
 def _rows(text: str) -> Iterator[tuple[list[str], str, str]]:
     """The rows of a docstring: keys, meaning, group."""
-    group, names, meaning = "", [], ""
+    group, meaning = "", ""
+    names: list[str] = []
     for line in [*text.splitlines(), ""]:
         row, heading = ROW.fullmatch(line), GROUP.fullmatch(line)
         if names and line.startswith("  "):
