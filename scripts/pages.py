@@ -28,11 +28,7 @@ REFERENCE = CONFIGS / "REFERENCE.md"
 RECIPES = CONFIGS / "README.md"
 METHOD_PAGE = ROOT / "distill" / "methods" / "README.md"
 
-NEEDS = {
-    "always": "a teacher",
-    "to_start": "a teacher for its weights (`student.init: teacher`); new weights need none",
-    "never": "no teacher",
-}
+NEEDS = {"always": "a teacher", "to_start": "a teacher, or data alone", "never": "data alone"}
 # The benchmark that a recipe has the data and the network of.
 NUMBERS = {
     "cifar10/ict": ("ict", "CIFAR-10"),
@@ -110,23 +106,13 @@ def keys_table(keys: Iterable[Key]) -> str:
 def methods() -> str:
     rows = []
     for name, d in DESCRIBED.items():
-        entry = (METHODS | SEARCHES)[name]
-        teacher = "no training" if name in SEARCHES else NEEDS[entry.settings.needs_teacher]
-        papers = ", ".join(
-            f"{title} [{number}](https://arxiv.org/abs/{number})" for title, number in d.papers.items()
-        )
+        kind = (METHODS | SEARCHES)[name].settings
+        teacher = "no training" if name in SEARCHES else NEEDS[kind.needs_teacher]
+        papers = ", ".join([kind.paper, *(f"{title}, arXiv {number}" for title, number in d.also.items())])
+        linked = re.sub(r", arXiv (\d+\.\d+)", r" [\1](https://arxiv.org/abs/\1)", papers)
         made = [f"[{r}](../../configs/{r}.yaml)" for r, tree in recipes().items() if method_of(tree) == name]
-        rows.append(
-            [
-                f"[`{name}`](#{name})",
-                papers,
-                d.idea,
-                f"{teacher}; {d.data}",
-                d.switches,
-                d.export,
-                ", ".join(made),
-            ]
-        )
+        needs = f"{teacher}; {d.data}"
+        rows.append([f"[`{name}`](#{name})", linked, kind.idea, needs, d.switches, d.export, ", ".join(made)])
     return table(("method", "paper", "idea", "needs", "switches", "exported as", "recipes"), rows)
 
 
@@ -198,12 +184,13 @@ def paper_numbers(recipe: str) -> str:
     if not found:
         raise ValueError(f"{recipe}: no published number of {name} is for {benchmark}")
     texts = []
-    for metric in dict.fromkeys(p.metric for p in found):
-        own = sorted((p for p in found if p.metric == metric), key=lambda p: p.steps)
-        steps = " / ".join(str(p.steps) for p in own)
-        texts.append(
-            f"{metric} {' / '.join(f'{p.value:g}' for p in own)} at {steps} step{'s' if steps != '1' else ''}"
+    for benchmark, metric in dict.fromkeys((p.benchmark, p.metric) for p in found):
+        own = sorted(
+            (p for p in found if (p.benchmark, p.metric) == (benchmark, metric)), key=lambda p: p.steps
         )
+        steps = " / ".join(str(p.steps) for p in own)
+        values = " / ".join(f"{p.value:g}" for p in own)
+        texts.append(f"{metric} {values} at {steps} step{'s' if steps != '1' else ''} ({benchmark})")
     return "; ".join(texts)
 
 

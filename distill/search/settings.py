@@ -24,8 +24,8 @@ class LCSCSettings(MethodSettings):
                  (ours)
     probability  probability of a mutation, for each entry (ours)
     metric       mwa: mean training loss since the checkpoint before, or the step
-    weighting    mwa: power, w ~ loss^-p or step^p; softmax, w ~ exp(-p (loss - min) / (max - min)). MWA-style: the
-                 paper's own formula could not be read
+    weighting    mwa: power, w ~ loss^-p or step^p; softmax, w ~ exp(-p (loss - min) / (max - min)). After
+                 MWA's idea, not its formula
     penalties    mwa: the powers p
     """
 

@@ -139,18 +139,17 @@ class RGLCDSettings(LCDSettings):
 
 @settings
 class SCottSettings(LatentConsistencySettings):
-    """Values of the paper as two summaries of it give them; "ours": not known, chosen here.
+    """There is no official code; "ours": chosen here.
 
     segment              t_hi - t_lo, the length of the teacher's way
     num_solver_steps     equal stochastic steps that solve a segment
     times                t_hi: all integers 1 .. T-1, or a grid from T-1 down in segments (ours: all)
-    solver               er_sde, ddim; the other two are ddim with eta 1 (which one the paper ends with is not known;
-                         ours: er_sde)
+    solver               er_sde, ddim; the other two are ddim with eta 1 (ours: er_sde)
     noise_function       noise function of er_sde; null for SDE_5
     eta                  eta of ddim: 0 without noise, 1 as much as the forward process
     lambda_adv           weight of -D(prediction) in the student's loss; 0: no discriminator
     gan_start_step       iterations in which the discriminator learns before it is listened to (ours: 0)
-    discriminator_rank   rank of the LoRA in the decoder, on the layers that LCM-LoRA adapts (the summaries disagree)
+    discriminator_rank   rank of the LoRA in the decoder, on the layers that LCM-LoRA adapts
     discriminator_lr     learning rate of the discriminator
     discriminator_beta1  adam_beta1 of the discriminator
     renoise              D sees both sides at one new noise level instead of clean (ours: clean)

@@ -9,10 +9,12 @@ from ...settings import Distance, Idle, MethodSettings, NeedsTeacher, settings
 
 @settings
 class SkeletonSettings(MethodSettings):
-    """num_teacher_steps   of DDIM, from noise to the sample that the student learns
+    """What the student learns, and how far it is from it.
 
-    guidance_scale      of the teacher, 1 for none
-    distance, huber_c   between the student's sample and the teacher's
+    num_teacher_steps  the teacher's steps of DDIM from noise to the sample that the student learns
+    guidance_scale     guidance of the teacher; 1 = off
+    distance           between the student's sample and the teacher's: mean d^2, or sqrt(d^2 + c^2) - c
+    huber_c            c of huber
     """
 
     num_teacher_steps: int = Field(8, ge=1)
@@ -20,6 +22,8 @@ class SkeletonSettings(MethodSettings):
     distance: Distance = "l2"
     huber_c: float = Field(1e-3, gt=0)
 
+    paper: ClassVar[str] = "Luhman and Luhman, arXiv 2101.02388"
+    idea: ClassVar[str] = "one step draws what the teacher draws in several"
     needs_teacher: ClassVar[NeedsTeacher] = "always"
     ignores: ClassVar[tuple[str, ...]] = ("student.init", "student.network", "student.norm")
     idle: ClassVar[tuple[Idle, ...]] = (Idle("method.huber_c", "method.distance", only=("huber",)),)
