@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .commands.arguments import MOST_IMAGES, MOST_STEPS, Parser, place, scale, whole
 from .commands.protocols import prepare_data_command, verify_metrics_command
+from .commands.recipes import recipes_command
 from .config.nearest import hint
 from .errors import UserError
 from .training.interrupts import exit_code, terminations_raised
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
 def distill(arguments: list[str]) -> int:
     """distill CONFIG [--key.sub value ...] [--output_dir DIR] [--max_train_steps N] [--dry_run]"""
     from .catalog.configuration import fitted, is_search, load_config, load_search, with_overrides
+    from .catalog.recipes import find
     from .config.tree import read_yaml
 
     dry = "--dry_run" in arguments
     path, *rest = _with_config([a for a in arguments if a != "--dry_run"], distill)
-    tree = read_yaml(path)
+    tree = read_yaml(find(path))
     if "stages" in tree:
         raise UserError(f"{path} trains a teacher in stages; use `fewstep train-teacher {path}`")
     ready, tree = tree, with_overrides(tree, rest)
@@ -112,11 +114,12 @@ def push_to_hub(arguments: list[str]) -> int:
 def train_teacher(arguments: list[str]) -> int:
     """train-teacher CONFIG [--stages.<stage>.key value ...]: autoencoder, text encoder, then the network"""
     from .catalog.configuration import fitted, with_overrides
+    from .catalog.recipes import find
     from .commands.train_teacher import train
     from .config.tree import read_yaml
 
     path, *rest = _with_config(arguments, train_teacher)
-    ready = read_yaml(path)
+    ready = read_yaml(find(path))
     tree = with_overrides(ready, rest)
     before, after = ready.get("stages"), tree.get("stages")
     if isinstance(before, dict) and isinstance(after, dict):
@@ -180,7 +183,7 @@ def evaluate(arguments: list[str]) -> int:
     from .reports.evaluate import evaluate as score
     from .reports.pipeline_source import quiet
     from .reports.table import markdown_table, rows_of
-    from .reports.trained_on import data_for, default_holdout, read_data
+    from .reports.trained_on import reference_of
     from .teachers import EMBEDDED
     from .training.model_card import with_scores
 
@@ -195,15 +198,10 @@ def evaluate(arguments: list[str]) -> int:
     if args.protocol and own:
         raise UserError(f"{next(iter(own))}: has no effect beside --protocol {args.protocol}; leave it out")
     if not args.protocol:
-        data = read_data(args.data) if args.data else data_for([args.pipeline])
-        own |= {"data": data.name, "data_options": data.options, "split": args.split or data.split}
-        if not args.holdout:
-            own["holdout"] = default_holdout(data, own["split"])
-            if own["holdout"] is None:
-                note = "has no split of unseen pictures: scored without a hold-out"
-                print(f"fewstep: {data.name}: {note}", file=sys.stderr)
-    if own.get("holdout") == "none":
-        own["holdout"] = None
+        own |= reference_of(args.pipeline, args.data, args.split, args.holdout)
+        if own["holdout"] is None and not args.holdout:
+            note = "has no split of unseen pictures: scored without a hold-out"
+            print(f"fewstep: {own['data']}: {note}", file=sys.stderr)
     report = score(
         args.pipeline, **own, num_images=args.num_images, steps=args.steps, seeds=args.seeds,
         batch_size=args.batch_size, device=args.device, output=args.output,
@@ -307,15 +305,17 @@ def demo(arguments: list[str]) -> int:
     """demo [--output_dir DIR] [--key.sub value ...]: distil the embedded teacher, score both, and draw them"""
     parser = Parser(prog="fewstep demo")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--config", type=Path, help="what is distilled (default: configs/emoji/demo.yaml)")
+    parser.add_argument("--config", default="emoji/demo", help="recipe or file, default: emoji/demo")
     parser.add_argument("--num_images", type=whole(1, MOST_IMAGES), default=100, help="pictures in one value")
     parser.add_argument(
         "--seeds", type=whole(1, 1000), help="values per row (default: 3; 1 at the teacher's 50 and 8 steps)"
     )
     args, overrides = parser.parse_known_args(arguments)
-    from .commands.demo import CONFIGS, run_demo
+    from .catalog.recipes import find
 
-    config = args.config or CONFIGS / "emoji" / "demo.yaml"
+    config = find(args.config)
+    from .commands.demo import run_demo
+
     run_demo(args.output_dir, overrides, config=config, num_images=args.num_images, seeds=args.seeds)
     return 0
 
@@ -335,6 +335,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "push-to-hub": push_to_hub,
     "train-teacher": train_teacher,
     "demo": demo,
+    "recipes": recipes_command,
     "prepare-data": prepare_data_command,
     "verify-metrics": verify_metrics_command,
 }

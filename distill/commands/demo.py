@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 
 from ...pipelines.export import sampling_of
 from ..catalog.configuration import fitted, load_config, with_overrides
+from ..catalog.recipes import CONFIGS
 from ..config.run import RunConfig
 from ..config.tree import read_yaml
 from ..reports.evaluate import evaluate
@@ -22,7 +23,6 @@ from ..training.run_lock import locked
 from ..training.runner import Runner
 from ..writers import write_file
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 CAPTIONS = (
     "red apple", "grinning face", "rocket", "banana", "tiger face", "rose", "octopus", "cherries", "airplane", "owl",
     "watermelon", "frog face",  # the last two are held out

@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ...pipelines.export import Export, sampling_of, write_export
 from ...pipelines.pipeline_edm import EDMPipeline
 from ..catalog.configuration import load_config
+from ..catalog.recipes import CONFIGS
 from ..config.nearest import hint
 from ..config.run import RunConfig
 from ..config.tree import read_yaml
@@ -27,7 +28,6 @@ from ..writers import recover, write_folder
 
 STAGES = ("autoencoder", "text_encoder", "diffusion")
 PIXEL_STAGES = ("pixels",)
-CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES: dict[str, Callable[[Path], Any]] = {  # of the embedded teachers
     "emoji": write_card,
     "fashion": write_pixel_card,
