@@ -14,6 +14,7 @@ from .commands.hub import push_to_hub
 from .commands.methods import methods
 from .commands.process import settle
 from .commands.protocols import prepare_data_command, verify_metrics_command
+from .commands.recipes import recipes_command
 from .commands.scoring import compare, evaluate, sample
 from .commands.training import demo, distill, train_teacher, turbo
 from .config.nearest import hint
@@ -29,6 +30,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "push-to-hub": push_to_hub,
     "train-teacher": train_teacher,
     "demo": demo,
+    "recipes": recipes_command,
     "methods": methods,
     "prepare-data": prepare_data_command,
     "verify-metrics": verify_metrics_command,

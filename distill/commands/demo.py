@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 
 from ...pipelines.export import Export, sampling_of
 from ..catalog.configuration import fitted, load_config, with_overrides
+from ..catalog.recipes import CONFIGS
 from ..config.run import RunConfig
 from ..config.tree import read_yaml
 from ..reports.evaluate import evaluate
@@ -23,7 +24,6 @@ from ..training.run_lock import locked
 from ..training.runner import Runner
 from ..writers import write_file
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 # Seconds on two cores of 2.4 GHz: a picture in a training step, one in an evaluation of the network, the rest
 SECONDS_TRAINED, SECONDS_EVALUATION, BESIDE = 1.34 / 48, 0.002, 110
 CAPTIONS = (

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..catalog.configuration import is_search, with_overrides
 from ..catalog.methods import METHODS, SEARCHES, settings_of
+from ..catalog.recipes import find
 from ..config.keys import Key, keys_of
 from ..config.run import RunConfig
 from ..config.search import SearchConfig
@@ -23,7 +24,7 @@ def keys_help(verb: Verb, arguments: list[str]) -> str:
     """
     tree: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
-        tree = read_yaml(arguments[0])
+        tree = read_yaml(find(arguments[0]))
         if "stages" in tree:
             raise UserError(f"{arguments[0]} trains a teacher in stages; use `fewstep train-teacher --help`")
         arguments = arguments[1:]

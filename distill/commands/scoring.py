@@ -74,7 +74,7 @@ def evaluate(arguments: list[str]) -> int:
     from ..reports.evaluate import evaluate as score
     from ..reports.pipeline_source import quiet
     from ..reports.table import markdown_table, rows_of
-    from ..reports.trained_on import data_for, default_holdout, read_data
+    from ..reports.trained_on import reference_of
     from ..teachers import EMBEDDED
     from ..training.model_card import with_scores
 
@@ -89,15 +89,10 @@ def evaluate(arguments: list[str]) -> int:
     if args.protocol and own:
         raise UserError(f"{next(iter(own))}: has no effect beside --protocol {args.protocol}; leave it out")
     if not args.protocol:
-        data = read_data(args.data) if args.data else data_for([args.pipeline])
-        own |= {"data": data.name, "data_options": data.options, "split": args.split or data.split}
-        if not args.holdout:
-            own["holdout"] = default_holdout(data, own["split"])
-            if own["holdout"] is None:
-                note = "has no split of unseen pictures: scored without a hold-out"
-                print(f"fewstep: {data.name}: {note}", file=sys.stderr)
-    if own.get("holdout") == "none":
-        own["holdout"] = None
+        own |= reference_of(args.pipeline, args.data, args.split, args.holdout)
+        if own["holdout"] is None and not args.holdout:
+            note = "has no split of unseen pictures: scored without a hold-out"
+            print(f"fewstep: {own['data']}: {note}", file=sys.stderr)
     report = score(
         args.pipeline, **own, num_images=args.num_images, steps=args.steps, seeds=args.seeds,
         batch_size=args.batch_size, device=args.device, output=args.output,
@@ -161,7 +156,7 @@ def sample(arguments: list[str]) -> int:
 def compare(arguments: list[str]) -> int:
     """compare RUN [NAME=RUN ...] --output DIR [--num_images N] [--seeds 3] [--steps 1 2 4] [--teacher NAME]
 
-    Score students of one teacher alike: compare.json, compare.md and compare.html.
+    Score students of one teacher alike: compare.html, and the same as .json, .md, .csv and .tex.
     """
     parser = Parser(
         compare,

@@ -10,6 +10,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ...pipelines.export import Export, sampling_of, write_export
 from ...pipelines.pipeline_edm import EDMPipeline
+from ..catalog.recipes import CONFIGS
 from ..config.run import RunConfig
 from ..config.tree import read_yaml
 from ..data.images import ImageData
@@ -26,7 +27,6 @@ from ..training.runner import Runner
 from ..writers import recover, write_folder
 
 MOST_PICTURES, PIXELS_AT_ONCE = 4096, 256 * 32**2  # of which the latents' scale is measured
-CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES: dict[str, Callable[[Path], Any]] = {  # of the embedded teachers
     "emoji": write_card,
     "fashion": write_pixel_card,

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..catalog.configuration import fitted, is_search, load_config, load_search, with_overrides
+from ..catalog.recipes import find
 from ..config.search import SearchConfig
 from ..config.tree import read_yaml
 from ..errors import UserError
@@ -23,7 +24,7 @@ def distill(arguments: list[str]) -> int:
         return 0
     dry = "--dry_run" in arguments
     path, *rest = _with_config([a for a in arguments if a != "--dry_run"], distill)
-    ready = read_yaml(path)
+    ready = read_yaml(find(path))
     if "stages" in ready:
         raise UserError(f"{path} trains a teacher in stages; use `fewstep train-teacher {path}`")
     tree = with_overrides(ready, rest)
@@ -102,7 +103,7 @@ def train_teacher(arguments: list[str]) -> int:
         print(stages_help(train_teacher))
         return 0
     path, *rest = _with_config(arguments, train_teacher)
-    ready = read_yaml(path)
+    ready = read_yaml(find(path))
     tree = with_overrides(ready, rest)
     before, after = ready.get("stages"), tree.get("stages")
     if isinstance(before, dict) and isinstance(after, dict):
@@ -124,15 +125,15 @@ def demo(arguments: list[str]) -> int:
         demo, epilog="Any key of a configuration is a flag too; `fewstep distill --help` lists them."
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where all of it goes")
-    parser.add_argument("--config", type=Path, help="what is distilled (default: configs/emoji/demo.yaml)")
+    parser.add_argument("--config", default="emoji/demo", help="recipe or file of what is distilled")
     parser.add_argument("--num_images", type=whole(1, MOST_IMAGES), default=100, help="pictures in one value")
     parser.add_argument(
         "--seeds", type=whole(1, 1000), help="values per row (default: 3; 1 at the teacher's 50 and 8 steps)"
     )
     args, overrides = parser.parse_known_args(arguments)
-    from .demo import CONFIGS, run_demo
+    config = find(args.config)
+    from .demo import run_demo
 
-    config = args.config or CONFIGS / "emoji" / "demo.yaml"
     run_demo(args.output_dir, overrides, config=config, num_images=args.num_images, seeds=args.seeds)
     return 0
 

@@ -1,5 +1,7 @@
 """Configurations as trees: read from YAML files, and single values as a command line writes them."""
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         tree = read_yaml_file(path, written=True)
     except FileNotFoundError:
-        raise UserError(f"no configuration {path}; the ready ones are in configs/") from None
+        raise UserError(f"no configuration {path}; `fewstep recipes` lists the ready ones") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no `key: value` lines; see configs/ for examples")
+        raise UserError(f"{path} holds no `key: value` lines; `fewstep recipes show emoji/lcd` is an example")
     return tree
+
+
+def merged(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the tree with `values` in place of its own; a dict changes the keys of its section alone."""
+    out = copy.deepcopy(dict(tree))
+    for key, value in values.items():
+        section = out.get(key)
+        if isinstance(section, dict) and isinstance(value, Mapping):
+            out[key] = merged(section, value)
+        else:
+            out[key] = copy.deepcopy(value)
+    return out
 
 
 def parse_value(text: str, *, written: bool = False) -> Any:

@@ -133,6 +133,18 @@ def default_holdout(data: Data, split: str) -> str | None:
     return name
 
 
+def reference_of(pipeline: str, data: str | None, split: str | None, holdout: str | None) -> dict[str, Any]:
+    """The real pictures that a pipeline is scored on, as arguments of `evaluate`: data, data_options, split, holdout.
+
+    data: as of `read_data`, None for what the pipeline was trained on. holdout: "none" for none, None for the split of
+    unseen pictures, if there is one.
+    """
+    found = read_data(data) if data else data_for([pipeline])
+    split = split or found.split
+    unseen = None if holdout == "none" else holdout or default_holdout(found, split)
+    return {"data": found.name, "data_options": found.options, "split": split, "holdout": unseen}
+
+
 def check_place(pipeline: str) -> None:
     """Raises UserError for what is neither an embedded teacher, a folder nor the form of a hub id, each perhaps with
     +LORA."""

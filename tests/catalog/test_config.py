@@ -179,8 +179,8 @@ def test_missing_keys_and_odd_keys_are_named() -> None:
         ("seed: 1\nseed: 2", "the key 'seed' is given twice"),
         ("a: &a [*a]", "is nested too deeply, or in itself"),
         ("[" * 3000, "is nested too deeply"),
-        ("", "holds no `key: value` lines; see configs/ for examples"),
-        ("- 1", "holds no `key: value` lines; see configs/ for examples"),
+        ("", "holds no `key: value` lines; `fewstep recipes show emoji/lcd` is an example"),
+        ("- 1", "holds no `key: value` lines; `fewstep recipes show emoji/lcd` is an example"),
     ],
 )
 def test_an_unreadable_file_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -190,7 +190,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, text: str, message: str) ->
         read_yaml(path)
     assert str(refused.value).startswith(str(path)) and message in str(refused.value)
     assert "\n" not in str(refused.value)
-    with pytest.raises(UserError, match=r"no configuration .*the ready ones are in configs/"):
+    with pytest.raises(UserError, match=r"no configuration .*`fewstep recipes` lists the ready ones"):
         read_yaml(tmp_path / "missing.yaml")
     with pytest.raises(UserError, match="Is a directory"):
         read_yaml(tmp_path)
