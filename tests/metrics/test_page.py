@@ -15,7 +15,7 @@ from fewstep.distill.catalog.configuration import is_search, load_config, load_s
 from fewstep.distill.catalog.methods import METHODS, SEARCHES
 from fewstep.distill.config.method import as_tree
 from fewstep.distill.config.tree import read_yaml
-from fewstep.distill.methods.papers import ORIGINS, family_of, papers_of
+from fewstep.distill.methods.papers import ORIGINS, family_of, papers_of, papers_of_model
 from fewstep.distill.methods.published import PUBLISHED
 from fewstep.distill.protocols.table import STANDARDS
 from fewstep.distill.reports.compare import compare, published
@@ -166,6 +166,12 @@ def test_the_papers_of_a_recipe(recipe: str) -> None:
         tree = read_yaml(CONFIGS / "emoji" / f"{recipe}.yaml")
         tree = as_tree(load_search(tree) if is_search(tree) else load_config(tree))
     assert ", ".join(p.name for p in papers_of(tree)) == PAPERS[recipe]
+
+
+def test_a_model_without_a_configuration_has_the_paper_that_is_beyond_doubt() -> None:
+    """`ict` is the loss of four papers."""
+    assert [p.name for p in papers_of_model("dmd2", {})] == ["DMD2"]
+    assert papers_of_model("ict", {}) == papers_of_model("lcd, lora", {}) == papers_of_model(None, {}) == []
 
 
 def test_every_method_has_a_family_and_every_score_a_meaning() -> None:
