@@ -75,7 +75,7 @@ def test_every_folder_with_modules_is_a_listed_package() -> None:
 def test_wheel_holds_every_module_and_all_data_and_one_import_name(wheel: Path) -> None:
     modules = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     data = [path for folder in DATA for path in (ROOT / folder).rglob("*") if path.is_file()]
-    data.append(ROOT / "distill" / "metrics" / "page.html")
+    data += [ROOT / "distill" / "reports" / f"page.{kind}" for kind in ("css", "html", "js")]
     expected = {f"fewstep/{path.relative_to(ROOT).as_posix()}" for path in modules + data}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     assert {name for name in names if ".dist-info/" not in name} == expected
