@@ -82,7 +82,8 @@ def test_every_folder_with_modules_is_a_listed_package() -> None:
 def test_wheel_holds_every_module_and_recipe_and_all_data_and_one_import_name(wheel: Path) -> None:
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     files += [path for folder in DATA for path in (ROOT / folder).rglob("*") if path.is_file()]
-    files += [ROOT / "distill" / "reports" / "page.html", ROOT / "distill" / "package" / "py.typed", *RECIPES]
+    files += [ROOT / "distill" / "reports" / f"page.{kind}" for kind in ("css", "html", "js")]
+    files += [ROOT / "distill" / "package" / "py.typed", *RECIPES]
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     assert {name for name in names if ".dist-info/" not in name} == set(map(name_of, files))
     assert {

@@ -110,3 +110,11 @@ def papers_of(config: Mapping[str, Any]) -> list[Paper]:
         if variant.holds(config):
             return [variant.paper, origin.paper] if variant.beside else [variant.paper]
     return [origin.paper]
+
+
+def papers_of_model(method: str | None, config: Mapping[str, Any]) -> list[Paper]:
+    """Those of its configuration; where none is known, the method's own if it has no variants."""
+    if config:
+        return papers_of(config)
+    origin = ORIGINS.get((method or "").partition(",")[0])
+    return [origin.paper] if origin and not origin.variants else []

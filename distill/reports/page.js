@@ -123,7 +123,7 @@ function spread(wanted, gap, top, bottom) {
 }
 
 function plot(figure, metric, coloured, x, what, format, ticks) {
-  const svg = figure.querySelector("svg"), W = svg.clientWidth || 560, H = 380, T = 14, B = 42, L = 48, R = Math.min(150, W * 0.3);
+  const svg = figure.querySelector("svg"), W = svg.clientWidth || 560, H = 380, T = 14, B = 42, L = 48, R = Math.min(162, W * 0.3);
   svg.replaceChildren();
   svg.setAttribute("viewBox", `0 0 ${W} ${H}`);
   const all = data.models.flatMap((m, i) => points(metric, i).filter(p => p[x]).map(p => ({ i, name: m.name, steps: p.steps, x: p[x], s: p.scores[metric.key], c: cost(metric, p.scores[metric.key].value) })));

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ..methods.papers import family_of, papers_of
+from ..methods.papers import family_of, papers_of_model
 from ..metrics.protocol import Score
 from ..readers import read_text
 from .markup import filled, script_json
@@ -95,7 +95,10 @@ def models(rows: Sequence[Mapping[str, Any]]) -> str:
     for name, i in _places(rows).items():
         row = next(r for r in rows if r["model"] == name)
         config = row.get("config") or {}
-        papers = ", ".join(f'<a href="{p.url}">{escape(p.name)} {p.arxiv}</a>' for p in papers_of(config))
+        papers = ", ".join(
+            f'<a href="{p.url}">{escape(p.name)} {p.arxiv}</a>'
+            for p in papers_of_model(row["method"], config)
+        )
         recipe = "-"
         if config:
             text = escape(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
@@ -177,7 +180,7 @@ def plot_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in _places(rows):
         own = [row for row in rows if row["model"] == name]
         method, training = own[0]["method"], own[0]["training"]
-        papers = [p.name for p in papers_of(own[0].get("config") or {})]
+        papers = [p.name for p in papers_of_model(method, own[0].get("config") or {})]
         found.append(
             {
                 "name": name,
