@@ -106,7 +106,7 @@ def _with_side_of_pixels(tree: dict[str, Any]) -> dict[str, Any]:
     resolution = numbers(tree.get("resolution"))
     if not isinstance(network, dict) or network.get("_class_name", "UNet2DModel") != "UNet2DModel":
         return tree
-    if not isinstance(resolution, int) or resolution < 1:  # refused with the other keys
+    if not isinstance(resolution, int) or isinstance(resolution, bool) or resolution < 1:  # refused below
         return tree
     default = signature(UNet2DModel).parameters["block_out_channels"].default
     levels = network.get("block_out_channels", default)
