@@ -222,10 +222,10 @@ def random_pipeline(folder: Path) -> str:
     """A pipeline of the shape of configs/emoji/teacher.yaml with random weights, saved to `folder`."""
     import yaml
     from diffusers import DDIMScheduler
+    from fewstep.distill.commands.teacher_stages import network_of, stages_of
     from fewstep.distill.config.run import StudentSettings
     from fewstep.distill.pretrain.autoencoder import Autoencoder
     from fewstep.distill.pretrain.settings import TextEncoderSettings
-    from fewstep.distill.pretrain.stages import network_of, stages_of
     from fewstep.distill.pretrain.text_encoder import train_tokenizer
     from fewstep.distill.training.contract import Parts
     from transformers import CLIPTextConfig, CLIPTextModel

@@ -17,7 +17,6 @@ from ..data.images import ImageData
 from ..data.sources import load_data
 from ..models.teacher import class_of, load_edm
 from ..pretrain.card import PIXEL_STEPS, STEPS, write_card, write_own_card, write_pixel_card
-from ..pretrain.stages import STAGES, is_pixels, network_of, shared_of, stages_of
 from ..pretrain.text_encoder import distinct
 from ..reports.trained_on import DEFAULTS
 from ..scorers.minilm import minilm_folder
@@ -25,6 +24,7 @@ from ..training.run_folder import RunFolder
 from ..training.run_lock import locked
 from ..training.runner import Runner
 from ..writers import recover, write_folder
+from .teacher_stages import STAGES, is_pixels, network_of, shared_of, stages_of
 
 MOST_PICTURES, PIXELS_AT_ONCE = 4096, 256 * 32**2  # of which the latents' scale is measured
 RECIPES: dict[str, Callable[[Path], Any]] = {  # of the embedded teachers

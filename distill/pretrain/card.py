@@ -101,7 +101,7 @@ def write_own_card(
     The data's hold-out is scored too where there is one. num_images: at most, and no more than the data have rows.
     Returns the report's rows.
     """
-    own_data = Data.of({k: getattr(data, k) for k in ("name", *DEFAULTS)}, data.split)  # type: ignore[misc]
+    own_data = Data.of({k: getattr(data, k) for k in ("name", *DEFAULTS)}, data.split)  # type: ignore[arg-type]
     own = any(folder.glob("*.py"))
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=own)
     captions = load_data(data.name, split=data.split, resolution=1, **own_data.options).captions

@@ -13,10 +13,10 @@ from diffusers import AutoencoderKL
 from fewstep.distill.catalog.configuration import with_overrides
 from fewstep.distill.cli import main
 from fewstep.distill.commands import train_teacher
+from fewstep.distill.commands.teacher_stages import network_of, shared_of, stages_of
 from fewstep.distill.config.tree import read_yaml
 from fewstep.distill.errors import UserError
 from fewstep.distill.pretrain.settings import TextEncoderSettings
-from fewstep.distill.pretrain.stages import network_of, shared_of, stages_of
 from fewstep.distill.pretrain.text_encoder import training_phrases
 
 from ..pictures import write_pictures

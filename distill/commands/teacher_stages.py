@@ -13,7 +13,7 @@ from ..config.run import DataSettings, RunConfig
 from ..config.tree import method_name
 from ..config.validation import numbers, shown, validate
 from ..errors import UserError
-from .settings import SharedSettings
+from ..pretrain.settings import SharedSettings
 
 STAGES = ("autoencoder", "text_encoder", "diffusion")
 PIXEL_STAGES = ("pixels",)
@@ -70,10 +70,8 @@ def stages_of(tree: dict[str, Any]) -> dict[str, RunConfig]:
         if "data" not in own:
             raise UserError(f"data: missing; write `data: {{name: ...}}`, or --data.name FOLDER; {EXAMPLES}")
         out[name] = load_config(own, f"stages.{name}.")
-        if name != "diffusion" and out[name].resolution is None:
-            raise UserError(
-                f"resolution: missing; write `resolution: 32`, the side of the pictures; {EXAMPLES}"
-            )
+    if any(config.resolution is None for name, config in out.items() if name != "diffusion"):
+        raise UserError(f"resolution: missing; write `resolution: 32`, the side of the pictures; {EXAMPLES}")
     return out
 
 
@@ -108,7 +106,7 @@ def _with_side_of_pixels(tree: dict[str, Any]) -> dict[str, Any]:
     resolution = numbers(tree.get("resolution"))
     if not isinstance(network, dict) or network.get("_class_name", "UNet2DModel") != "UNet2DModel":
         return tree
-    if not isinstance(resolution, int) or resolution < 1:  # refused with the other keys
+    if not isinstance(resolution, int) or isinstance(resolution, bool) or resolution < 1:  # refused below
         return tree
     default = signature(UNet2DModel).parameters["block_out_channels"].default
     levels = network.get("block_out_channels", default)
