@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .commands.arguments import MOST_IMAGES, MOST_STEPS, Parser, place, scale, whole
 from .commands.protocols import prepare_data_command, verify_metrics_command
 from .config.nearest import hint
+from .config.third_party import quiet
 from .errors import UserError
 from .training.interrupts import exit_code, terminations_raised
 
@@ -178,7 +179,6 @@ def evaluate(arguments: list[str]) -> int:
 
     from .reports.conditions import read_control
     from .reports.evaluate import evaluate as score
-    from .reports.pipeline_source import quiet
     from .reports.table import markdown_table, rows_of
     from .reports.trained_on import data_for, default_holdout, read_data
     from .teachers import EMBEDDED
@@ -213,9 +213,10 @@ def evaluate(arguments: list[str]) -> int:
     )  # fmt: skip
     if not report:  # another process of the launch has it
         return 0
-    table = markdown_table(rows_of(name, report))
+    rows = rows_of(name, report)
+    table = markdown_table(rows)
     if (Path(args.pipeline) / "sampling.json").is_file() and name not in EMBEDDED:  # an export of ours
-        with_scores(Path(args.pipeline), table)
+        with_scores(Path(args.pipeline), table, rows)
     print(table)
     return 0
 
@@ -248,7 +249,6 @@ def sample(arguments: list[str]) -> int:
     args = vars(parser.parse_args(arguments))
 
     from .reports.conditions import read_control
-    from .reports.pipeline_source import quiet
     from .reports.sample import sample as make
     from .reports.trained_on import data_for, read_data
 
@@ -350,6 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in arguments
     arguments = [a for a in arguments if a != "--traceback"]
+    quiet()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2

@@ -10,9 +10,10 @@ from diffusers import DiffusionPipeline
 from ...pipelines.export import sampling_of
 from ..catalog.configuration import fitted, load_config, with_overrides
 from ..config.run import RunConfig
+from ..config.third_party import quiet
 from ..config.tree import read_yaml
 from ..reports.evaluate import evaluate
-from ..reports.pipeline_source import quantise, quiet
+from ..reports.pipeline_source import quantise
 from ..reports.table import markdown_table, rows_of
 from ..reports.trained_on import data_for, default_holdout
 from ..teachers import EMBEDDED
@@ -76,7 +77,8 @@ def _run(output_dir: Path, config: RunConfig, num_images: int, seeds: int | None
     print("3/3 drawing", flush=True)
     save_pictures(teacher, student, output_dir / "pictures.png")
     write_file(output_dir / "comparison.md", table)
-    with_scores(student, markdown_table([row for row in rows if row["model"] == "student"]))
+    own = [row for row in rows if row["model"] == "student"]
+    with_scores(student, markdown_table(own), own)
     print(f"\n{table}")
     print(
         f"pictures:   {output_dir / 'pictures.png'}\npipeline:   {student}\ncomparison: {output_dir / 'comparison.md'}"

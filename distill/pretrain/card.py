@@ -13,7 +13,9 @@ from ..data.sources import load_data
 from ..metrics.protocol import Score
 from ..reports.evaluate import caption_match, evaluate, real_floor
 from ..reports.table import markdown_table, rows_of
-from ..training.model_card import data_line, loading_lines, markdown, published
+from ..training.card_code import loading_lines
+from ..training.model_card import markdown
+from ..training.public_names import data_line, published
 from ..writers import write_file, write_report
 
 STEPS, NUM_IMAGES = 50, 500

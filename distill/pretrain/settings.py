@@ -5,7 +5,18 @@ from typing import ClassVar
 from pydantic import Field
 
 from ..methods.control.controls import SpatialControl
-from ..settings import MethodSettings, NeedsTeacher, settings
+from ..settings import MethodSettings, NeedsTeacher, Paper, settings
+
+EDM_PAPER = Paper(
+    "Elucidating the Design Space of Diffusion-Based Generative Models",
+    "Karras, Tero",
+    "2206.00364",
+)
+CONTROLNET_PAPER = Paper(
+    "Adding Conditional Control to Text-to-Image Diffusion Models",
+    "Zhang, Lvmin",
+    "2302.05543",
+)
 
 
 @settings
@@ -36,6 +47,8 @@ class EDMSettings(MethodSettings):
     rho: float = Field(7.0, gt=0)
     num_inference_steps: int = Field(18, ge=1)
 
+    label: ClassVar[str] = "EDM"
+    papers: ClassVar[tuple[Paper, ...]] = (EDM_PAPER,)
     ignores: ClassVar[tuple[str, ...]] = ("teacher",)
 
 
@@ -101,4 +114,6 @@ class ControlNetSettings(MethodSettings):
     caption_dropout: float = Field(0.5, ge=0, lt=1)
     guidance_scale: float = Field(3.0, ge=1)
 
+    label: ClassVar[str] = "ControlNet"
+    papers: ClassVar[tuple[Paper, ...]] = (CONTROLNET_PAPER,)
     needs_teacher: ClassVar[NeedsTeacher] = "always"

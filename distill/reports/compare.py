@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ..config.third_party import quiet
 from ..errors import UserError
 from ..methods.published import PUBLISHED
 from ..training.interrupts import run_child
@@ -15,7 +16,6 @@ from .entries import Entry, offered, read_entry
 from .evaluate import choose_device, open_source
 from .markup import markdown_text
 from .page import page
-from .pipeline_source import quiet
 from .report import read_report
 from .strips import check_data, draw_conditions, draw_strips, strip_inputs
 from .table import by_column, by_steps, columns_of, markdown, protocol_notes

@@ -4,9 +4,21 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ..settings import Idle, MethodSettings, settings
+from ..settings import Idle, MethodSettings, Paper, settings
 
 Space = Literal["weights", "lora_factors", "lora_delta"]
+
+
+Q_SCHED_PAPER = Paper(
+    "Q-Sched: Pushing the Boundaries of Few-Step Diffusion Models with Quantization-Aware Scheduling",
+    "Frumkin, Natalia",
+    "2509.01624",
+)
+LCSC_PAPER = Paper(
+    "Linear Combination of Saved Checkpoints Makes Consistency and Diffusion Models Better",
+    "Liu, Enshu",
+    "2404.02241",
+)
 
 
 @settings
@@ -37,6 +49,8 @@ class LCSCSettings(MethodSettings):
     weighting: Literal["power", "softmax"] = "power"
     penalties: tuple[float, ...] = (2.0,)
 
+    label: ClassVar[str] = "LCSC"
+    papers: ClassVar[tuple[Paper, ...]] = (LCSC_PAPER,)
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.num_parents method.sigma method.probability", "method.family", only=("evolution",)),
         Idle("method.rates", "method.family", only=("evolution", "ema")),
@@ -71,6 +85,8 @@ class QSchedSettings(MethodSettings):
     )  # of a mutation, as a share of the range; halves until the budget is spent
     control: bool = True
 
+    label: ClassVar[str] = "Q-Sched"
+    papers: ClassVar[tuple[Paper, ...]] = (Q_SCHED_PAPER,)
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.convolutions method.control", "method.quantisation", values=(None,)),
         Idle("method.points", "method.strategy", only=("grid",)),

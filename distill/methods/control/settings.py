@@ -4,10 +4,17 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ...settings import Distance, Idle, MethodSettings, NeedsTeacher, settings
+from ...settings import Distance, Idle, MethodSettings, NeedsTeacher, Paper, settings
 from .controls import Control
 
 Grid = Literal["trig", "linear"]
+
+
+NCT_PAPER = Paper(
+    "Noise Consistency Training: A Native Approach for One-Step Generator in Learning Additional Controls",
+    "Luo, Yihong",
+    "2506.19741",
+)
 
 
 @settings
@@ -35,6 +42,8 @@ class NCTSettings(MethodSettings):
     timestep: int | None = Field(None, ge=0)
     guidance_scale: float | None = Field(None, ge=1)
 
+    label: ClassVar[str] = "NCT"
+    papers: ClassVar[tuple[Paper, ...]] = (NCT_PAPER,)
     needs_teacher: ClassVar[NeedsTeacher] = "always"
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.huber_c", "method.distance", values=("l2",)),

@@ -4,7 +4,23 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ...settings import Distance, Idle, MethodSettings, NeedsTeacher, settings
+from ...settings import Distance, Idle, MethodSettings, NeedsTeacher, Paper, settings
+
+LCM_PAPER = Paper(
+    "Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference",
+    "Luo, Simian",
+    "2310.04378",
+)
+RGLCD_PAPER = Paper(
+    "Reward Guided Latent Consistency Distillation",
+    "Li, Jiachen",
+    "2403.11027",
+)
+SCOTT_PAPER = Paper(
+    "SCott: Accelerating Diffusion Models with Stochastic Consistency Distillation",
+    "Liu, Hongjian",
+    "2403.01505",
+)
 
 
 @settings
@@ -43,6 +59,9 @@ class LCDSettings(LatentConsistencySettings):
     """num_ddim_timesteps: N, the teacher's steps are k = T/N long."""
 
     num_ddim_timesteps: int = Field(50, ge=1)
+
+    label: ClassVar[str] = "LCM"
+    papers: ClassVar[tuple[Paper, ...]] = (LCM_PAPER,)
 
 
 @settings
@@ -108,6 +127,8 @@ class RGLCDSettings(LCDSettings):
     lrm: LRMSettings | None = None
     uncertainty: CtrlUSettings | None = None
 
+    label: ClassVar[str] = "RG-LCM"
+    papers: ClassVar[tuple[Paper, ...]] = (RGLCD_PAPER,)
     idle: ClassVar[tuple[Idle, ...]] = (
         *LCDSettings.idle,
         Idle("method.uncertainty.penalty method.uncertainty.spread", "method.uncertainty.weight",
@@ -145,6 +166,8 @@ class SCottSettings(LatentConsistencySettings):
     discriminator_beta1: float = Field(0.9, ge=0, lt=1)
     renoise: bool = False
 
+    label: ClassVar[str] = "SCott"
+    papers: ClassVar[tuple[Paper, ...]] = (SCOTT_PAPER,)
     idle: ClassVar[tuple[Idle, ...]] = (
         *LatentConsistencySettings.idle,
         Idle("method.gan_start_step method.discriminator_rank method.discriminator_lr method.discriminator_beta1 "

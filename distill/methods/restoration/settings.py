@@ -6,9 +6,17 @@ from typing import ClassVar
 from pydantic import Field
 
 from ...errors import UserError
-from ...settings import DistanceName, Idle, MethodSettings, NeedsTeacher, settings
+from ...settings import DistanceName, Idle, MethodSettings, NeedsTeacher, Paper, settings
 
 Range = tuple[float, float]
+
+
+INTERLCM_PAPER = Paper(
+    "InterLCM: Low-Quality Images as Intermediate States of Latent Consistency Models for Effective Blind Face "
+    "Restoration",
+    "Li, Senmao",
+    "2502.02215",
+)
 
 
 @settings
@@ -91,6 +99,8 @@ class InterLCMSettings(MethodSettings):
     discriminator: PatchSettings = Field(default_factory=PatchSettings)
     discriminator_lr: float | None = Field(None, gt=0)
 
+    label: ClassVar[str] = "InterLCM"
+    papers: ClassVar[tuple[Paper, ...]] = (INTERLCM_PAPER,)
     needs_teacher: ClassVar[NeedsTeacher] = "always"
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.num_steps", "method.timesteps", only=(None,)),
