@@ -18,6 +18,7 @@ from .commands.recipes import recipes_command
 from .commands.scoring import compare, evaluate, sample
 from .commands.training import demo, distill, train_teacher, turbo
 from .config.nearest import hint
+from .config.third_party import quiet
 from .errors import UserError
 from .training.interrupts import exit_code, terminations_raised
 
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in arguments
     arguments = [a for a in arguments if a != "--traceback"]
+    quiet()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2

@@ -60,11 +60,35 @@ class Idle:
 NeedsTeacher = Literal["always", "to_start", "never"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """What a card cites. author: the first, as BibTeX writes names; arxiv: the number."""
+
+    title: str
+    author: str
+    arxiv: str
+
+    def bibtex(self) -> str:
+        year = f"20{self.arxiv[:2]}"
+        family = "".join(c for c in self.author.partition(",")[0].lower() if c.isalpha())
+        return (
+            f"@misc{{{family}{year}_{self.arxiv.replace('.', '_')},\n"
+            f"  title = {{{{{self.title}}}}},\n"
+            f"  author = {{{self.author} and others}},\n"
+            f"  year = {{{year}}},\n"
+            f"  eprint = {{{self.arxiv}}},\n"
+            "  archivePrefix = {arXiv},\n"
+            "}"
+        )
+
+
 class MethodSettings:
     """What can be known of a method or a search before torch is loaded: its keys are the fields of a subclass.
 
     paper          its name and address; what has none says what it is from
     idea           how it works, in one line
+    label          what the field calls it; "" for a stage of training that has no name of its own
+    papers         where it is from
     needs_teacher  every run, or those whose student starts from the teacher's weights (`student.init: teacher`)
     ignores        keys and sections of a run's configuration that the method does not read
     idle           keys that have no effect beside others
@@ -73,6 +97,8 @@ class MethodSettings:
 
     paper: ClassVar[str] = ""
     idea: ClassVar[str] = ""
+    label: ClassVar[str] = ""
+    papers: ClassVar[tuple[Paper, ...]] = ()
     needs_teacher: ClassVar[NeedsTeacher] = "never"
     ignores: ClassVar[tuple[str, ...]] = ()
     idle: ClassVar[tuple[Idle, ...]] = ()

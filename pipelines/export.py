@@ -94,7 +94,7 @@ def write_variant(
 
     A part whose class is ours takes its file along; the stock pipeline around it then needs trust_remote_code=True.
     """
-    gone = {*parts, "README.md", "sampling.json"}
+    gone = {*parts, "README.md", "sampling.json", "samples.png", "config.yaml"}
 
     def left_out(path: str, names: list[str]) -> set[str]:
         return gone & set(names) if Path(path) == source else set()

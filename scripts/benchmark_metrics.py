@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fewstep.distill.config.third_party import quiet
 from fewstep.distill.metrics.extractor import extract
 from fewstep.distill.metrics.features import make_extractor
 from fewstep.distill.metrics.frechet import Moments, frechet_distance
 from fewstep.distill.metrics.reference import captions_of, load_reference
 from fewstep.distill.reports.evaluate import evaluate
-from fewstep.distill.reports.pipeline_source import SEED_STRIDE, quantise, quiet
+from fewstep.distill.reports.pipeline_source import SEED_STRIDE, quantise
 from fewstep.distill.teachers import EMBEDDED
 from fewstep.distill.training.measure import environment, quantiles, seconds
 from torch import Tensor

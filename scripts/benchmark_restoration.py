@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from fewstep.distill.catalog.configuration import load_config, with_overrides
+from fewstep.distill.config.third_party import quiet
 from fewstep.distill.config.tree import read_yaml
 from fewstep.distill.errors import UserError
-from fewstep.distill.reports.pipeline_source import quiet
 from fewstep.distill.reports.restoration import as_markdown, benchmark
 from fewstep.distill.training.grid import save_rows
 from fewstep.distill.training.measure import environment

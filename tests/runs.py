@@ -10,6 +10,13 @@ import yaml
 from fewstep.distill.catalog.configuration import load_config
 from fewstep.distill.training.runner import Runner
 
+PASSING = ("images_per_second", "seconds", "peak_memory_gib")  # of a row of a run's log
+
+
+def lasting(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of log.jsonl without what time and memory were taken."""
+    return {k: v for k, v in row.items() if k not in PASSING}
+
 
 def train(tree: dict[str, Any]) -> Runner:
     runner = Runner(load_config(tree))

@@ -12,14 +12,16 @@ from ...pipelines.export import Export, sampling_of
 from ..catalog.configuration import fitted, load_config, with_overrides
 from ..catalog.recipes import CONFIGS
 from ..config.run import RunConfig
+from ..config.third_party import quiet
 from ..config.tree import read_yaml
 from ..reports.evaluate import evaluate
-from ..reports.pipeline_source import quantise, quiet
+from ..reports.pipeline_source import quantise
 from ..reports.table import markdown_table, rows_of
 from ..reports.trained_on import data_for, default_holdout
 from ..teachers import EMBEDDED
+from ..training.card_code import loading_lines
 from ..training.grid import rows_image
-from ..training.model_card import loading_lines, with_scores
+from ..training.model_card import with_scores
 from ..training.run_lock import locked
 from ..training.runner import Runner
 from ..writers import write_file
@@ -83,9 +85,11 @@ def _run(output_dir: Path, config: RunConfig, num_images: int, seeds: int | None
     pictures = output_dir / "pictures.png"
     pipeline = save_pictures(teacher, student, pictures)
     write_file(output_dir / "comparison.md", table)
-    with_scores(student, markdown_table([row for row in rows if row["model"] == "student"]))
+    own = [row for row in rows if row["model"] == "student"]
+    with_scores(student, markdown_table(own), own)
     lines = loading_lines(Export(pipeline, sampling=sampling_of(student)), str(student))
-    print(f"{time.perf_counter() - begun:.0f} seconds\n\n{table}\npictures: {pictures}\n")
+    print(f"{time.perf_counter() - begun:.0f} seconds\n\n{table}")
+    print(f"\npictures:   {pictures}\npipeline:   {student}\ncomparison: {output_dir / 'comparison.md'}\n")
     print(f"the student in plain diffusers:\n\n{lines}")
     return table
 

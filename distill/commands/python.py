@@ -127,9 +127,9 @@ def evaluate(
 
     Raises UserError for what the caller can mend.
     """
+    from ..config.third_party import quiet
     from ..reports.conditions import read_control
     from ..reports.evaluate import evaluate as score
-    from ..reports.pipeline_source import quiet
     from ..reports.trained_on import reference_of
 
     quiet()
@@ -177,8 +177,8 @@ def sample(
 
     Raises UserError for what the caller can mend.
     """
+    from ..config.third_party import quiet
     from ..reports.conditions import read_control
-    from ..reports.pipeline_source import quiet
     from ..reports.sample import sample as make
     from ..reports.trained_on import reference_of
 

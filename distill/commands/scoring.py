@@ -72,7 +72,6 @@ def evaluate(arguments: list[str]) -> int:
 
     from ..reports.conditions import read_control
     from ..reports.evaluate import evaluate as score
-    from ..reports.pipeline_source import quiet
     from ..reports.table import markdown_table, rows_of
     from ..reports.trained_on import reference_of
     from ..teachers import EMBEDDED
@@ -82,7 +81,6 @@ def evaluate(arguments: list[str]) -> int:
         name, args.pipeline = args.pipeline, str(EMBEDDED[args.pipeline])
     else:
         name = Path(args.pipeline).name
-    quiet()
     own: dict[str, Any] = {
         k: getattr(args, k) for k in ("data", "split", "holdout", "extractor") if getattr(args, k)
     }
@@ -102,9 +100,10 @@ def evaluate(arguments: list[str]) -> int:
     )  # fmt: skip
     if not report:  # another process of the launch has it
         return 0
-    table = markdown_table(rows_of(name, report))
+    rows = rows_of(name, report)
+    table = markdown_table(rows)
     if (Path(args.pipeline) / "sampling.json").is_file() and name not in EMBEDDED:  # an export of ours
-        with_scores(Path(args.pipeline), table)
+        with_scores(Path(args.pipeline), table, rows)
     print(table)
     return 0
 
@@ -139,11 +138,9 @@ def sample(arguments: list[str]) -> int:
     args = vars(parser.parse_args(arguments))
 
     from ..reports.conditions import read_control
-    from ..reports.pipeline_source import quiet
     from ..reports.sample import sample as make
     from ..reports.trained_on import data_for, read_data
 
-    quiet()
     given, split = args.pop("data"), args.pop("split")
     if args["prompts"] is None:
         data = read_data(given) if given else data_for([args["pipeline"]])

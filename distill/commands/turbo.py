@@ -17,6 +17,7 @@ from ..planning.dry_run import gib, text_of
 from ..planning.known_teachers import blueprint
 from ..planning.plan import Plan, planned
 from ..settings import TeacherSettings
+from ..training.measure import duration
 from ..training.processes import num_processes
 from ..training.run_folder import CONFIG
 from ..training.runner import Runner
@@ -166,11 +167,3 @@ def time_line(measured: Measured, plan: Plan) -> str:
         f"measured here: {measured.sampling:.3g} s a sampled picture, {measured.iteration:.3g} s a step{peak}; "
         f"{rows:,} pictures and {c.max_train_steps:,} steps take about {duration(measured.total(c, rows))}"
     )
-
-
-def duration(seconds: float) -> str:
-    """ "1 h 05 min", "3 min", "12 s"."""
-    minutes = round(seconds / 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min" if seconds >= 60 else f"{seconds:.0f} s"

@@ -10,8 +10,8 @@ from ..data.names import STYLES
 from ..data.shards import expand_braces
 from ..errors import UserError
 from ..models.codec import Autoencoder, is_here
-from ..training.model_card import data_line, teacher_line
 from ..training.processes import num_processes
+from ..training.public_names import data_line, teacher_line
 from ..training.teacher_data import NAME as TAUGHT
 from .plan import Plan, count, parameters, planned
 

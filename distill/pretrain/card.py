@@ -16,7 +16,9 @@ from ..reports.anchors import caption_match, real_floor
 from ..reports.evaluate import evaluate
 from ..reports.table import markdown_table, rows_of
 from ..reports.trained_on import DEFAULTS, Data, default_holdout
-from ..training.model_card import data_line, loading_lines, markdown, published
+from ..training.card_code import loading_lines
+from ..training.model_card import markdown
+from ..training.public_names import data_line, published
 from ..writers import write_file, write_report
 
 STEPS, NUM_IMAGES, LEAST_IMAGES = 50, 500, 8

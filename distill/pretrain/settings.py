@@ -5,7 +5,18 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from ..methods.control.controls import SpatialControl
-from ..settings import MethodSettings, NeedsTeacher, settings
+from ..settings import MethodSettings, NeedsTeacher, Paper, settings
+
+EDM_PAPER = Paper(
+    "Elucidating the Design Space of Diffusion-Based Generative Models",
+    "Karras, Tero",
+    "2206.00364",
+)
+CONTROLNET_PAPER = Paper(
+    "Adding Conditional Control to Text-to-Image Diffusion Models",
+    "Zhang, Lvmin",
+    "2302.05543",
+)
 
 
 @settings
@@ -67,6 +78,8 @@ class EDMSettings(MethodSettings):
 
     paper: ClassVar[str] = "EDM, arXiv 2206.00364"
     idea: ClassVar[str] = "trains a pixel teacher"
+    label: ClassVar[str] = "EDM"
+    papers: ClassVar[tuple[Paper, ...]] = (EDM_PAPER,)
     ignores: ClassVar[tuple[str, ...]] = ("teacher",)
 
 
@@ -158,4 +171,6 @@ class ControlNetSettings(MethodSettings):
 
     paper: ClassVar[str] = "ControlNet, arXiv 2302.05543"
     idea: ClassVar[str] = "trains a ControlNet on pictures"
+    label: ClassVar[str] = "ControlNet"
+    papers: ClassVar[tuple[Paper, ...]] = (CONTROLNET_PAPER,)
     needs_teacher: ClassVar[NeedsTeacher] = "always"

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ..config.third_party import quiet
 from ..errors import UserError
 from ..methods.published import PUBLISHED
 from ..training.interrupts import run_child
@@ -17,7 +18,6 @@ from .entries import Entry, offered, read_entry
 from .markup import markdown_text
 from .opening import choose_device, open_source
 from .page import page
-from .pipeline_source import quiet
 from .report import read_report
 from .strips import check_data, draw_conditions, draw_strips, strip_inputs
 from .table import by_column, by_steps, columns_of, markdown, protocol_notes

@@ -11,7 +11,8 @@ from typing_extensions import TypedDict
 from ..errors import UserError
 from ..readers import fitting, read_yaml_file
 from ..teachers import EMBEDDED
-from ..training.run_folder import CONFIG, read_exported
+from ..training.model_card import GRID, SETTINGS
+from ..training.run_folder import CARD, CONFIG, read_exported
 from .loading import SAMPLING, read_sampling
 from .remote_code import INDEX, own_code, read_index
 from .report import OPEN, read_report
@@ -80,7 +81,7 @@ def read_entry(text: str) -> Entry:
         return Entry(name or place, place, export=kind_of(folder), bytes=size_of(folder))
     if path.suffix == ".json":
         return _read_report(name, path)
-    if (path / CONFIG).exists() or (path / "pipeline" / INDEX).exists():
+    if ((path / CONFIG).exists() and not (path / INDEX).exists()) or (path / "pipeline" / INDEX).exists():
         return _read_run(name or path.name, path)
     if path.is_dir():
         own = path.parent.name if path.name == "pipeline" else path.name
@@ -157,8 +158,9 @@ def kind_of(folder: Path) -> str | None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of its files, but for the model card, which grows when the pipeline is scored."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p != folder / "README.md")
+    """Bytes of its files, but for the model card and what lies beside it, which no pipeline loads."""
+    beside = {folder / name for name in (CARD, GRID, SETTINGS)}
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p not in beside)
 
 
 def offered(model: Entry, steps: Sequence[int]) -> list[int]:

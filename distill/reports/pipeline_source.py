@@ -11,9 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from ...pipelines.ip_adapter import FILE, FOLDER
 from ..errors import UserError, first_line
@@ -262,13 +260,6 @@ def hash_parts(pipe: Any) -> str:
                 digest.update(key.encode())
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def quiet() -> None:
-    """No progress bars of diffusers and transformers over a handful of files, and their errors only."""
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
 
 
 def quantise(images: Tensor) -> Tensor:

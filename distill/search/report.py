@@ -81,7 +81,8 @@ def report(
             ]
         )
         for cell in cells:
-            with_scores(run / cell.folder, text + "\n")
+            own = [row for row in scored if row["model"] == cell.key]
+            with_scores(run / cell.folder, text + "\n", own)
         write_file(run / "report.md", text + "\n")
     write_file(run / "report.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     return text

@@ -6,26 +6,30 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ...pipelines.export import is_own, write_variant
 from ..config.search import SearchConfig
+from ..config.third_party import quiet
 from ..diffusion.draws import mix
 from ..errors import UserError
 from ..models.quantise import held_bytes
 from ..readers import fitting
 from ..reports.judges import inputs_for
 from ..reports.opening import choose_device
-from ..reports.pipeline_source import NotFinite, PipelineSource, quiet
+from ..reports.pipeline_source import NotFinite, PipelineSource
 from ..reports.remote_code import own_code
+from ..training.announcements import device_name, search_closing, search_opening
+from ..training.grid import rows_image
 from ..training.interrupts import held_back
-from ..training.measure import processor
-from ..training.model_card import search_card
+from ..training.model_card import Made, search_card
+from ..training.run_export import put_beside
 from ..training.run_folder import LOG, RunFolder, log_lines
 from ..training.run_lock import locked
 from ..writers import recover, write_folder
@@ -34,6 +38,7 @@ from .fitness import Fitness
 from .report import Cell, report
 from .student_folder import StudentFiles
 
+SHOWN = 8  # pictures in a card
 SEARCH_BLOCK = 1000  # noise of the search lies above the report's seed blocks 0, 1, ...
 
 
@@ -71,6 +76,7 @@ class SearchRunner:
         self._build()
         self.folder.write_config()
         self.folder.cut_log(2**62)
+        tqdm.write(search_opening(self.config, len(self._rows()), device_name(self.device)))
         cells: list[Cell] = []
         for subject in self.search_.subjects:
             self.source = self._open(subject)
@@ -80,7 +86,8 @@ class SearchRunner:
             cells += self._export(subject, self._choose(subject))
         text = report(self.config, self.search_, self.run, cells, self._rows())
         self.folder.record_export(len(self._rows()), [c.folder for c in cells], self._cost(cells[0]))
-        return text
+        closing = search_closing(self.config, has_code=bool(own_code(self.run / "pipeline")))
+        return f"{text}\n{closing}"
 
     def _build(self) -> None:
         c = self.config
@@ -179,11 +186,32 @@ class SearchRunner:
             cell = Cell(subject, name, folder, candidate, held_bytes(network), sorted(parts))
             sampling = {str(self.config.steps): self.call}
             own = bool(own_code(self.files.pipeline)) or any(is_own(part) for part in parts.values())
-            card = search_card(self.config, pipeline, sampling, self.search_.notes(candidate), own)
-            fill = partial(write_variant, self.files.pipeline, parts=parts, sampling=sampling, card=card)
+            shown = self._shown()
+            made = Made(len(self._rows()), self._cost(cell), self._captions(SHOWN), shown is not None)
+            card = search_card(
+                self.config, pipeline, sampling, self.search_.notes(candidate), own, self.files.pipeline, made
+            )
+
+            def fill(
+                folder: Path,
+                parts: dict[str, Any] = parts,
+                card: str = card,
+                shown: Image.Image | None = shown,
+            ) -> None:
+                write_variant(self.files.pipeline, folder, parts, {str(self.config.steps): self.call}, card)
+                put_beside(folder, self.config, shown)
+
             write_folder(self.run / folder, fill)
             cells.append(cell)
         return cells
+
+    def _shown(self) -> Image.Image | None:
+        """Pictures of the source's pipeline for its card; None where they are not finite."""
+        try:
+            made = self._pictures(SHOWN, 2 * self.config.seed + 1)
+        except NotFinite:
+            return None
+        return rows_image({f"{self.config.steps} steps": made})
 
     def _rows(self) -> list[dict[str, Any]]:
         path = self.run / LOG
@@ -200,10 +228,9 @@ class SearchRunner:
 
     def _cost(self, winner: Cell) -> dict[str, Any]:
         """What the search took, for comparisons: nothing was trained."""
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor()
         return {
             "candidates": len(self._rows()),
             "seconds": round(sum(r["seconds"] for r in self._rows()), 1),
             "searched_numbers": sum(len(v) for v in winner.candidate.values()),
-            "device": f"1 x {device}",
+            "device": f"1 x {device_name(self.device)}",
         }

@@ -4,9 +4,21 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ..settings import Idle, MethodSettings, settings
+from ..settings import Idle, MethodSettings, Paper, settings
 
 Space = Literal["weights", "lora_factors", "lora_delta"]
+
+
+Q_SCHED_PAPER = Paper(
+    "Q-Sched: Pushing the Boundaries of Few-Step Diffusion Models with Quantization-Aware Scheduling",
+    "Frumkin, Natalia",
+    "2509.01624",
+)
+LCSC_PAPER = Paper(
+    "Linear Combination of Saved Checkpoints Makes Consistency and Diffusion Models Better",
+    "Liu, Enshu",
+    "2404.02241",
+)
 
 
 @settings
@@ -43,6 +55,8 @@ class LCSCSettings(MethodSettings):
 
     paper: ClassVar[str] = "LCSC, arXiv 2404.02241"
     idea: ClassVar[str] = "the best combination of a run's checkpoints"
+    label: ClassVar[str] = "LCSC"
+    papers: ClassVar[tuple[Paper, ...]] = (LCSC_PAPER,)
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.num_parents method.sigma method.probability", "method.family", only=("evolution",)),
         Idle("method.rates", "method.family", only=("evolution", "ema")),
@@ -82,6 +96,8 @@ class QSchedSettings(MethodSettings):
 
     paper: ClassVar[str] = "Q-Sched, arXiv 2509.01624"
     idea: ClassVar[str] = "two factors a step that suit the schedule to quantised weights"
+    label: ClassVar[str] = "Q-Sched"
+    papers: ClassVar[tuple[Paper, ...]] = (Q_SCHED_PAPER,)
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.convolutions method.control", "method.quantisation", values=(None,)),
         Idle("method.points", "method.strategy", only=("grid",)),

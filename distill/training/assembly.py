@@ -19,17 +19,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config.run import RunConfig
+from ..config.third_party import quiet
 from ..diffusion.ema import EMA
 from ..errors import UserError
 from ..models.codec import Autoencoder
 from ..models.frozen import Offloaded
 from ..models.teacher import LatentTeacher, Teacher
+from .announcements import device_name
 from .batches import Batches
 from .checkpoint import Checkpoints, RawWeights, kept_state, restore_state
 from .contract import Method, Parts
 from .finite import Blame, check_saved
 from .launch import check_accelerator
-from .measure import processor
 from .memory_savers import save_memory, waiting
 from .optimisers import optimiser
 from .resume import progress_of, restore_average, restore_optimisers
@@ -50,6 +51,9 @@ class Assembly:
     step: int
     begun: float
 
+    step: int
+    begun: float  # of this call's loop, by time.perf_counter
+
     def __init__(self, config: RunConfig):
         self.config = config
         self.folder = RunFolder(config)
@@ -57,6 +61,7 @@ class Assembly:
         self.checkpoints = Checkpoints(self.run, config.checkpoints_total_limit)
 
     def _build(self, source: Path | None) -> None:
+        quiet()
         c = self.config
         replication = DistributedDataParallelKwargs()
         log_with = None if c.report_to == "none" else c.report_to
@@ -202,15 +207,13 @@ class Assembly:
         """What the training took, for comparisons."""
         batch = self._batch_size()
         trained = sum(p.numel() for p in {p for group in self.players.values() for p in group})
-        device = self.accelerator.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
         return {
             "steps": self.step,
             "images": self.step * batch,
             "batch": batch,
             "seconds": self._seconds(),
             "trained_parameters": trained,
-            "device": f"{self.accelerator.num_processes} x {name}",
+            "device": f"{self.accelerator.num_processes} x {device_name(self.accelerator.device)}",
         }
 
     def _say(self, line: str) -> None:

@@ -1,11 +1,14 @@
 """Pictures in rows."""
 
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from ..writers import write_bytes, writing
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -27,10 +30,20 @@ def rows_image(rows: Mapping[str, Tensor], scale: int = 2, title_width: int = 11
     return sheet
 
 
-def save_rows(rows: Mapping[str, Tensor], path: Path) -> None:
-    """Rows of pictures in [-1, 1] as one PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows_image({k: to_uint8(v) for k, v in rows.items()}).save(path)
+def save_rows(rows: Mapping[str, Tensor], path: Path) -> Image.Image:
+    """Rows of pictures in [-1, 1] as one PNG, written whole or not at all; the same picture."""
+    sheet = rows_image({k: to_uint8(v) for k, v in rows.items()})
+    save_png(sheet, path)
+    return sheet
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Replaces the file in one rename; its folder is made."""
+    content = BytesIO()
+    picture.save(content, format="PNG")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, content.getvalue())
 
 
 def strip(images: Tensor, largest: int = 128) -> Image.Image:

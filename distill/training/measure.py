@@ -44,6 +44,20 @@ def _resident_peak() -> int:
     return peak * (1 if platform.system() == "Darwin" else 2**10)
 
 
+def peak_gib(device: torch.device) -> float:
+    """Peak memory of this process so far in GiB: allocated on a CUDA `device`, else resident."""
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak()
+    return peak / 2**30
+
+
+def duration(seconds: float) -> str:
+    """ "1 h 05 min", "3 min", "12 s"."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
 class PeakMemory:
     """Peak bytes within a `with` block: allocated on the CUDA device, else resident in the whole process.
 

@@ -8,27 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import (
-    gather,
-)
+from accelerate.utils import gather
 from torch import Tensor
 from tqdm import tqdm
 
 from ..config.method import as_tree
 from ..diffusion.draws import mix
 from ..errors import UserError
-from ..writers import recover, writing
+from ..writers import recover
+from .announcements import MEASURED, closing, device_name, expected, opening
 from .assembly import Assembly
 from .contract import Progress
 from .export_check import check_export
 from .grid import save_rows
 from .interrupts import Pending, held_back, raise_for
 from .launch import check_launcher, join_on_cpus
-from .measure import seconds
+from .measure import peak_gib, seconds
+from .model_card import Made
 from .run_export import write_exports
 from .run_folder import flat
 from .run_lock import locked
 from .saved import step_of
+from .trackers import log_picture
 
 
 class Carry(UserDict):
@@ -62,13 +63,15 @@ class Runner(Assembly):
             self._open(start)
             stopped = self._loop(start)
             at_once = stopped not in (None, signal.SIGINT)
-            if stopped is not None:
-                done = "saved, not exported" if at_once else "saved and exported"
-                self._say(f"interrupted at step {self.step}: {done}; repeat the command to go on")
             if at_once:
                 self.accelerator.wait_for_everyone()  # a process that ends makes a launcher end the others
             else:
-                self._export()
+                summary = self._export()
+            if stopped is None:
+                self._say(f"\n{summary}")
+            else:
+                done = "saved, not exported" if at_once else "saved and exported"
+                self._say(f"interrupted at step {self.step}: {done}; repeat the command to go on")
             self.accelerator.end_training()
             if stopped is not None:
                 raise_for(stopped)
@@ -89,6 +92,12 @@ class Runner(Assembly):
             self.folder.cut_log(start)
         if c.report_to != "none":
             self.accelerator.init_trackers("fewstep", config=flat(as_tree(c)))
+        self._say(
+            opening(
+                c, self.batches.data, batch=self._batch_size(), start=start,
+                device=f"{self.accelerator.num_processes} x {device_name(self.accelerator.device)}",
+            )
+        )  # fmt: skip
 
     def _loop(self, start: int) -> int | None:
         """Returns the number of the signal that ended it early, None for none."""
@@ -101,12 +110,17 @@ class Runner(Assembly):
             total=c.max_train_steps, initial=start, unit="step", disable=not self.accelerator.is_main_process
         )
         self.begun, self.step = time.perf_counter(), start
-        images = self._batch_size()
+        images, taken = self._batch_size(), list[float]()
         try:
             for iteration in range(start, c.max_train_steps):
+                before = time.perf_counter()
                 values = self._iteration(iteration)
                 self.step = iteration + 1
                 bar.update()
+                if len(taken) < MEASURED:
+                    taken.append(time.perf_counter() - before)
+                    if len(taken) == MEASURED and self.step < c.max_train_steps:
+                        self._say(expected(taken, c.max_train_steps - self.step))
                 if self.step % c.logging_steps == 0 or self.step == c.max_train_steps:
                     rate = images * (self.step - start) / (time.perf_counter() - self.begun)
                     self._log(values, rate, bar)
@@ -145,6 +159,7 @@ class Runner(Assembly):
                     values[name] = values.get(name, 0) + value.detach().float() / micro
             limit = math.inf if c.max_grad_norm is None else c.max_grad_norm
             norm = self.accelerator.clip_grad_norm_(self.players[player], limit)
+            values["grad_norm" if len(self.players) == 1 else f"{player}/grad_norm"] = norm.detach().float()
             if torch.isfinite(norm + loss):
                 self.blame.skipped = 0
             else:
@@ -176,36 +191,61 @@ class Runner(Assembly):
         row["lr"] = float(next(iter(self.schedules.values())).get_last_lr()[0])  # torchao's is a tensor
         if not self.accelerator.is_main_process:
             return
+        row |= {
+            "images_per_second": round(rate, 2),
+            "seconds": self._seconds(),
+            "peak_memory_gib": round(peak_gib(self.accelerator.device), 3),
+        }
         self.accelerator.log(row, step=self.step)
-        self.folder.append_log({"step": self.step, **row, "images_per_second": round(rate, 2)})
+        written = {k: v if math.isfinite(v) else None for k, v in row.items()}  # fp16 skips such gradients
+        self.folder.append_log({"step": self.step, **written})
         loss = next(v for k, v in row.items() if k.endswith("loss"))
         bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s")
 
+    def _captions(self) -> list[str]:
+        """What validation pictures are made from."""
+        return list(self.config.validation_prompts) or self.batches.data.captions[:8]
+
+    def _grid(self) -> Path:
+        return self.run / "samples" / f"step-{self.step:06d}.png"
+
     def _pictures(self) -> None:
-        captions = list(self.config.validation_prompts) or self.batches.data.captions[:8]
         if not self.accelerator.is_main_process:
             return
         with self._averaged():
             self.method.eval()
-            rows = self.method.pictures(captions, seed=0)
+            rows = self._picture_rows()
             self.method.train()
         if self.offloaded is not None:
             self.offloaded.rest()
         if rows:
-            path = self.run / "samples" / f"step-{self.step:06d}.png"
-            with writing(path):
-                save_rows(rows, path)
+            log_picture(self.accelerator.trackers, save_rows(rows, self._grid()), self.step)
 
-    def _export(self) -> None:
+    def _picture_rows(self) -> dict[str, Tensor]:
+        """The method's pictures by row, made of no more captions at once than a device trains on."""
+        captions, size = self._captions(), self.config.train_batch_size
+        parts = [self.method.pictures(captions[i : i + size], seed=i) for i in range(0, len(captions), size)]
+        return {title: torch.cat([part[title].cpu() for part in parts]) for title in (parts or [{}])[0]}
+
+    def _export(self) -> str:
+        """Pictures of this step, what others load, and the record of it; what there is to say of them."""
+        summary = ""
         self.accelerator.wait_for_everyone()
+        cost = self._cost()
+        if self.accelerator.is_main_process:
+            self._check_finite(self._state())
+            if not self._grid().is_file():
+                self._pictures()
         if self.offloaded is not None:
             self.offloaded.remove()
         if self.accelerator.is_main_process:
-            self._check_finite(self._state())
+            grid = self._grid() if self._grid().is_file() else None
+            made = Made(self.step, cost, self._captions(), grid is not None)
             with self._averaged():
                 export = self.method.export()
                 export.checked = check_export(self.method, export, self.batches.data.captions)
-                names = write_exports(self.run, self.config, export, self.step)
-            self.folder.record_export(self.step, names, self._cost())
-            self._say(f"exported {', '.join(str(self.run / name) for name in names)}")
+                names = write_exports(self.run, self.config, export, made, grid)
+            self.folder.record_export(self.step, names, cost)
+            summary = closing(self.config, export, cost)
         self.accelerator.wait_for_everyone()
+        return summary

@@ -15,7 +15,7 @@ from fewstep.distill.catalog.methods import METHODS, SEARCHES
 from fewstep.distill.cli import VERBS, main
 from fewstep.distill.config.run import RunConfig
 from fewstep.distill.config.search import SearchConfig
-from fewstep.distill.reports.pipeline_source import quiet
+from fewstep.distill.config.third_party import quiet
 
 RUN: dict[str, Any] = {
     "output_dir": "run",

@@ -18,8 +18,8 @@ from fewstep.distill.models.frozen import weights_hash
 from fewstep.distill.models.teacher import Teacher
 from fewstep.distill.scorers.vision import ImageDistance, ImageEncoder, Vision
 from fewstep.distill.settings import StudentSettings, TeacherSettings
+from fewstep.distill.training.card_code import loading_lines
 from fewstep.distill.training.contract import Batch, Parts, Progress
-from fewstep.distill.training.model_card import loading_lines
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 

@@ -20,7 +20,7 @@ from fewstep.distill.models.teacher import LatentTeacher, Teacher
 from fewstep.distill.reports.inputs import Inputs
 from fewstep.distill.reports.pipeline_source import PipelineSource
 from fewstep.distill.settings import StudentSettings, TeacherSettings
-from fewstep.distill.training.model_card import sampling_line
+from fewstep.distill.training.card_code import sampling_line
 from fewstep.pipelines.export import Export
 from torch import Tensor
 

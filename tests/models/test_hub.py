@@ -17,8 +17,10 @@ from fewstep.distill.models.teacher import load_pipeline
 from fewstep.distill.planning import known_teachers
 from fewstep.distill.settings import TeacherSettings
 from fewstep.distill.training import licence
+from fewstep.distill.training.card_head import front_matter
 from fewstep.distill.training.licence import licence_of
-from fewstep.distill.training.model_card import front_matter, training_table
+from fewstep.distill.training.model_card import Made, training_table
+from fewstep.pipelines.export import Export
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 CARD = """---
@@ -28,6 +30,9 @@ license_link: LICENSE.md
 ---
 # A model
 """
+
+
+LCD = Export(None, sampling={"1": {}})
 
 
 def response(status: int) -> Any:
@@ -85,16 +90,16 @@ def test_the_licence_of_a_folder_goes_into_the_card(tiny_pipeline: Path, tmp_pat
     folder = shutil.copytree(tiny_pipeline, tmp_path / "teacher")
     assert licence_of(TeacherSettings(str(folder))) == {}
     config = tree(str(folder))
-    assert yaml.safe_load(front_matter(config).split("---")[1]) == {
-        "library_name": "diffusers", "tags": ["fewstep", "few-step"]
+    assert yaml.safe_load(front_matter(config, LCD).split("---")[1]) == {
+        "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["fewstep", "few-step", "lcd"]
     }  # fmt: skip
-    assert "| licence of the teacher | not stated in its model card |" in training_table(config, 1)
+    assert "| licence of the teacher | not stated in its model card |" in training_table(config, Made(1))
     (folder / "README.md").write_text(CARD)
-    entries = yaml.safe_load(front_matter(config, "lora").split("---")[1])
+    entries = yaml.safe_load(front_matter(config, LCD, adapter=True).split("---")[1])
     assert entries["license"] == "other" and entries["license_name"] == "flux-1-dev"
     assert entries["license_link"] == "LICENSE.md" and "base_model" not in entries
     assert entries["tags"][-1] == "lora"
-    assert "| licence of the teacher | flux-1-dev |" in training_table(config, 1)
+    assert "| licence of the teacher | flux-1-dev |" in training_table(config, Made(1))
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
     assert licence_of(TeacherSettings(str(folder))) == {}
     assert licence_of(TeacherSettings("emoji-sd")) == {"license": "apache-2.0"}
@@ -110,11 +115,13 @@ def test_the_licence_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(licence, "hf_hub_download", download)
     config = tree("owner/name", revision="v1")
-    entries = yaml.safe_load(front_matter(config).split("---")[1])
+    entries = yaml.safe_load(front_matter(config, LCD).split("---")[1])
     assert entries["license_name"] == "flux-1-dev" and entries["base_model"] == "owner/name"
     assert asked == [("owner/name", "README.md", "v1")]
     lora = tree("owner/name", lora="owner/style/style.safetensors")
-    assert "| licence of the teacher | flux-1-dev; that of its LoRA holds too |" in training_table(lora, 1)
+    assert "| licence of the teacher | flux-1-dev; that of its LoRA holds too |" in training_table(
+        lora, Made(1)
+    )
 
     def offline(*_: Any, **__: Any) -> str:
         raise OSError("no network")

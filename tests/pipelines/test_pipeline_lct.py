@@ -10,7 +10,7 @@ import pytest
 import torch
 from fewstep.distill.diffusion.generator import seeded
 from fewstep.distill.reports.remote_code import may_run
-from fewstep.distill.training.model_card import loading_lines
+from fewstep.distill.training.card_code import loading_lines
 from fewstep.pipelines.export import FOLDER, own_parts
 from fewstep.pipelines.pipeline_class_latent_cm import ClassLatentCMPipeline
 

@@ -21,7 +21,8 @@ from fewstep.distill.pretrain.settings import DiffusionSettings
 from fewstep.distill.settings import StudentSettings, TeacherSettings
 from fewstep.distill.training.contract import Parts
 from fewstep.distill.training.export_check import check_export
-from fewstep.distill.training.model_card import adapter_card, public, run_card
+from fewstep.distill.training.model_card import Made, adapter_card, run_card
+from fewstep.distill.training.public_names import public
 from fewstep.pipelines.export import Export, write_adapter
 
 
@@ -64,7 +65,7 @@ def test_no_card_names_a_place_of_this_machine(tiny_pipeline: Path, tmp_path: Pa
     data.mkdir(parents=True)
     config = config_of(str(tiny_pipeline), str(data))
     export = built(str(tiny_pipeline)).export()
-    for card in (adapter_card(config, export, 1), run_card(config, export, 1)):
+    for card in (adapter_card(config, export, Made(1)), run_card(config, export, Made(1))):
         assert "| data | faces, split train |" in card and f"| teacher | {tiny_pipeline.name} |" in card
         assert str(tiny_pipeline.parent) not in card and "secret" not in card
 
@@ -72,7 +73,7 @@ def test_no_card_names_a_place_of_this_machine(tiny_pipeline: Path, tmp_path: Pa
 def test_the_lines_of_an_embedded_teachers_lora_run(tmp_path: Path) -> None:
     """In a process of plain diffusers, from the folder where the LoRA lies."""
     export = built("emoji-sd", export_fused=False).export()
-    card = adapter_card(config_of("emoji-sd"), export, 1)
+    card = adapter_card(config_of("emoji-sd"), export, Made(1))
     (tmp_path / "lora").mkdir()
     write_adapter(export, tmp_path / "lora", card)
     code = card.split("```python\n")[1].split("```")[0] + "print(image.size)\n"
@@ -96,7 +97,7 @@ def test_an_export_is_compared_with_the_sampler(kind: str, fused: bool, tiny_pip
     )
     assert float(export.checked.split()[-5]) < 1e-5
     card = run_card if fused else adapter_card
-    assert f"\nChecked at export: {export.checked}.\n" in card(config_of(str(tiny_pipeline)), export, 1)
+    assert f"\nChecked at export: {export.checked}.\n" in card(config_of(str(tiny_pipeline)), export, Made(1))
     scheduler = export.model.scheduler if export.model is not None else export.adapter.scheduler  # type: ignore[union-attr]
     broken = LCMScheduler.from_config(scheduler.config, thresholding=True)
     if export.model is not None:

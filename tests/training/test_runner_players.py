@@ -11,7 +11,7 @@ from fewstep.distill.catalog.configuration import load_config
 from fewstep.distill.training.runner import Runner
 from safetensors.torch import load_file
 
-from ..runs import train_in_two_processes
+from ..runs import lasting, train_in_two_processes
 
 STEPS = 5
 SCOTT = {"name": "scott", "discriminator_rank": 4, "discriminator_lr": 1e-4}
@@ -61,7 +61,7 @@ def state(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 
 def log(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [lasting(line) for line in lines]
 
 
 def test_a_resumed_run_is_the_plain_one(

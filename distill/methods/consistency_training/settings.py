@@ -4,9 +4,26 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ...settings import Idle, MethodSettings, NeedsTeacher, settings
+from ...settings import Idle, MethodSettings, NeedsTeacher, Paper, settings
 
 Curriculum = Literal["doubling", "sqrt", "constant", "continuous"]
+
+
+ICT_PAPER = Paper(
+    "Improved Techniques for Training Consistency Models",
+    "Song, Yang",
+    "2310.14189",
+)
+CM_PAPER = Paper(
+    "Consistency Models",
+    "Song, Yang",
+    "2303.01469",
+)
+LCT_PAPER = Paper(
+    "Improved Training Technique for Latent Consistency Models",
+    "Dao, Quan",
+    "2502.01441",
+)
 
 
 @settings
@@ -84,6 +101,11 @@ class ICTSettings(ConsistencySettings):
 
     paper: ClassVar[str] = "iCT, arXiv 2310.14189"
     idea: ClassVar[str] = "two noise levels of a picture lead to the same x0; also CT, CD, ECT"
+    label: ClassVar[str] = "iCT"
+    papers: ClassVar[tuple[Paper, ...]] = (
+        ICT_PAPER,
+        CM_PAPER,
+    )
     needs_teacher: ClassVar[NeedsTeacher] = "to_start"
     idle: ClassVar[tuple[Idle, ...]] = (
         *ConsistencySettings.idle,
@@ -129,6 +151,8 @@ class LCTSettings(ConsistencySettings):
 
     paper: ClassVar[str] = "sLCT, arXiv 2502.01441"
     idea: ClassVar[str] = "ict in latents, robust to their outliers"
+    label: ClassVar[str] = "LCT"
+    papers: ClassVar[tuple[Paper, ...]] = (LCT_PAPER,)
     idle: ClassVar[tuple[Idle, ...]] = (
         *(row for row in ConsistencySettings.idle if "method.s0" not in row.keys),
         Idle("method.s1", "method.curriculum", only=("doubling", "sqrt")),

@@ -4,7 +4,23 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ...settings import Distance, Idle, MethodSettings, NeedsTeacher, settings
+from ...settings import Distance, Idle, MethodSettings, NeedsTeacher, Paper, settings
+
+LCM_PAPER = Paper(
+    "Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference",
+    "Luo, Simian",
+    "2310.04378",
+)
+RGLCD_PAPER = Paper(
+    "Reward Guided Latent Consistency Distillation",
+    "Li, Jiachen",
+    "2403.11027",
+)
+SCOTT_PAPER = Paper(
+    "SCott: Accelerating Diffusion Models with Stochastic Consistency Distillation",
+    "Liu, Hongjian",
+    "2403.01505",
+)
 
 
 @settings
@@ -52,6 +68,8 @@ class LCDSettings(LatentConsistencySettings):
 
     paper: ClassVar[str] = "LCM, arXiv 2310.04378"
     idea: ClassVar[str] = "one DDIM step of the guided teacher leads to the same x0"
+    label: ClassVar[str] = "LCM"
+    papers: ClassVar[tuple[Paper, ...]] = (LCM_PAPER,)
 
 
 @settings
@@ -128,6 +146,8 @@ class RGLCDSettings(LCDSettings):
 
     paper: ClassVar[str] = "RG-LCD, arXiv 2403.11027"
     idea: ClassVar[str] = "lcd, and a reward of the one-step pictures"
+    label: ClassVar[str] = "RG-LCM"
+    papers: ClassVar[tuple[Paper, ...]] = (RGLCD_PAPER,)
     idle: ClassVar[tuple[Idle, ...]] = (
         *LCDSettings.idle,
         Idle("method.uncertainty.penalty method.uncertainty.spread", "method.uncertainty.weight",
@@ -170,6 +190,8 @@ class SCottSettings(LatentConsistencySettings):
 
     paper: ClassVar[str] = "SCott, arXiv 2403.01505"
     idea: ClassVar[str] = "stochastic steps of the teacher, and a discriminator"
+    label: ClassVar[str] = "SCott"
+    papers: ClassVar[tuple[Paper, ...]] = (SCOTT_PAPER,)
     idle: ClassVar[tuple[Idle, ...]] = (
         *LatentConsistencySettings.idle,
         Idle("method.gan_start_step method.discriminator_rank method.discriminator_lr method.discriminator_beta1 "

@@ -4,12 +4,19 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ...settings import Derivative, Idle, MethodSettings, NeedsTeacher, settings
+from ...settings import Derivative, Idle, MethodSettings, NeedsTeacher, Paper, settings
 
 Dispersion = Literal["infonce_l2", "mp1"]
 
 
 SpanLaw = Literal["sorted", "separate"]
+
+
+MEANFLOW_PAPER = Paper(
+    "Mean Flows for One-step Generative Modeling",
+    "Geng, Zhengyang",
+    "2505.13447",
+)
 
 
 @settings
@@ -85,6 +92,8 @@ class MeanFlowSettings(MethodSettings):
 
     paper: ClassVar[str] = "MeanFlow, arXiv 2505.13447"
     idea: ClassVar[str] = "the mean velocity over a span, by its identity with the velocity"
+    label: ClassVar[str] = "MeanFlow"
+    papers: ClassVar[tuple[Paper, ...]] = (MEANFLOW_PAPER,)
     needs_teacher: ClassVar[NeedsTeacher] = "to_start"
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.derivative_step", "method.derivative", only=("finite_difference",)),

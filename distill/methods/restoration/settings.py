@@ -6,9 +6,17 @@ from typing import ClassVar
 from pydantic import Field
 
 from ...errors import UserError
-from ...settings import DistanceName, Idle, MethodSettings, NeedsTeacher, settings
+from ...settings import DistanceName, Idle, MethodSettings, NeedsTeacher, Paper, settings
 
 Range = tuple[float, float]
+
+
+INTERLCM_PAPER = Paper(
+    "InterLCM: Low-Quality Images as Intermediate States of Latent Consistency Models for Effective Blind Face "
+    "Restoration",
+    "Li, Senmao",
+    "2502.02215",
+)
 
 
 @settings
@@ -106,6 +114,8 @@ class InterLCMSettings(MethodSettings):
 
     paper: ClassVar[str] = "InterLCM, arXiv 2502.02215"
     idea: ClassVar[str] = "faces restored from a middle state of a few-step student"
+    label: ClassVar[str] = "InterLCM"
+    papers: ClassVar[tuple[Paper, ...]] = (INTERLCM_PAPER,)
     needs_teacher: ClassVar[NeedsTeacher] = "always"
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.num_steps", "method.timesteps", only=(None,)),

@@ -4,9 +4,26 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ...settings import Derivative, Idle, MethodSettings, NeedsTeacher, settings
+from ...settings import Derivative, Idle, MethodSettings, NeedsTeacher, Paper, settings
 
 Warmup = Literal["code", "paper", "scm"]
+
+
+RCM_PAPER = Paper(
+    "Large Scale Diffusion Distillation via Score-Regularized Continuous-Time Consistency",
+    "Zheng, Kaiwen",
+    "2510.08431",
+)
+SCM_PAPER = Paper(
+    "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
+    "Lu, Cheng",
+    "2410.11081",
+)
+DMD2_PAPER = Paper(
+    "Improved Distribution Matching Distillation for Fast Image Synthesis",
+    "Yin, Tianwei",
+    "2405.14867",
+)
 
 
 @settings
@@ -73,6 +90,11 @@ class RCMSettings(MethodSettings):
 
     paper: ClassVar[str] = "rCM, arXiv 2510.08431"
     idea: ClassVar[str] = "continuous-time consistency (sCM), regularised by a score"
+    label: ClassVar[str] = "rCM"
+    papers: ClassVar[tuple[Paper, ...]] = (
+        RCM_PAPER,
+        SCM_PAPER,
+    )
     needs_teacher: ClassVar[NeedsTeacher] = "to_start"
     before: ClassVar[dict[str, Any]] = {"output_weight": False}
     idle: ClassVar[tuple[Idle, ...]] = (
@@ -116,5 +138,7 @@ class DMD2Settings(MethodSettings):
 
     paper: ClassVar[str] = "DMD2, arXiv 2405.14867"
     idea: ClassVar[str] = "the student's pictures get the teacher's distribution"
+    label: ClassVar[str] = "DMD2"
+    papers: ClassVar[tuple[Paper, ...]] = (DMD2_PAPER,)
     needs_teacher: ClassVar[NeedsTeacher] = "always"
     idle: ClassVar[tuple[Idle, ...]] = (Idle("method.critic_weight", "method.gan_weight", values=(0,)),)
