@@ -150,7 +150,9 @@ def facts(tree: dict[str, Any]) -> tuple[str, str, str, str]:
     """Teacher, data, method and amount of work of a recipe."""
     if "stages" in tree:
         stages = tree["stages"]
-        names = ", ".join(dict.fromkeys(s["data"]["name"] for s in stages.values()))
+        names = ", ".join(
+            dict.fromkeys({"data": tree.get("data"), **s}["data"]["name"] for s in stages.values())
+        )
         steps = ", ".join(
             f"{count(int(s['max_train_steps']), int(s['train_batch_size']))}" for s in stages.values()
         )

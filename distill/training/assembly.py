@@ -51,9 +51,6 @@ class Assembly:
     step: int
     begun: float
 
-    step: int
-    begun: float  # of this call's loop, by time.perf_counter
-
     def __init__(self, config: RunConfig):
         self.config = config
         self.folder = RunFolder(config)
