@@ -39,7 +39,7 @@ def blueprint(settings: TeacherSettings) -> Blueprint:
     if settings.path in EMBEDDED and not (Path(place) / "model_index.json").is_file():
         raise UserError(
             f"teacher.path: the embedded {settings.path} is not in this installation; train it with "
-            "`python scripts/train_teacher.py configs/emoji/teacher.yaml` or give another pipeline folder"
+            "`fewstep train-teacher configs/emoji/teacher.yaml` or give another pipeline folder"
         )
     if Path(place).is_dir():
         refuse_variant(Path(place), settings.variant)

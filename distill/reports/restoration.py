@@ -187,7 +187,7 @@ def folder_rows(folder: str, device: torch.device) -> list[Row]:
     place = run / "pipeline" if (run / "pipeline").is_dir() else run
     if not (place / "restoration.json").is_file():
         raise UserError(
-            f"restorer: {folder} holds no restorer; train it by `python scripts/distill.py`, or give the folder of "
+            f"restorer: {folder} holds no restorer; train it by `fewstep distill`, or give the folder of "
             "another run of interlcm, or none"
         )
     pipe, sampling = load_pipeline(str(place), False)

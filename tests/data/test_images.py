@@ -186,7 +186,7 @@ def test_fingerprint_of_a_folder_is_of_its_content(tmp_path):
     changed = {write(tmp_path / f"pixel {place}", place) for place in (0, 75, 149)}
     assert len(changed | {first}) == 4
     load = f"load_data({str(tmp_path / 'one')!r}, resolution=8)"
-    code = f"from fewstep.distill.data import load_data; print({load}.fingerprint)"
+    code = f"from fewstep.distill.data.sources import load_data; print({load}.fingerprint)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == first
 

@@ -37,6 +37,6 @@ def test_first_places_are_uniform():
 
 
 def test_another_process_gets_the_same_rows():
-    code = "from fewstep.distill.data import rows_of; print(rows_of(5, 17, 8, 30))"
+    code = "from fewstep.distill.data.sampler import rows_of; print(rows_of(5, 17, 8, 30))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == str(rows_of(5, 17, 8, 30))

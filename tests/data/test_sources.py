@@ -322,7 +322,7 @@ def test_linked_folders_are_read_and_circles_are_left(tmp_path):
 def test_hub_id_without_network_fails_at_once_in_one_line(tmp_path):
     code = (
         "import sys, time; time.sleep = lambda seconds: print('waits', seconds, file=sys.stderr)\n"
-        "from fewstep.distill.data import load_data; from fewstep.distill.errors import UserError\n"
+        "from fewstep.distill.data.sources import load_data; from fewstep.distill.errors import UserError\n"
         "for name in ('someone/pictures', 'emoji_noto'):\n"
         "    try: load_data(name, resolution=8)\n"
         "    except UserError as error: print(error)\n"
