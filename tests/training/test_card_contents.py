@@ -148,7 +148,7 @@ def test_scores_become_a_model_index(tmp_path: Path) -> None:
     for value in (0.5, 0.25):
         score = {
             "name": "KID", "value": value, "protocol_id": "abc",
-            "protocol": {"reference": "cifar10/test", "n_gen": 100},
+            "protocol": {"reference": "cifar10/test, 10,000 pictures", "n_gen": 100},
         }  # fmt: skip
         with_scores(folder, f"| {value} |\n", [{"steps": 2, "seeds": 3, "scores": [score]}])
     card = ModelCard.load(folder / "README.md")
