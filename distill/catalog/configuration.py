@@ -70,9 +70,8 @@ def takes_text(name: str) -> bool:
 def fitted(tree: dict[str, Any], ready: dict[str, Any]) -> dict[str, Any]:
     """`tree` without those values of `ready` that the caller left alone and whose effect he took away.
 
-    Without `use_ema` there is no ema_decay, with a constant rate no warm-up, without pictures no prompts for them, and
-    where a run was cut short what would begin or end after it does so in a twentieth of it. What `ready` itself has in
-    vain stays, and is refused.
+    Without `use_ema` there is no ema_decay, with a constant rate no warm-up, and where a run was cut short what would
+    begin or end after it does so in a twentieth of it. What `ready` itself has in vain stays, and is refused.
     """
     out = copy.deepcopy(tree)
 
@@ -83,8 +82,6 @@ def fitted(tree: dict[str, Any], ready: dict[str, Any]) -> dict[str, Any]:
         del out["ema_decay"]
     if lost("lr_warmup_steps", lambda t: t.get("lr_scheduler", "constant") == "constant"):
         del out["lr_warmup_steps"]
-    if lost("validation_prompts", lambda t: not t.get("validation_steps")):
-        del out["validation_prompts"]
     for key in _bounded_by_the_run(out):
         owner, here, there = key.split(".")[:-1], _number(out, key), _number(ready, key)
         total, whole = (_number(t, "max_train_steps") or 1000 for t in (out, ready))

@@ -24,7 +24,6 @@ RUN = (
     Idle("ema_decay", beside="ema_std", only=(None,)),
     Idle("lr_warmup_steps", beside="lr_scheduler", values=("constant",)),
     Idle("lr_warmup_steps", beside="max_train_steps", longer=True),
-    Idle("validation_prompts", beside="validation_steps", values=(0,)),
     Idle("raw_weights.keep", beside="raw_weights.every", values=(0,)),
     Idle("teacher.lora_scale", beside="teacher.lora", values=(None,)),
     Idle("data.split data.image_column data.caption_column data.center_crop", beside="data.name",

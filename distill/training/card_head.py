@@ -89,14 +89,14 @@ def results_of(rows: Sequence[Mapping[str, Any]], task: str) -> list[EvalResult]
         called = "" if steps is None else f", {steps} step{'s' * (steps > 1)}"
         for score in row["scores"]:
             protocol = score["protocol"]
-            data, _, split = str(protocol["reference"]).rpartition("/")
-            data = public(data or split)
+            place, named, split = str(protocol["reference"]).partition(",")[0].rpartition("/")
+            data = public(place or split)
             results.append(
                 EvalResult(
                     task_type=task,
                     dataset_type=DATASETS.get(data, data),
                     dataset_name=data,
-                    dataset_split=split,
+                    dataset_split=split if named else None,
                     metric_type=re.sub(r"\W+", "_", score["name"].lower()).strip("_"),
                     metric_name=f"{score['name']}{called}",
                     metric_value=score["value"],

@@ -64,7 +64,6 @@ BESIDE: dict[str, Tree] = {  # values of other keys beside which these have an e
     "student.target_modules": {"student.kind": "lora"},
     "student.export_fused": {"student.kind": "lora"},
     "raw_weights.keep": {"raw_weights.every": 1},
-    "validation_prompts": {"validation_steps": 1},
 }
 BUILT |= {
     "lr_warmup_steps": 2, "ema_decay": 0.05, "ema_std": 0.1, "student.rank": 2, "student.lora_alpha": 8,

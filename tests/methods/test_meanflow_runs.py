@@ -151,7 +151,9 @@ def test_what_stands_in_the_folders(reference: Runner, transformer: Runner, tiny
     for run, name in ((reference, "pipeline_latent_meanflow.py"), (transformer, "pipeline_meanflow.py")):
         folder = run.run / "pipeline"
         names = {p.name for p in folder.iterdir() if p.is_file()}
-        assert names == {"README.md", "model_index.json", "sampling.json", name}
+        assert names == {
+            "README.md", "model_index.json", "sampling.json", "samples.png", "config.yaml", name,
+        }  # fmt: skip
         assert not [p for p in folder.rglob("*.json") if str(run.run.parent) in p.read_text()]
 
 

@@ -155,6 +155,9 @@ def run(tmp_path: Path) -> Path:
     for name in ("lora", "pipeline", "kohya"):
         (run / name).mkdir(parents=True)
         (run / name / f"{name}.safetensors").write_bytes(name.encode())
+    for name in ("lora", "pipeline"):
+        (run / name / "samples.png").write_bytes(b"pictures")
+        (run / name / "config.yaml").write_text("seed: 0\n")
     (run / "lora" / "README.md").write_text('pipe.load_lora_weights("lora")\n')
     (run / "pipeline" / "README.md").write_text('DiffusionPipeline.from_pretrained("pipeline")\n')
     return run
@@ -167,6 +170,8 @@ def test_a_lora_is_uploaded_with_its_other_layout(run: Path) -> None:
     assert created == ("create", "me/mine", True, True) and repo == "me/mine" and "lora of mine" in message
     assert files == {
         "lora.safetensors": b"lora",
+        "samples.png": b"pictures",
+        "config.yaml": b"seed: 0\n",
         "kohya/kohya.safetensors": b"kohya",
         "README.md": b'pipe.load_lora_weights("me/mine")\n',
     }
@@ -182,7 +187,7 @@ def test_a_pipeline_is_uploaded_alone(
     assert main(["push-to-hub", str(run), "me/mine"]) == 0
     assert capsys.readouterr().out == "https://huggingface.co/me/mine\n"
     assert api.calls[0] == ("create", "me/mine", False, True)
-    assert set(api.calls[1][2]) == {"pipeline.safetensors", "README.md"}
+    assert set(api.calls[1][2]) == {"pipeline.safetensors", "README.md", "samples.png", "config.yaml"}
     assert api.calls[1][2]["README.md"] == b'DiffusionPipeline.from_pretrained("me/mine")\n'
 
 

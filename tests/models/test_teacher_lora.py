@@ -90,6 +90,7 @@ def test_a_student_of_a_styled_teacher(
         "train_batch_size": 2,
         "max_train_steps": 2,
         "learning_rate": 1e-2,
+        "validation_prompts": ["red apple"],
     }
     runner = Runner(load_config(tree))
     runner.train()

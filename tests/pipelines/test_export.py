@@ -97,6 +97,7 @@ def settings(teacher: Path, output: Path, **student: Any) -> dict[str, Any]:
         "learning_rate": 2e-3,
         "use_ema": True,
         "ema_decay": 0.5,
+        "validation_prompts": ["red apple"],
     }
 
 
@@ -192,7 +193,14 @@ def test_the_card_of_a_lora_draws_with_a_teacher_stored_in_half_precision(
 def test_folders_hold_safetensors_and_no_paths(full: Runner, lora: Runner) -> None:
     for folder in (full.run / "pipeline", lora.run / "pipeline", lora.run / "lora"):
         suffixes = {p.suffix for p in folder.rglob("*") if p.is_file()}
-        assert ".safetensors" in suffixes and suffixes <= {".safetensors", ".json", ".md", ".txt"}
+        assert ".safetensors" in suffixes and suffixes <= {
+            ".safetensors",
+            ".json",
+            ".md",
+            ".txt",
+            ".png",
+            ".yaml",
+        }
         for path in folder.rglob("*.json"):
             text = path.read_text()
             assert "name_or_path" not in text, path

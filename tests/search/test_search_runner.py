@@ -22,6 +22,7 @@ from fewstep.distill.search import runner as module
 from fewstep.distill.search.checkpoint_set import CheckpointSet
 from fewstep.distill.search.runner import SearchRunner
 from fewstep.distill.training.run_lock import locked
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 
@@ -95,6 +96,11 @@ def test_the_export_is_the_best_of_the_finalists(searched: Path, tiny_pipeline: 
     assert (
         "trust_remote_code=True" in card and f"| c_x | {best['c_x'][0]:.4f}, {best['c_x'][1]:.4f} |" in card
     )
+    assert "](samples.png)" in card and "# run in 2 steps (Q-Sched of pipeline)" in card
+    assert "eprint = {2509.01624}" in card and "| candidates | " in card
+    settings = (searched / "pipeline" / "config.yaml").read_text()
+    assert "path: pipeline" in settings and str(tiny_pipeline.parent) not in settings + card
+    assert (searched / "pipeline" / "samples.png").is_file()
     again = SearchRunner(load_search(tree(tiny_pipeline, tmp_path / "run")))
     again._build()
     again.source = again._open("full")
@@ -283,7 +289,13 @@ def test_report_and_cells(tiny_pipeline: Path, tmp_path: Path) -> None:
     for name in names:
         folder = run / ("pipeline" if name == "quantised-tuned" else f"cells/{name}")
         assert size[name] > sum(p.stat().st_size for p in folder.rglob("*") if p.name != "README.md") * 0.9
-        assert "## Scores" in (folder / "README.md").read_text() and name in text
+        card = ModelCard.load(folder / "README.md")
+        assert "## Scores" in card.text and name in text
+        own = next(r for r in record["rows"] if r["model"] == name)
+        assert {r.metric_value for r in card.data.eval_results} == {s["value"] for s in own["scores"]}
+        assert {(r.dataset_name, r.dataset_split) for r in card.data.eval_results} == {
+            ("emoji-noto", "holdout")
+        }
     assert all(r["seconds_per_image"] > 0 and r["nfe"] == 2 for r in record["rows"])
     scores = {s["protocol"]["reference"] for r in record["rows"] for s in r["scores"]}
     assert {s.split(",")[0] for s in scores} == {"emoji-noto/holdout"}
