@@ -1,7 +1,7 @@
 """Typed sections of a configuration that the nouns read; every method's own settings are built the same way."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -62,11 +62,16 @@ NeedsTeacher = Literal["always", "to_start", "never"]
 
 @dataclasses.dataclass(frozen=True)
 class Paper:
-    """What a card cites. author: the first, as BibTeX writes names; arxiv: the number."""
+    """name: what the field calls its method; author: the first, as BibTeX writes names; arxiv: the number."""
 
+    name: str
     title: str
     author: str
     arxiv: str
+
+    @property
+    def url(self) -> str:
+        return f"https://arxiv.org/abs/{self.arxiv}"
 
     def bibtex(self) -> str:
         year = f"20{self.arxiv[:2]}"
@@ -82,23 +87,59 @@ class Paper:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """The paper that a method follows where `key`, dotted, of a run's configuration has `value`; `...`: any but null.
+
+    beside  the method's own paper is named too: the key adds something to it and does not replace it
+    """
+
+    key: str
+    value: Any
+    paper: Paper
+    beside: bool = False
+
+    def holds(self, config: Mapping[str, Any]) -> bool:
+        found: Any = config
+        for part in self.key.split("."):
+            found = (found or {}).get(part)
+        return found is not None if self.value is ... else bool(found == self.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a method is from. family: a few words for methods of one idea; variants: the first that holds counts."""
+
+    family: str
+    paper: Paper
+    variants: tuple[Variant, ...] = ()
+
+    def papers(self, config: Mapping[str, Any]) -> list[Paper]:
+        """Of a run's whole configuration; the variant's before the one that it builds on."""
+        for variant in self.variants:
+            if variant.holds(config):
+                return [variant.paper, self.paper] if variant.beside else [variant.paper]
+        return [self.paper]
+
+    def all_papers(self) -> list[Paper]:
+        """Its own and its variants', each once."""
+        found = (self.paper, *(variant.paper for variant in self.variants))
+        return list({paper.name: paper for paper in found}.values())
+
+
 class MethodSettings:
     """What can be known of a method or a search before torch is loaded: its keys are the fields of a subclass.
 
-    paper          its name and address; what has none says what it is from
     idea           how it works, in one line
-    label          what the field calls it; "" for a stage of training that has no name of its own
-    papers         where it is from
+    origin         its papers and family; None for what no paper has
     needs_teacher  every run, or those whose student starts from the teacher's weights (`student.init: teacher`)
     ignores        keys and sections of a run's configuration that the method does not read
     idle           keys that have no effect beside others
     before         values of keys that run folders of before these keys were made with
     """
 
-    paper: ClassVar[str] = ""
     idea: ClassVar[str] = ""
-    label: ClassVar[str] = ""
-    papers: ClassVar[tuple[Paper, ...]] = ()
+    origin: ClassVar[Origin | None] = None
     needs_teacher: ClassVar[NeedsTeacher] = "never"
     ignores: ClassVar[tuple[str, ...]] = ()
     idle: ClassVar[tuple[Idle, ...]] = ()

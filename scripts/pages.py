@@ -108,8 +108,8 @@ def methods() -> str:
     for name, d in DESCRIBED.items():
         kind = (METHODS | SEARCHES)[name].settings
         teacher = "no training" if name in SEARCHES else NEEDS[kind.needs_teacher]
-        papers = ", ".join([kind.paper, *(f"{title}, arXiv {number}" for title, number in d.also.items())])
-        linked = re.sub(r", arXiv (\d+\.\d+)", r" [\1](https://arxiv.org/abs/\1)", papers)
+        papers = kind.origin.all_papers() if kind.origin else []
+        linked = ", ".join(f"{p.name} [{p.arxiv}]({p.url})" for p in papers) or "none"
         made = [f"[{r}](../../configs/{r}.yaml)" for r, tree in recipes().items() if method_of(tree) == name]
         needs = f"{teacher}; {d.data}"
         rows.append([f"[`{name}`](#{name})", linked, kind.idea, needs, d.switches, d.export, ", ".join(made)])

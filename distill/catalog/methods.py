@@ -20,7 +20,7 @@ from ..pretrain.settings import (
     TextEncoderSettings,
 )
 from ..search.settings import LCSCSettings, QSchedSettings
-from ..settings import MethodSettings
+from ..settings import MethodSettings, Origin
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,12 @@ SEARCHES = {
     "q_sched": Entry(QSchedSettings, "search.q_sched:QSched"),
     "lcsc": Entry(LCSCSettings, "search.lcsc:LCSC"),
 }
+
+
+def origins() -> dict[str, Origin]:
+    """Where the methods and searches are from, by name; those of no paper are left out."""
+    found = ((name, entry.settings.origin) for name, entry in (METHODS | SEARCHES).items())
+    return {name: origin for name, origin in found if origin is not None}
 
 
 def method_named(name: str) -> type[MethodSettings]:

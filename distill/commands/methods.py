@@ -35,4 +35,6 @@ def table() -> str:
 
 
 def _row(name: str, entry: Entry, needs: str) -> tuple[str, str, str, str]:
-    return name, needs, entry.settings.paper, entry.settings.idea
+    origin = entry.settings.origin
+    paper = f"{origin.paper.name}, arXiv {origin.paper.arxiv}" if origin else "none"
+    return name, needs, paper, entry.settings.idea

@@ -222,12 +222,13 @@ def compare(
 
     Raises UserError for what the caller can mend.
     """
+    from ..catalog.methods import origins
     from ..reports.compare import compare as score
 
     places = [str(entry.folder if isinstance(entry, Run) else entry) for entry in entries]
     return score(
         places, Path(output), steps=steps, teacher=teacher, teacher_steps=teacher_steps, data=data,
-        num_images=num_images, seeds=seeds, device=device, options=options, title=title,
+        num_images=num_images, seeds=seeds, device=device, options=options, title=title, origins=origins(),
     )  # fmt: skip
 
 

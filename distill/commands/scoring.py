@@ -187,12 +187,13 @@ def compare(arguments: list[str]) -> int:
     args, options = parser.parse_known_args(arguments)
     _evaluate_parser().parse_args(["pipeline", *options])  # before the long work
 
+    from ..catalog.methods import origins
     from ..reports.compare import compare as score
 
     score(
         args.entries, args.output, steps=args.steps, teacher=args.teacher, teacher_steps=args.teacher_steps,
         data=args.data, num_images=args.num_images, seeds=args.seeds, device=args.device, options=options,
-        title=args.title,
+        title=args.title, origins=origins(),
     )  # fmt: skip
     print((args.output / "compare.md").read_text())
     print(f"page: {args.output / 'compare.html'}")

@@ -5,14 +5,28 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from ..methods.control.controls import SpatialControl
-from ..settings import MethodSettings, NeedsTeacher, Paper, settings
+from ..settings import MethodSettings, NeedsTeacher, Origin, Paper, settings
 
 EDM_PAPER = Paper(
+    "EDM",
     "Elucidating the Design Space of Diffusion-Based Generative Models",
     "Karras, Tero",
     "2206.00364",
 )
+DDPM_PAPER = Paper(
+    "DDPM",
+    "Denoising Diffusion Probabilistic Models",
+    "Ho, Jonathan",
+    "2006.11239",
+)
+LDM_PAPER = Paper(
+    "LDM",
+    "High-Resolution Image Synthesis with Latent Diffusion Models",
+    "Rombach, Robin",
+    "2112.10752",
+)
 CONTROLNET_PAPER = Paper(
+    "ControlNet",
     "Adding Conditional Control to Text-to-Image Diffusion Models",
     "Zhang, Lvmin",
     "2302.05543",
@@ -49,8 +63,8 @@ class DiffusionSettings(MethodSettings):
     snr_gamma: float | None = None
     guidance_scale: float = 3.0
 
-    paper: ClassVar[str] = "DDPM, arXiv 2006.11239"
     idea: ClassVar[str] = "trains a latent diffusion teacher"
+    origin: ClassVar[Origin | None] = Origin("teachers", DDPM_PAPER)
     ignores: ClassVar[tuple[str, ...]] = ("student.init", "student.network", "student.norm")
     needs_teacher: ClassVar[NeedsTeacher] = "always"
 
@@ -76,10 +90,8 @@ class EDMSettings(MethodSettings):
     rho: float = Field(7.0, gt=0)
     num_inference_steps: int = Field(18, ge=1)
 
-    paper: ClassVar[str] = "EDM, arXiv 2206.00364"
     idea: ClassVar[str] = "trains a pixel teacher"
-    label: ClassVar[str] = "EDM"
-    papers: ClassVar[tuple[Paper, ...]] = (EDM_PAPER,)
+    origin: ClassVar[Origin | None] = Origin("teachers", EDM_PAPER)
     ignores: ClassVar[tuple[str, ...]] = ("teacher",)
 
 
@@ -106,8 +118,8 @@ class AutoencoderSettings(MethodSettings):
     max_shift: int = 2
     recolour: float = 0.3
 
-    paper: ClassVar[str] = "LDM, arXiv 2112.10752"
     idea: ClassVar[str] = "trains a small autoencoder"
+    origin: ClassVar[Origin | None] = Origin("teachers", LDM_PAPER)
     ignores: ClassVar[tuple[str, ...]] = (
         "teacher",
         "student",
@@ -142,8 +154,7 @@ class TextEncoderSettings(MethodSettings):
     num_combinations: int = 10000
     phrases_per_caption: int = Field(12, ge=1)
 
-    paper: ClassVar[str] = "MiniLM's sentence vectors"
-    idea: ClassVar[str] = "trains a small text encoder towards them"
+    idea: ClassVar[str] = "trains a small text encoder towards MiniLM's sentence vectors"
     ignores: ClassVar[tuple[str, ...]] = (
         "teacher",
         "student",
@@ -169,8 +180,6 @@ class ControlNetSettings(MethodSettings):
     caption_dropout: float = Field(0.5, ge=0, lt=1)
     guidance_scale: float = Field(3.0, ge=1)
 
-    paper: ClassVar[str] = "ControlNet, arXiv 2302.05543"
     idea: ClassVar[str] = "trains a ControlNet on pictures"
-    label: ClassVar[str] = "ControlNet"
-    papers: ClassVar[tuple[Paper, ...]] = (CONTROLNET_PAPER,)
+    origin: ClassVar[Origin | None] = Origin("control", CONTROLNET_PAPER)
     needs_teacher: ClassVar[NeedsTeacher] = "always"

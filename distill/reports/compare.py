@@ -11,6 +11,7 @@ from typing import Any
 from ..config.third_party import quiet
 from ..errors import UserError
 from ..methods.published import PUBLISHED
+from ..settings import Origin, Paper
 from ..training.interrupts import run_child
 from ..writers import check_writable, write_file, write_report
 from .csv_latex import csv_text, latex
@@ -38,6 +39,7 @@ def compare(
     device: str | None = None,
     options: Sequence[str] = (),
     title: str | None = None,
+    origins: Mapping[str, Origin] | None = None,
 ) -> dict[str, Any]:
     """Score every entry by the same protocol and write compare.{html,json,md,csv,tex} into `output`.
 
@@ -46,6 +48,7 @@ def compare(
     teacher        scored at teacher_steps; None: the one that the runs name, "none": no row
     data           as of `evaluate --data`; None: what the runs were trained on
     device         None: cuda if there is one, else cpu
+    origins        where each method is from, for the page's families and papers
     options        further flags of `evaluate` (--batch_size 32, --clip lite0-minilm, --trust_remote_code, ...)
 
     Each model is scored in a process of its own, so that its peak memory is its own; what was scored before comes
@@ -86,6 +89,7 @@ def compare(
         "title": title or _title(origin),
         "call": {"data": data, "num_images": num_images, "seeds": seeds, "options": list(options)},
         "rows": rows,
+        "made_by": made_by(rows, origins or {}),
         "strips": _strips(
             [m for m, _ in jobs if m.pipeline is not None], rows, data or "", device, options, output
         ),
@@ -188,6 +192,25 @@ def _strips(
         files |= draw_strips(source, calls, inputs, *place)
         group["pictures"] += [{"model": model.name, "steps": n, "file": file} for n, file in files.items()]
     return [{"made_from": k, **group} for k, group in groups.items()]
+
+
+def made_by(rows: Sequence[Mapping[str, Any]], origins: Mapping[str, Origin]) -> dict[str, dict[str, Any]]:
+    """{"family", "papers": [{"name", "arxiv"}]} of each model whose method is known, by its run."""
+    out: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        origin = origins.get((row["method"] or "").partition(",")[0])
+        if origin is not None and row["model"] not in out:
+            papers = papers_of(origin, row.get("config") or {})
+            out[row["model"]] = {
+                "family": origin.family,
+                "papers": [{"name": p.name, "arxiv": p.arxiv} for p in papers],
+            }
+    return out
+
+
+def papers_of(origin: Origin, config: Mapping[str, Any]) -> list[Paper]:
+    """Without a configuration only what no key would change: `ict` is the loss of four papers."""
+    return origin.papers(config) if config or not origin.variants else []
 
 
 def published(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

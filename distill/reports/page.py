@@ -8,19 +8,19 @@ from typing import Any
 
 import yaml
 
-from ..methods.papers import family_of, papers_of_model
 from ..metrics.protocol import Score
 from ..readers import read_text
 from .markup import filled, script_json
 from .table import BEST, SCORES, Column, by_column, columns_of, law, shown
 from .words import MEANING, summary, timing
 
+NOBODY: Mapping[str, Any] = {"family": None, "papers": ()}
 HERE = Path(__file__).parent
 
 
 def page(record: Mapping[str, Any], folder: Path) -> str:
     """The page of a comparison's record (see `compare`); its pictures are read from `folder` and embedded."""
-    rows = record["rows"]
+    rows, made_by = record["rows"], record.get("made_by", {})
     fields = {
         "style": read_text(HERE / "page.css"),
         "script": read_text(HERE / "page.js"),
@@ -29,11 +29,11 @@ def page(record: Mapping[str, Any], folder: Path) -> str:
         "table": table(columns_of(rows), rows),
         "timing": escape(timing(rows)),
         "pictures": pictures(record, folder),
-        "models": models(rows),
+        "models": models(rows, made_by),
         "published": published(record["published"]),
         "protocols": protocols(rows),
         "origin": origin(record),
-        "data": script_json(plot_data(rows)),
+        "data": script_json(plot_data(rows, made_by)),
     }
     return filled(read_text(HERE / "page.html"), fields)
 
@@ -89,21 +89,22 @@ def _part(strips: Mapping[str, Any], folder: Path, places: Mapping[str, int]) ->
     )
 
 
-def models(rows: Sequence[Mapping[str, Any]]) -> str:
+def models(rows: Sequence[Mapping[str, Any]], made_by: Mapping[str, Any]) -> str:
     """A line for each model: what it was made by, its papers, its recipe."""
     body = []
     for name, i in _places(rows).items():
         row = next(r for r in rows if r["model"] == name)
         config = row.get("config") or {}
+        made = made_by.get(name, NOBODY)
         papers = ", ".join(
-            f'<a href="{p.url}">{escape(p.name)} {p.arxiv}</a>'
-            for p in papers_of_model(row["method"], config)
+            f'<a href="https://arxiv.org/abs/{p["arxiv"]}">{escape(p["name"])} {p["arxiv"]}</a>'
+            for p in made["papers"]
         )
         recipe = "-"
         if config:
             text = escape(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
             recipe = f'<details id="recipe-{i}"><summary>recipe</summary><pre>{text}</pre></details>'
-        cells = [escape(family_of(row["method"]) or "-"), escape(row["method"] or "-"), papers or "-", recipe]
+        cells = [escape(made["family"] or "-"), escape(row["method"] or "-"), papers or "-", recipe]
         line = "".join(f"<td>{cell}</td>" for cell in cells)
         body.append(f'<tr{_of(i)}><th scope="row">{escape(name)}</th>{line}</tr>')
     titles = ("model", "family", "method", "paper", "recipe")
@@ -167,7 +168,7 @@ def origin(record: Mapping[str, Any]) -> str:
     return escape(f"Made by fewstep compare {where}; {versions}. {verified.capitalize()}.")
 
 
-def plot_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def plot_data(rows: Sequence[Mapping[str, Any]], made_by: Mapping[str, Any]) -> dict[str, Any]:
     """What filter, table by steps and plots need.
 
     metrics  {key, title, best, digits, meaning}
@@ -180,14 +181,16 @@ def plot_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in _places(rows):
         own = [row for row in rows if row["model"] == name]
         method, training = own[0]["method"], own[0]["training"]
-        papers = [p.name for p in papers_of_model(method, own[0].get("config") or {})]
+        made = made_by.get(name, NOBODY)
         found.append(
             {
                 "name": name,
-                "family": family_of(method) or "none",
+                "family": made["family"] or "none",
                 "from": law(own[0]),
                 "made": "search" if "candidates" in training else "training" if training else "neither",
-                "words": " ".join([name, method or "", own[0]["export"] or "", *papers]),
+                "words": " ".join(
+                    [name, method or "", own[0]["export"] or "", *(p["name"] for p in made["papers"])]
+                ),
                 "points": [
                     {
                         "steps": row["steps"],

@@ -4,20 +4,28 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ..settings import Idle, MethodSettings, Paper, settings
+from ..settings import Idle, MethodSettings, Origin, Paper, Variant, settings
 
 Space = Literal["weights", "lora_factors", "lora_delta"]
 
 
 Q_SCHED_PAPER = Paper(
+    "Q-Sched",
     "Q-Sched: Pushing the Boundaries of Few-Step Diffusion Models with Quantization-Aware Scheduling",
     "Frumkin, Natalia",
     "2509.01624",
 )
 LCSC_PAPER = Paper(
+    "LCSC",
     "Linear Combination of Saved Checkpoints Makes Consistency and Diffusion Models Better",
     "Liu, Enshu",
     "2404.02241",
+)
+MWA_PAPER = Paper(
+    "MWA",
+    "Parameter-Efficient Checkpoint Merging via Metrics-Weighted Averaging",
+    "Yu, Shi Jie",
+    "2504.18580",
 )
 
 
@@ -53,10 +61,10 @@ class LCSCSettings(MethodSettings):
     weighting: Literal["power", "softmax"] = "power"
     penalties: tuple[float, ...] = (2.0,)
 
-    paper: ClassVar[str] = "LCSC, arXiv 2404.02241"
     idea: ClassVar[str] = "the best combination of a run's checkpoints"
-    label: ClassVar[str] = "LCSC"
-    papers: ClassVar[tuple[Paper, ...]] = (LCSC_PAPER,)
+    origin: ClassVar[Origin | None] = Origin(
+        "search", LCSC_PAPER, (Variant("method.family", "mwa", MWA_PAPER),)
+    )
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.num_parents method.sigma method.probability", "method.family", only=("evolution",)),
         Idle("method.rates", "method.family", only=("evolution", "ema")),
@@ -94,10 +102,8 @@ class QSchedSettings(MethodSettings):
     sigma: float = Field(0.1, gt=0)
     control: bool = True
 
-    paper: ClassVar[str] = "Q-Sched, arXiv 2509.01624"
     idea: ClassVar[str] = "two factors a step that suit the schedule to quantised weights"
-    label: ClassVar[str] = "Q-Sched"
-    papers: ClassVar[tuple[Paper, ...]] = (Q_SCHED_PAPER,)
+    origin: ClassVar[Origin | None] = Origin("search", Q_SCHED_PAPER)
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.convolutions method.control", "method.quantisation", values=(None,)),
         Idle("method.points", "method.strategy", only=("grid",)),

@@ -40,7 +40,7 @@ def opening(config: RunConfig, data: ImageData, *, batch: int, start: int, devic
     micro = f" ({accumulated} accumulated)" if accumulated > 1 else ""
     return listed(
         [
-            ("method", f"{called(config.method['name'], config.method.settings)}, {student}"),
+            ("method", f"{called(config)}, {student}"),
             ("teacher", teacher_line(config.teacher) if config.teacher is not None else "none"),
             ("data", f"{data_line(config.data)}: {len(data):,} {kind}, {captions or 'no'} captions"),
             ("steps", f"{config.max_train_steps:,}{done}, batch {batch:,}{micro}"),
@@ -127,7 +127,7 @@ def search_opening(config: SearchConfig, tried: int, device: str) -> str:
     done = f", {tried:,} of them scored" if tried else ""
     return listed(
         [
-            ("method", called(config.method["name"], config.method.settings)),
+            ("method", called(config)),
             ("student", config.student.path),
             ("data", f"{config.data.name}, split {config.data.split}"),
             ("search", f"{config.max_candidates:,} candidates{done}, {config.num_images:,} pictures each"),

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ...pipelines.export import KOHYA, Export
+from ..config.method import as_tree
 from ..config.run import RunConfig
 from ..config.search import SearchConfig
-from ..settings import MethodSettings, TeacherSettings
+from ..settings import Paper, TeacherSettings
 from ..writers import write_file
 from .card_code import PROMPT, adapter_loading_lines, is_quantised, loading_lines, package_lines, takes_prompt
 from .card_head import front_matter, search_front_matter, with_results
@@ -48,7 +49,7 @@ def run_card(config: RunConfig, export: Export, made: Made) -> str:
             *package_lines(export.model),
         ]
         out += ["## Steps\n", steps_table(export.sampling), *checked_lines(export)]
-    out += ["## Training\n", training_table(config, made), *citation(config.method.settings)]
+    out += ["## Training\n", training_table(config, made), *citation(config)]
     return "\n".join(out)
 
 
@@ -69,7 +70,7 @@ def adapter_card(config: RunConfig, export: Export, made: Made) -> str:
         ),
         "## Training\n",
         training_table(config, made),
-        *citation(config.method.settings),
+        *citation(config),
     ]
     return "\n".join(out)
 
@@ -85,12 +86,12 @@ def search_card(
 ) -> str:
     """The card of a pipeline that a search found; own: whether its folder holds code; student: the folder that it is
     made from."""
-    name, settings = config.method["name"], config.method.settings
+    name = config.method["name"]
     # without it the integer weights' network opens in bfloat16
     options = ", dtype=torch.float32" if is_quantised(pipeline) else ""
     export = Export(pipeline, sampling=sampling)
     rows = [
-        ("method", called(name, settings)),
+        ("method", called(config)),
         ("student", Path(config.student.path).name),
         ("found for", f"{config.steps} network evaluations; for no other number"),
         *notes,
@@ -101,7 +102,7 @@ def search_card(
     ]
     out = [
         search_front_matter(student, name),
-        f"# {Path(config.output_dir).name}{few_steps(sampling)} ({settings.label or name} of "
+        f"# {Path(config.output_dir).name}{few_steps(sampling)} ({name_of(config)} of "
         f"{Path(config.student.path).name})\n",
         *picture_lines(made, takes_prompt(export)),
         "```python\n" + loading_lines(export, own=own, options=options, prompt=made.prompt) + "```\n",
@@ -110,17 +111,18 @@ def search_card(
         steps_table(sampling),
         "## Search\n",
         markdown(("what", "value"), rows),
-        *citation(settings),
+        *citation(config),
     ]
     return "\n".join(out)
 
 
 def title(config: RunConfig, export: Export, kind: str = "") -> str:
     """ "# NAME in 1 to 4 steps (LCM of TEACHER)"."""
-    label = config.method.settings.label or config.method["name"]
     origin = f"of {public(config.teacher.path)}" if config.teacher else f"on {public(config.data.name)}"
     what = f"{kind}, " if kind else ""
-    return f"# {Path(config.output_dir).name}{few_steps(export.sampling)} ({what}{label} {origin})\n"
+    return (
+        f"# {Path(config.output_dir).name}{few_steps(export.sampling)} ({what}{name_of(config)} {origin})\n"
+    )
 
 
 def few_steps(sampling: Mapping[str, Any]) -> str:
@@ -148,14 +150,28 @@ def checked_lines(export: Export) -> list[str]:
     return [f"Checked at export: {export.checked}.\n"] if export.checked else []
 
 
-def citation(settings: MethodSettings) -> list[str]:
-    """The papers of a method in BibTeX."""
-    entries = "\n".join(paper.bibtex() for paper in settings.papers)
+def papers_of(config: RunConfig | SearchConfig) -> list[Paper]:
+    """What a run follows by its settings: of `ict` with `curriculum: continuous` ECT."""
+    origin = config.method.settings.origin
+    return origin.papers(as_tree(config)) if origin else []
+
+
+def name_of(config: RunConfig | SearchConfig) -> str:
+    """What the field calls a run's method; its key where no paper has it."""
+    papers = papers_of(config)
+    return papers[-1].name if papers else str(config.method["name"])
+
+
+def citation(config: RunConfig | SearchConfig) -> list[str]:
+    """The papers of a run in BibTeX."""
+    entries = "\n".join(paper.bibtex() for paper in papers_of(config))
     return [f"## Cite\n\n```bibtex\n{entries}\n```\n"] if entries else []
 
 
-def called(name: str, settings: MethodSettings) -> str:
-    return f"{name} ({settings.label})" if settings.label and settings.label.lower() != name else name
+def called(config: RunConfig | SearchConfig) -> str:
+    """ "ict (ECT)"."""
+    key, name = config.method["name"], name_of(config)
+    return str(key) if name.lower() == key else f"{key} ({name})"
 
 
 def fitness_line(config: SearchConfig) -> str:
@@ -170,7 +186,7 @@ def training_table(config: RunConfig, made: Made) -> str:
     """How the student was made."""
     teacher = teacher_line(published(config.teacher)) if config.teacher else "none"
     rows = [
-        ("method", called(config.method["name"], config.method.settings)),
+        ("method", called(config)),
         ("teacher", teacher),
         *([("licence of the teacher", licence_line(config.teacher))] if config.teacher else []),
         ("student", config.student.kind),

@@ -107,7 +107,8 @@ def test_methods_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(rows) == [*METHODS, *SEARCHES]
     for name, entry in (METHODS | SEARCHES).items():
         kind: type[MethodSettings] = entry.settings
-        assert kind.paper in rows[name] and rows[name].endswith(kind.idea)
+        paper = f"{kind.origin.paper.name}, arXiv {kind.origin.paper.arxiv}" if kind.origin else " none "
+        assert paper in rows[name] and rows[name].endswith(kind.idea)
     assert " teacher  " in rows["lcd"] and " teacher or data  " in rows["ict"] and " data  " in rows["lct"]
     assert main(["methods", "lcd"]) == 2
 

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 from fewstep.distill.catalog.configuration import is_search, load_config, load_search
-from fewstep.distill.catalog.methods import METHODS, SEARCHES
+from fewstep.distill.catalog.methods import METHODS, SEARCHES, origins
 from fewstep.distill.config.method import as_tree
 from fewstep.distill.config.tree import read_yaml
-from fewstep.distill.methods.papers import ORIGINS, family_of, papers_of, papers_of_model
 from fewstep.distill.methods.published import PUBLISHED
 from fewstep.distill.protocols.table import STANDARDS
-from fewstep.distill.reports.compare import compare, published
+from fewstep.distill.reports.compare import compare, made_by, papers_of, published
 from fewstep.distill.reports.table import BEST, SCORES, by_column, columns_of
 from fewstep.distill.reports.words import MEANING, summary, timing
 from PIL import Image
@@ -32,7 +31,7 @@ PAPERS = {
     "ict": "iCT", "ct": "CT", "cd": "CD", "ect": "ECT", "lct": "sLCT", "lcd": "LCM", "lcd_lora": "LCM-LoRA, LCM",
     "rg_lcd": "RG-LCD", "rg_lcd_ctrl_u": "Ctrl-U, RG-LCD", "scott": "SCott", "meanflow": "MeanFlow", "rcm": "rCM",
     "scm": "sCM", "dmd2": "DMD2", "nct_canny": "NCT", "controlnet_canny": "ControlNet", "interlcm": "InterLCM",
-    "q_sched_lcd": "Q-Sched", "lcsc": "LCSC", "mwa": "MWA", "teacher": "",
+    "q_sched_lcd": "Q-Sched", "lcsc": "LCSC", "mwa": "MWA",
 }  # fmt: skip
 
 
@@ -42,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     output = tmp_path_factory.mktemp("page")
     teacher = next(REPORTS.glob("teacher*.json"))
     entries = [str(p) for p in sorted(REPORTS.glob("*.json")) if p != teacher and p.stem != "ect_cut"]
-    made = compare(entries, output, teacher=str(teacher))
+    made = compare(entries, output, teacher=str(teacher), origins=origins())
     Image.new("RGB", (64, 32)).save(output / "a.png")
     captions = [{"text": "red apple", "seen": True}, {"text": "owl", "seen": False}]
     pictures = [("lcd", 1), ("lcd", 2), ("nct_canny", None), ("nct_canny", 1), ("scott", 1), ("scott", 2)]
@@ -151,7 +150,7 @@ def test_numbers_of_papers_stand_beside_their_own_protocol_alone(made: tuple[Pat
     found = score(metric="FD", reference="cifar10-50k", conditioning="none").to_json() | {"name": "FID"}
     row = {"model": "mine", "method": "ict", "steps": 1, "scores": [found]}
     (line,) = published([row])
-    assert (line["value"], line["steps"], line["here"]) == (2.83, 1, ["mine: FID 0.5"])
+    assert (line["value"], line["steps"], line["here"]) == (2.51, 1, ["mine: FID 0.5"])
     assert published([{**row, "steps": 4}]) == published([{**row, "method": "lcd"}]) == []
     by_class = score(metric="FD", reference="cifar10-50k", conditioning="class").to_json() | {"name": "FID"}
     assert published([{**row, "scores": [by_class]}]) == []
@@ -162,24 +161,28 @@ def test_numbers_of_papers_stand_beside_their_own_protocol_alone(made: tuple[Pat
 @pytest.mark.parametrize("recipe", PAPERS)
 def test_the_papers_of_a_recipe(recipe: str) -> None:
     tree: dict[str, Any] = {"method": {"name": "diffusion"}}
-    if recipe != "teacher":
-        tree = read_yaml(CONFIGS / "emoji" / f"{recipe}.yaml")
-        tree = as_tree(load_search(tree) if is_search(tree) else load_config(tree))
-    assert ", ".join(p.name for p in papers_of(tree)) == PAPERS[recipe]
+    tree = read_yaml(CONFIGS / "emoji" / f"{recipe}.yaml")
+    tree = as_tree(load_search(tree) if is_search(tree) else load_config(tree))
+    origin = origins()[tree["method"]["name"]]
+    assert ", ".join(p.name for p in papers_of(origin, tree)) == PAPERS[recipe]
 
 
 def test_a_model_without_a_configuration_has_the_paper_that_is_beyond_doubt() -> None:
     """`ict` is the loss of four papers."""
-    assert [p.name for p in papers_of_model("dmd2", {})] == ["DMD2"]
-    assert papers_of_model("ict", {}) == papers_of_model("lcd, lora", {}) == papers_of_model(None, {}) == []
+    models = {"a": "dmd2", "b": "ict", "c": "lcd, lora", "d": None}
+    made = made_by([{"model": model, "method": method} for model, method in models.items()], origins())
+    assert {model: [p["name"] for p in row["papers"]] for model, row in made.items()} == {
+        "a": ["DMD2"],
+        "b": [],
+        "c": [],
+    }
+    assert made["c"]["family"] == "latent consistency"
 
 
 def test_every_method_has_a_family_and_every_score_a_meaning() -> None:
-    teachers = {"diffusion", "edm", "autoencoder", "text_encoder"}
-    assert ORIGINS.keys() == (METHODS | SEARCHES).keys() - teachers
-    assert family_of("lcd, lora") == family_of("scott") and family_of(None) is family_of("edm") is None
+    assert origins().keys() == (METHODS | SEARCHES).keys() - {"text_encoder"}
     assert MEANING.keys() == SCORES.keys() == BEST.keys()
-    assert all(re.fullmatch(r"\d{4}\.\d{5}", o.paper.arxiv) for o in ORIGINS.values())
+    assert all(re.fullmatch(r"\d{4}\.\d{5}", o.paper.arxiv) for o in origins().values())
 
 
 PROBE = """<script>addEventListener("load", () => setTimeout(() => {
@@ -248,7 +251,7 @@ def test_the_page_in_a_browser(made: tuple[Path, dict[str, Any]], width: int, tm
     assert sorted(seen["best"], key=lambda b: b[1]) == [[m, i + 1] for i, m in enumerate(best.values())]
     assert seen["width"] <= max(width, 500)  # headless Chromium has a least width
     assert seen["all"] == seen["reset"] == [27, len(rows), 6, len(rows), 27]
-    families = dict.fromkeys(family_of(next(r["method"] for r in rows if r["model"] == m)) for m in models)
+    families = {made["family"] for made in record["made_by"].values()} | {None}
     assert len(seen["coloured"]) == len(families) and models[0] in seen["coloured"]
     for labels in seen["labels"]:
         tops = sorted((y, height) for _, y, height in labels)

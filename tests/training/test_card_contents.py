@@ -7,7 +7,7 @@ import pytest
 import yaml
 from diffusers import StableDiffusionPipeline
 from fewstep.distill.catalog.configuration import load_config
-from fewstep.distill.catalog.methods import METHODS, SEARCHES
+from fewstep.distill.catalog.methods import METHODS, SEARCHES, origins
 from fewstep.distill.cli import main
 from fewstep.distill.training.card_head import datasets_of
 from fewstep.distill.training.model_card import Made, adapter_card, title, with_scores
@@ -28,10 +28,12 @@ FEW = {str(n): {"num_inference_steps": n} for n in (1, 2, 4)}
         ("ict", None, {"1": {}, "2": {}}, "# mine in 1 to 2 steps (iCT on cifar10)"),
         ("dmd2", "/home/me/model", {"1": {}}, "# mine in 1 step (DMD2 of model)"),
         ("edm", None, {"default": {}}, "# mine (EDM on cifar10)"),
+        ("ict", None, {"1": {}, "method": {"curriculum": "continuous"}}, "# mine in 1 step (ECT on cifar10)"),
     ],
 )
 def test_titles(method: str, teacher: str | None, sampling: dict[str, Any], expected: str) -> None:
-    tree = {"output_dir": "runs/mine", "data": {"name": "cifar10"}, "method": {"name": method}}
+    own = sampling.get("method", {})
+    tree = {"output_dir": "runs/mine", "data": {"name": "cifar10"}, "method": {"name": method, **own}}
     if teacher is not None:
         tree["teacher"] = {"path": teacher}
     if method == "ict":
@@ -42,15 +44,11 @@ def test_titles(method: str, teacher: str | None, sampling: dict[str, Any], expe
 
 
 def test_every_published_method_is_named_and_cited() -> None:
-    stages = {"diffusion", "autoencoder", "text_encoder"}
-    for name, entry in {**METHODS, **SEARCHES}.items():
-        if name in stages:
-            continue
-        assert entry.settings.label, name
-        for paper in entry.settings.papers:
+    for name, origin in origins().items():
+        for paper in origin.all_papers():
             text = paper.bibtex()
             assert f"eprint = {{{paper.arxiv}}}" in text and text.count("{") == text.count("}"), name
-        assert entry.settings.papers, name
+    assert origins().keys() == (METHODS | SEARCHES).keys() - {"text_encoder"}
 
 
 def test_settings_name_no_place(tmp_path: Path) -> None:

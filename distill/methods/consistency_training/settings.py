@@ -4,22 +4,26 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ...settings import Idle, MethodSettings, NeedsTeacher, Paper, settings
+from ...settings import Idle, MethodSettings, NeedsTeacher, Origin, Paper, Variant, settings
 
 Curriculum = Literal["doubling", "sqrt", "constant", "continuous"]
 
 
 ICT_PAPER = Paper(
+    "iCT",
     "Improved Techniques for Training Consistency Models",
     "Song, Yang",
     "2310.14189",
 )
-CM_PAPER = Paper(
-    "Consistency Models",
-    "Song, Yang",
-    "2303.01469",
+CT_PAPER, CD_PAPER = (Paper(name, "Consistency Models", "Song, Yang", "2303.01469") for name in ("CT", "CD"))
+ECT_PAPER = Paper(
+    "ECT",
+    "Consistency Models Made Easy",
+    "Geng, Zhengyang",
+    "2406.14548",
 )
 LCT_PAPER = Paper(
+    "sLCT",
     "Improved Training Technique for Latent Consistency Models",
     "Dao, Quan",
     "2502.01441",
@@ -99,12 +103,15 @@ class ICTSettings(ConsistencySettings):
     solver: Literal["heun", "euler"] = "heun"
     guidance_scale: float = Field(1.0, ge=1)
 
-    paper: ClassVar[str] = "iCT, arXiv 2310.14189"
     idea: ClassVar[str] = "two noise levels of a picture lead to the same x0; also CT, CD, ECT"
-    label: ClassVar[str] = "iCT"
-    papers: ClassVar[tuple[Paper, ...]] = (
+    origin: ClassVar[Origin | None] = Origin(
+        "consistency training",
         ICT_PAPER,
-        CM_PAPER,
+        (
+            Variant("method.ode_source", "teacher", CD_PAPER),
+            Variant("method.target", "ema", CT_PAPER),
+            Variant("method.curriculum", "continuous", ECT_PAPER),
+        ),
     )
     needs_teacher: ClassVar[NeedsTeacher] = "to_start"
     idle: ClassVar[tuple[Idle, ...]] = (
@@ -149,10 +156,8 @@ class LCTSettings(ConsistencySettings):
     coupling: Literal["condition", "batch", "none"] = "condition"
     normalise: bool = True
 
-    paper: ClassVar[str] = "sLCT, arXiv 2502.01441"
     idea: ClassVar[str] = "ict in latents, robust to their outliers"
-    label: ClassVar[str] = "LCT"
-    papers: ClassVar[tuple[Paper, ...]] = (LCT_PAPER,)
+    origin: ClassVar[Origin | None] = Origin("consistency training", LCT_PAPER)
     idle: ClassVar[tuple[Idle, ...]] = (
         *(row for row in ConsistencySettings.idle if "method.s0" not in row.keys),
         Idle("method.s1", "method.curriculum", only=("doubling", "sqrt")),

@@ -4,13 +4,14 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ...settings import Distance, Idle, MethodSettings, NeedsTeacher, Paper, settings
+from ...settings import Distance, Idle, MethodSettings, NeedsTeacher, Origin, Paper, settings
 from .controls import Control
 
 Grid = Literal["trig", "linear"]
 
 
 NCT_PAPER = Paper(
+    "NCT",
     "Noise Consistency Training: A Native Approach for One-Step Generator in Learning Additional Controls",
     "Luo, Yihong",
     "2506.19741",
@@ -46,10 +47,8 @@ class NCTSettings(MethodSettings):
     timestep: int | None = Field(None, ge=0)
     guidance_scale: float | None = Field(None, ge=1)
 
-    paper: ClassVar[str] = "NCT, arXiv 2506.19741"
     idea: ClassVar[str] = "a control for a frozen one-step generator, without pictures"
-    label: ClassVar[str] = "NCT"
-    papers: ClassVar[tuple[Paper, ...]] = (NCT_PAPER,)
+    origin: ClassVar[Origin | None] = Origin("control", NCT_PAPER)
     needs_teacher: ClassVar[NeedsTeacher] = "always"
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.huber_c", "method.distance", values=("l2",)),

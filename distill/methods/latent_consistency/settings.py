@@ -4,19 +4,34 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ...settings import Distance, Idle, MethodSettings, NeedsTeacher, Paper, settings
+from ...settings import Distance, Idle, MethodSettings, NeedsTeacher, Origin, Paper, Variant, settings
 
 LCM_PAPER = Paper(
+    "LCM",
     "Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference",
     "Luo, Simian",
     "2310.04378",
 )
+LCM_LORA_PAPER = Paper(
+    "LCM-LoRA",
+    "LCM-LoRA: A Universal Stable-Diffusion Acceleration Module",
+    "Luo, Simian",
+    "2311.05556",
+)
 RGLCD_PAPER = Paper(
+    "RG-LCD",
     "Reward Guided Latent Consistency Distillation",
     "Li, Jiachen",
     "2403.11027",
 )
+CTRLU_PAPER = Paper(
+    "Ctrl-U",
+    "Ctrl-U: Robust Conditional Image Generation via Uncertainty-aware Reward Modeling",
+    "Zhang, Guiyu",
+    "2410.11236",
+)
 SCOTT_PAPER = Paper(
+    "SCott",
     "SCott: Accelerating Diffusion Models with Stochastic Consistency Distillation",
     "Liu, Hongjian",
     "2403.01505",
@@ -66,10 +81,10 @@ class LCDSettings(LatentConsistencySettings):
 
     num_ddim_timesteps: int = Field(50, ge=1)
 
-    paper: ClassVar[str] = "LCM, arXiv 2310.04378"
     idea: ClassVar[str] = "one DDIM step of the guided teacher leads to the same x0"
-    label: ClassVar[str] = "LCM"
-    papers: ClassVar[tuple[Paper, ...]] = (LCM_PAPER,)
+    origin: ClassVar[Origin | None] = Origin(
+        "latent consistency", LCM_PAPER, (Variant("student.kind", "lora", LCM_LORA_PAPER, beside=True),)
+    )
 
 
 @settings
@@ -144,10 +159,10 @@ class RGLCDSettings(LCDSettings):
     lrm: LRMSettings | None = None
     uncertainty: CtrlUSettings | None = None
 
-    paper: ClassVar[str] = "RG-LCD, arXiv 2403.11027"
     idea: ClassVar[str] = "lcd, and a reward of the one-step pictures"
-    label: ClassVar[str] = "RG-LCM"
-    papers: ClassVar[tuple[Paper, ...]] = (RGLCD_PAPER,)
+    origin: ClassVar[Origin | None] = Origin(
+        "latent consistency", RGLCD_PAPER, (Variant("method.uncertainty", ..., CTRLU_PAPER, beside=True),)
+    )
     idle: ClassVar[tuple[Idle, ...]] = (
         *LCDSettings.idle,
         Idle("method.uncertainty.penalty method.uncertainty.spread", "method.uncertainty.weight",
@@ -188,10 +203,8 @@ class SCottSettings(LatentConsistencySettings):
     discriminator_beta1: float = Field(0.9, ge=0, lt=1)
     renoise: bool = False
 
-    paper: ClassVar[str] = "SCott, arXiv 2403.01505"
     idea: ClassVar[str] = "stochastic steps of the teacher, and a discriminator"
-    label: ClassVar[str] = "SCott"
-    papers: ClassVar[tuple[Paper, ...]] = (SCOTT_PAPER,)
+    origin: ClassVar[Origin | None] = Origin("latent consistency", SCOTT_PAPER)
     idle: ClassVar[tuple[Idle, ...]] = (
         *LatentConsistencySettings.idle,
         Idle("method.gan_start_step method.discriminator_rank method.discriminator_lr method.discriminator_beta1 "

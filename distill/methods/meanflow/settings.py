@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ...settings import Derivative, Idle, MethodSettings, NeedsTeacher, Paper, settings
+from ...settings import Derivative, Idle, MethodSettings, NeedsTeacher, Origin, Paper, Variant, settings
 
 Dispersion = Literal["infonce_l2", "mp1"]
 
@@ -13,9 +13,28 @@ SpanLaw = Literal["sorted", "separate"]
 
 
 MEANFLOW_PAPER = Paper(
+    "MeanFlow",
     "Mean Flows for One-step Generative Modeling",
     "Geng, Zhengyang",
     "2505.13447",
+)
+IMF_PAPER = Paper(
+    "iMF",
+    "Improved Mean Flows: On the Challenges of Fastforward Generative Models",
+    "Geng, Zhengyang",
+    "2512.02012",
+)
+ALPHA_FLOW_PAPER = Paper(
+    "α-Flow",
+    "AlphaFlow: Understanding and Improving MeanFlow Models",
+    "Zhang, Huijie",
+    "2510.20771",
+)
+SPLIT_PAPER = Paper(
+    "SplitMeanFlow",
+    "SplitMeanFlow: Interval Splitting Consistency in Few-Step Generative Modeling",
+    "Guo, Yi",
+    "2507.16884",
 )
 
 
@@ -90,10 +109,16 @@ class MeanFlowSettings(MethodSettings):
     dispersive_tau: float = Field(1.0, gt=0)
     dispersive_blocks: tuple[str, ...] = ()
 
-    paper: ClassVar[str] = "MeanFlow, arXiv 2505.13447"
     idea: ClassVar[str] = "the mean velocity over a span, by its identity with the velocity"
-    label: ClassVar[str] = "MeanFlow"
-    papers: ClassVar[tuple[Paper, ...]] = (MEANFLOW_PAPER,)
+    origin: ClassVar[Origin | None] = Origin(
+        "mean flow",
+        MEANFLOW_PAPER,
+        (
+            Variant("method.target", "alpha_flow", ALPHA_FLOW_PAPER),
+            Variant("method.target", "split", SPLIT_PAPER),
+            Variant("method.tangent", "student", IMF_PAPER),
+        ),
+    )
     needs_teacher: ClassVar[NeedsTeacher] = "to_start"
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.derivative_step", "method.derivative", only=("finite_difference",)),

@@ -6,12 +6,13 @@ from typing import ClassVar
 from pydantic import Field
 
 from ...errors import UserError
-from ...settings import DistanceName, Idle, MethodSettings, NeedsTeacher, Paper, settings
+from ...settings import DistanceName, Idle, MethodSettings, NeedsTeacher, Origin, Paper, settings
 
 Range = tuple[float, float]
 
 
 INTERLCM_PAPER = Paper(
+    "InterLCM",
     "InterLCM: Low-Quality Images as Intermediate States of Latent Consistency Models for Effective Blind Face "
     "Restoration",
     "Li, Senmao",
@@ -112,10 +113,8 @@ class InterLCMSettings(MethodSettings):
     discriminator: PatchSettings = Field(default_factory=PatchSettings)
     discriminator_lr: float | None = Field(None, gt=0)
 
-    paper: ClassVar[str] = "InterLCM, arXiv 2502.02215"
     idea: ClassVar[str] = "faces restored from a middle state of a few-step student"
-    label: ClassVar[str] = "InterLCM"
-    papers: ClassVar[tuple[Paper, ...]] = (INTERLCM_PAPER,)
+    origin: ClassVar[Origin | None] = Origin("restoration", INTERLCM_PAPER)
     needs_teacher: ClassVar[NeedsTeacher] = "always"
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.num_steps", "method.timesteps", only=(None,)),

@@ -4,22 +4,25 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ...settings import Derivative, Idle, MethodSettings, NeedsTeacher, Paper, settings
+from ...settings import Derivative, Idle, MethodSettings, NeedsTeacher, Origin, Paper, Variant, settings
 
 Warmup = Literal["code", "paper", "scm"]
 
 
 RCM_PAPER = Paper(
+    "rCM",
     "Large Scale Diffusion Distillation via Score-Regularized Continuous-Time Consistency",
     "Zheng, Kaiwen",
     "2510.08431",
 )
 SCM_PAPER = Paper(
+    "sCM",
     "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
     "Lu, Cheng",
     "2410.11081",
 )
 DMD2_PAPER = Paper(
+    "DMD2",
     "Improved Distribution Matching Distillation for Fast Image Synthesis",
     "Yin, Tianwei",
     "2405.14867",
@@ -88,12 +91,9 @@ class RCMSettings(MethodSettings):
     sigma_max: float = Field(80.0, gt=0)
     times: tuple[float, ...] = (1.3, 1.0, 0.6)
 
-    paper: ClassVar[str] = "rCM, arXiv 2510.08431"
     idea: ClassVar[str] = "continuous-time consistency (sCM), regularised by a score"
-    label: ClassVar[str] = "rCM"
-    papers: ClassVar[tuple[Paper, ...]] = (
-        RCM_PAPER,
-        SCM_PAPER,
+    origin: ClassVar[Origin | None] = Origin(
+        "score distillation", RCM_PAPER, (Variant("method.score_weight", 0, SCM_PAPER),)
     )
     needs_teacher: ClassVar[NeedsTeacher] = "to_start"
     before: ClassVar[dict[str, Any]] = {"output_weight": False}
@@ -136,9 +136,7 @@ class DMD2Settings(MethodSettings):
     critic_weight: float = Field(1e-2, gt=0)
     sigma_data: float = Field(1.0, gt=0)
 
-    paper: ClassVar[str] = "DMD2, arXiv 2405.14867"
     idea: ClassVar[str] = "the student's pictures get the teacher's distribution"
-    label: ClassVar[str] = "DMD2"
-    papers: ClassVar[tuple[Paper, ...]] = (DMD2_PAPER,)
+    origin: ClassVar[Origin | None] = Origin("score distillation", DMD2_PAPER)
     needs_teacher: ClassVar[NeedsTeacher] = "always"
     idle: ClassVar[tuple[Idle, ...]] = (Idle("method.critic_weight", "method.gan_weight", values=(0,)),)

@@ -22,7 +22,6 @@ class SkeletonSettings(MethodSettings):
     distance: Distance = "l2"
     huber_c: float = Field(1e-3, gt=0)
 
-    paper: ClassVar[str] = "Luhman and Luhman, arXiv 2101.02388"
     idea: ClassVar[str] = "one step draws what the teacher draws in several"
     needs_teacher: ClassVar[NeedsTeacher] = "always"
     ignores: ClassVar[tuple[str, ...]] = ("student.init", "student.network", "student.norm")
