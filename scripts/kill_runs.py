@@ -46,7 +46,7 @@ from fewstep.distill.data.sources import load_data
 from fewstep.distill.readers import read_json, read_json_lines, read_objects
 from fewstep.distill.reports import compare, evaluate, generation
 from fewstep.distill.search import runner as search
-from fewstep.distill.training import runner
+from fewstep.distill.training import checkpoint, runner
 from fewstep.distill.training.measure import environment
 from PIL import Image
 
@@ -58,7 +58,7 @@ PHASES: dict[str, dict[str, tuple[Any, str]]] = {
     "train": {
         "encoding": (cache.Records, "build"),
         "training": (runner.Runner, "_iteration"),
-        "checkpoint": (runner.Checkpoints, "save"),
+        "checkpoint": (checkpoint.Checkpoints, "save"),
         "export": (runner.Runner, "_export"),
     },
     "search": {
