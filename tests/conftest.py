@@ -4,11 +4,14 @@ import functools
 import json
 import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # a suite under nohup, which commands respect
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import numpy as np
 import pytest

@@ -11,6 +11,9 @@ from ..pretrain.scorers import train_scorers
 
 def main(arguments: list[str]) -> int:
     """CONFIG [--key.sub value ...]: trains, prints the figures. A user's mistake is one line and exit code 2."""
+    if "--help" in arguments or "-h" in arguments:
+        print(f"train_scorer.py {main.__doc__}")
+        return 0
     try:
         if not arguments or arguments[0].startswith("-"):
             raise UserError(

@@ -4,7 +4,9 @@ The commands as functions: the same recipes and run folders, and the same mistak
 
 >>> import fewstep
 >>> run = fewstep.run("emoji/lcd", output_dir="runs/two_steps", max_train_steps=2, train_batch_size=2)
-exported runs/two_steps/pipeline
+method    lcd (LCM), all weights
+...
+score     fewstep evaluate runs/two_steps/pipeline --steps 1 2 4
 >>> pipeline = run.pipeline()
 >>> pipeline("red apple", **run.calls[2]).images[0].size
 (32, 32)

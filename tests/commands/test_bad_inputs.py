@@ -145,7 +145,7 @@ OWN_FILES = [
     for verb in ("distill", "train-teacher", "demo --config")
     for name, said in {
         "none.yaml": "no configuration",
-        "empty": "Is a directory",
+        "empty": "it is a folder",
         "empty.txt": "holds no `key: value` lines",
         "bytes": "is not UTF-8 text",
         "list.yaml": "holds no `key: value` lines",

@@ -52,7 +52,7 @@ def test_demo_scores_and_draws_both_and_resumes(embedded, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("about ") and "min on two slow cores" in said.splitlines()[0]
     end = said[said.rindex("| model |") :]
-    assert f"pictures: {output / 'pictures.png'}" in end
+    assert f"pictures:   {output / 'pictures.png'}\n" in end
     names: dict[str, Any] = {}
     exec(end[end.index("import torch") :], names)
     assert names["image"].size == (16, 16)

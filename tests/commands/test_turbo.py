@@ -249,7 +249,7 @@ def test_the_style_for_emoji_sd_passes_a_dry_run(capsys: pytest.CaptureFixture[s
 
 def test_ready_values_that_the_callers_leave_without_effect_are_left_out(tiny_pipeline: Path) -> None:
     short = configured(tiny_pipeline, "--max_train_steps", "40")
-    assert (short.lr_warmup_steps, short.validation_prompts) == (2, ())
+    assert (short.lr_warmup_steps, short.validation_steps) == (2, 0)
     plain = configured(tiny_pipeline, "--use_ema", "false", "--lr_scheduler", "constant")
     assert (plain.ema_decay, plain.lr_warmup_steps) == (0.9999, 0)
     with pytest.raises(UserError, match="lr_warmup_steps: 60 is longer than the run"):

@@ -13,7 +13,12 @@ from fewstep.distill.diffusion.guidance import guidance_embedding
 from fewstep.distill.errors import UserError
 from fewstep.distill.methods.restoration.degradation import Degradation
 from fewstep.distill.methods.restoration.interlcm import InterLCM
-from fewstep.distill.methods.restoration.settings import InterLCMSettings, PatchSettings, VisualSettings
+from fewstep.distill.methods.restoration.settings import (
+    DegradationSettings,
+    InterLCMSettings,
+    PatchSettings,
+    VisualSettings,
+)
 from fewstep.distill.models.frozen import weights_hash
 from fewstep.distill.models.teacher import Teacher
 from fewstep.distill.scorers.vision import ImageDistance, ImageEncoder, Vision
@@ -123,7 +128,7 @@ def test_losses_and_their_weights(lcm_pipeline: Path) -> None:
 def test_published_weights() -> None:
     s = InterLCMSettings()
     assert (s.l1_weight, s.perceptual_weight, s.gan_weight, s.gan_start_step) == (1, 1, 0.1, 10001)
-    assert s.degradation == Degradation() and s.perceptual == "lpips-imagenet"
+    assert s.degradation == DegradationSettings() and s.perceptual == "lpips-imagenet"
     assert (s.num_steps, s.start_index, s.discriminator) == (4, 1, PatchSettings(64, 4))
     assert s.visual == VisualSettings("openai/clip-vit-base-patch16", (128, 256, 512), 2)
 

@@ -88,7 +88,7 @@ def test_the_loss_is_the_papers(told: str, iteration: int, points: int, tiny_pip
 
 def test_defaults_are_the_papers() -> None:
     s = LCTSettings()
-    assert METHODS["lct"] is LCT and LCT.EXPORT_POINTS == 641
+    assert METHODS["lct"].settings is LCT.Settings is LCTSettings and LCT.EXPORT_POINTS == 641
     assert (s.s0, s.s1, s.curriculum, s.noise, s.p_mean, s.p_std) == (
         10,
         640,

@@ -110,7 +110,9 @@ def test_emoji_recipes_pass_with_the_embedded_teacher(
 
 def test_missing_embedded_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(plan.blueprint.__globals__["EMBEDDED"], "emoji-sd", tmp_path / "none")
-    with pytest.raises(UserError, match=r"teacher\.path: the embedded emoji-sd .*train_teacher\.py"):
+    with pytest.raises(
+        UserError, match=r"teacher\.path: the embedded emoji-sd .*fewstep train-teacher configs/"
+    ):
         describe(load_config(read_yaml(CONFIGS / "emoji" / "lcd.yaml")))
 
 

@@ -39,7 +39,7 @@ def test_emoji_configurations_name_the_command_that_makes_their_student(name: st
     config = load_search(read_yaml(path))
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line[0] == "#")
     made = head if name != "mwa" else (CONFIGS / "emoji" / "lcsc.yaml").read_text()
-    assert "scripts/distill.py configs/emoji/" in made
+    assert "fewstep distill configs/emoji/" in made
     student = config.student.path
     trained = [c for c in (CONFIGS / "emoji").glob("*.yaml") if read_yaml(c).get("output_dir") == student]
     assert f"--output_dir {student}" in made or f"configs/emoji/{trained[0].name}" in made
