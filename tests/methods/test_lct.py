@@ -14,6 +14,7 @@ from fewstep.distill.methods.consistency_training.coupling import optimal_pairin
 from fewstep.distill.methods.consistency_training.ict import ICT
 from fewstep.distill.methods.consistency_training.lct import LCT
 from fewstep.distill.methods.consistency_training.settings import ICTSettings, LCTSettings
+from fewstep.distill.methods.published import PUBLISHED
 from fewstep.distill.methods.space import ClassLatentSpace
 from fewstep.distill.training.checkpoint import kept_state
 from scipy.optimize import linear_sum_assignment
@@ -103,7 +104,7 @@ def test_defaults_are_the_papers() -> None:
     )  # fmt: skip
     assert (s.coupling, s.normalise, s.two_step_sigma) == ("condition", True, 0.369)
     assert ICTSettings().s1 == 1280 and ICT.EXPORT_POINTS == 1281
-    assert [(p.steps, p.value) for p in LCT.published] == [
+    assert [(p.steps, p.value) for p in PUBLISHED["lct"]] == [
         (1, 7.27), (2, 6.93), (1, 8.87), (2, 7.71), (1, 8.72), (2, 8.29),
     ]  # fmt: skip
 
