@@ -187,7 +187,7 @@ def backward(
     if bias_grad:
         return chunked.backward(grad_out, q, k, v, bias, out, lse, is_causal, scale, bias_grad)
     out, lse = out.contiguous(), lse.contiguous()
-    if flash_applies(q, k, v, bias, is_causal):
+    if flash_applies(q, k, v, bias, is_causal, scale):
         return (*flash_backward(grad_out, q, k, v, out, lse, is_causal, scale), None)
     batch, num_heads, lq, d = q.shape
     lk, dv = v.shape[2:]
@@ -218,12 +218,16 @@ def backward(
     return grads[0], grads[1], grads[2], None
 
 
-def flash_applies(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool) -> bool:
-    """ATen's flash kernel: 16 bits, no mask, one head size in steps of 8, aligned rows, Ampere on, causal if square."""
+def flash_applies(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+) -> bool:
+    """ATen's flash kernel: 16 bits, no mask, one head size in steps of 8, aligned rows, Ampere on, causal if
+    square and its scale positive, which multiplies hidden scores of -inf."""
     return (
         q.device.type == "cuda"
         and torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
+        and (scale > 0 or not is_causal)
         and q.dtype != torch.float32
         and bias is None
         and q.shape[-1] == v.shape[-1]

@@ -101,6 +101,24 @@ def test_causal(lq: int, lk: int) -> None:
     check(inputs(1, 1, lq, lk, 16, dtype=torch.float32), is_causal=True)
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_no_scale_is_too_odd(scale: float) -> None:
+    """A hidden score is hidden whatever it is multiplied by."""
+    x = inputs(1, 1, 40, 40, 16, dtype=torch.float32)
+    primals = [p.clone().requires_grad_() for p in x.primals]
+    out, tangent, _ = attention_jvp(*primals, *x.tangents, is_causal=True, scale=scale)
+    expected, change = oracle(x, is_causal=True, scale=scale)
+    assert_close("O", out, expected, 2e-6)
+    assert_close("tO", tangent, change, 2e-6)
+    grad_out = torch.ones_like(out).cumsum(-1)
+    plain = [p.detach().double().requires_grad_() for p in primals]
+    wanted = torch.autograd.grad(
+        explicit(*plain, is_causal=True, scale=scale), plain, grad_out.double(), materialize_grads=True
+    )
+    for got, want in zip(torch.autograd.grad(out, primals, grad_out), wanted, strict=True):
+        assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
 def masks() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     boolean = torch.rand(2, 2, 20, 41, generator=generator) > 0.4
@@ -263,8 +281,10 @@ def test_atens_flash_backward_takes_aligned_rows_only(monkeypatch: pytest.Monkey
     applies = attention_triton_backward.flash_applies
     for available in (True, False):
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda a=available: a)
-        assert applies(OnCuda(24), OnCuda(24), OnCuda(24), None, False) == available
-        assert not applies(OnCuda(24), OnCuda(20), OnCuda(24), None, False)
+        assert applies(OnCuda(24), OnCuda(24), OnCuda(24), None, False, 0.3) == available
+        assert not applies(OnCuda(24), OnCuda(20), OnCuda(24), None, False, 0.3)
+        assert applies(OnCuda(24), OnCuda(24), OnCuda(24), None, True, 0.3) == available
+        assert not applies(OnCuda(24), OnCuda(24), OnCuda(24), None, True, -0.3)
 
 
 def test_float64_is_refused() -> None:
