@@ -11,6 +11,7 @@ from .triton_tiles import (
     LOG2_E,
     LOWEST,
     Blocks,
+    Tiles,
     aligned,
     device_of,
     load_tile,
@@ -151,21 +152,19 @@ def _key_kernel(
     )
 
 
-HALF_BLOCKS = {
-    16: Blocks(64, 64, 2, 4),
-    32: Blocks(64, 64, 2, 4),
-    64: Blocks(64, 64, 2, 4),
-    128: Blocks(64, 64, 1, 8),
-    256: Blocks(32, 32, 1, 8),
+HALF_TILES = {
+    16: Tiles(Blocks(64, 64, 2, 4), Blocks(64, 64, 2, 4)),
+    32: Tiles(Blocks(64, 64, 2, 4), Blocks(64, 64, 2, 4)),
+    64: Tiles(Blocks(64, 64, 2, 4), Blocks(64, 64, 2, 4)),
+    128: Tiles(Blocks(64, 64, 1, 4), Blocks(64, 64, 2, 4)),
+    256: Tiles(Blocks(32, 32, 1, 4), Blocks(32, 32, 1, 4)),
 }
-SINGLE_BLOCKS = {
-    16: Blocks(32, 32, 2, 4),
-    32: Blocks(32, 32, 2, 4),
-    64: Blocks(32, 32, 2, 4),
-    128: Blocks(32, 32, 1, 8),
-    256: Blocks(16, 16, 1, 8),
+SINGLE_TILES = {
+    16: Tiles(Blocks(32, 32, 2, 4), Blocks(32, 32, 2, 4)),
+    32: Tiles(Blocks(32, 32, 2, 4), Blocks(32, 32, 2, 4)),
+    64: Tiles(Blocks(16, 32, 2, 4), Blocks(16, 32, 2, 4)),
 }
-"""Block sizes by the head size rounded up to a power of two, for 16-bit and float32 inputs."""
+"""As those of the forward."""
 
 
 def backward(
@@ -200,7 +199,8 @@ def backward(
     strides = [x.stride(i) for x in tensors for i in range(3)]
     strides += [0 if bias is None else mask.stride(i) for i in range(4)]
     block_d, block_dv = padded(d), padded(dv)
-    blocks = (SINGLE_BLOCKS if q.dtype == torch.float32 else HALF_BLOCKS)[max(block_d, block_dv)]
+    tiles = (SINGLE_TILES if q.dtype == torch.float32 else HALF_TILES)[max(block_d, block_dv)]
+    blocks = tiles.of(bias is not None)
     settings = {
         "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
         "MASK": mask_kind(bias), "CAUSAL": is_causal, "PAD_D": d != block_d, "PAD_DV": dv != block_dv,

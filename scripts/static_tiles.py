@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +24,12 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
 from fewstep.kernels import attention_triton, attention_triton_backward
-from fewstep.kernels.triton_tiles import Blocks, fit, padded
+from fewstep.kernels.triton_tiles import Blocks, Tiles, fit, padded
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SIZES = (64, 72, 128, 160)  # 40 and 80 are padded as 64 and 128 are; 160 is SD 1.5's deepest level
+SIZES = (16, 32, 64, 72, 128, 160)  # 40 and 80 are padded as 64 and 128 are; 160 is SD 1.5's deepest level
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SHARED = {90: 227 * 2**10, 80: 163 * 2**10, 89: 99 * 2**10}  # by architecture, of one program
 MOST_STACK = 128
@@ -59,23 +60,24 @@ class Measured(NamedTuple):
     work: float
 
 
-def table_of(kernel: str, dtype: str) -> dict[int, Blocks]:
+def table_of(kernel: str, dtype: str) -> dict[int, Tiles]:
     module = attention_triton if kernel == "forward" else attention_triton_backward
-    return module.SINGLE_BLOCKS if dtype == "float32" else module.HALF_BLOCKS
+    return module.SINGLE_TILES if dtype == "float32" else module.HALF_TILES
 
 
 def entries(args: argparse.Namespace) -> Iterator[Entry]:
-    for arch in args.arch:
-        for dtype in args.dtypes:
-            for size in args.sizes:
-                for kernel in args.kernels:
-                    for mask in args.masks:
-                        for blocks in args.tiles or [table_of(kernel, dtype)[padded(size)]]:
-                            if kernel == "forward":
-                                item = 4 if dtype == "float32" else 2
-                                bytes_of_mask = 2 * 4 * (mask == "bias")  # a mask and its tangent in float32
-                                blocks = fit(blocks, padded(size), item, SHARED[arch], bytes_of_mask)
-                            yield Entry(kernel, arch, dtype, size, mask, blocks)
+    for arch, dtype, size, kernel, mask in product(
+        args.arch, args.dtypes, args.sizes, args.kernels, args.masks
+    ):
+        table = table_of(kernel, dtype)
+        if padded(size) not in table and not args.tiles:
+            continue  # such calls run chunked
+        for blocks in args.tiles or [table[padded(size)].of(mask != "none")]:
+            if kernel == "forward":
+                bytes_of_mask = 2 * 4 * (mask == "bias")  # a mask and its tangent in float32
+                item = 4 if dtype == "float32" else 2
+                blocks = fit(blocks, padded(size), item, SHARED[arch], bytes_of_mask)
+            yield Entry(kernel, arch, dtype, size, mask, blocks)
 
 
 def compiled(entry: Entry) -> Any:
@@ -170,7 +172,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
     parser.add_argument("--kernels", nargs="+", default=["forward", "query", "key"])
-    parser.add_argument("--masks", nargs="+", default=["none"], choices=["none", "bias"])
+    parser.add_argument("--masks", nargs="+", default=["none", "bias"], choices=["none", "bias"])
     parser.add_argument("--tiles", type=tile, nargs="+", help="rows,columns,stages,warps")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--output", type=Path)

@@ -11,7 +11,7 @@ import torch
 from attention_reference import Inputs, assert_close, explicit, gradients, inputs, oracle
 from fewstep.kernels import attention, attention_jvp, attention_triton_backward, backends, use_backend
 from fewstep.kernels import attention_triton as forward_module
-from fewstep.kernels.triton_tiles import Blocks, aligned, fit, stage_bytes
+from fewstep.kernels.triton_tiles import Blocks, Tiles, aligned, fit, stage_bytes
 from triton.runtime import interpreter
 
 assert backends.interpreting(), "set TRITON_INTERPRET=1"
@@ -32,9 +32,9 @@ TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 def small_blocks(poisoned: None, monkeypatch: pytest.MonkeyPatch):
     """Blocks that end inside the tests' sizes, and NaN wherever a kernel does not write."""
     for module in (forward_module, attention_triton_backward):
-        for table in (module.HALF_BLOCKS, module.SINGLE_BLOCKS):
+        for table in (module.HALF_TILES, module.SINGLE_TILES):
             for size in table:
-                monkeypatch.setitem(table, size, Blocks(32, 16, 1, 1))
+                monkeypatch.setitem(table, size, Tiles(Blocks(32, 16, 1, 1), Blocks(32, 16, 1, 1)))
     with use_backend("triton"):
         yield
 
@@ -80,7 +80,7 @@ def test_dtypes(dtype: torch.dtype, lq: int, lk: int, d: int) -> None:
 
 @pytest.mark.parametrize("d", [8, 12, 16, 72, 80, 128, 160, 256])
 def test_head_sizes(d: int) -> None:
-    check(inputs(1, 1, 5, 20, d, dtype=torch.float32))
+    check(inputs(1, 1, 5, 20, d, dtype=torch.float32 if d <= 64 else torch.float16))
 
 
 @pytest.mark.parametrize(
@@ -287,9 +287,16 @@ def test_atens_flash_backward_takes_aligned_rows_only(monkeypatch: pytest.Monkey
         assert not applies(OnCuda(24), OnCuda(24), OnCuda(24), None, True, -0.3)
 
 
-def test_float64_is_refused() -> None:
+def test_what_has_no_tile_is_refused() -> None:
     with pytest.raises(ValueError, match="'triton' cannot run: it has no float64"):
         attention_jvp(*inputs())
+    wide = inputs(1, 1, 5, 20, 72, dtype=torch.float32)
+    with pytest.raises(
+        ValueError, match=r"'triton' cannot run: of float32 no tile is known .* above 64, here 72"
+    ):
+        attention_jvp(*wide)
+    assert backends.triton_obstacle("cuda", torch.float32, 64) is None
+    assert backends.triton_obstacle("cuda", torch.float16, 72) is None
 
 
 @pytest.mark.parametrize("mask_size", [0, 1, 8])
