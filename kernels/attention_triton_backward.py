@@ -156,7 +156,7 @@ HALF_TILES = {
     16: Tiles(Blocks(64, 64, 2, 4), Blocks(64, 64, 2, 4)),
     32: Tiles(Blocks(64, 64, 2, 4), Blocks(64, 64, 2, 4)),
     64: Tiles(Blocks(64, 64, 2, 4), Blocks(64, 64, 2, 4)),
-    128: Tiles(Blocks(64, 64, 1, 4), Blocks(64, 64, 2, 4)),
+    128: Tiles(Blocks(64, 64, 1, 4), Blocks(64, 32, 2, 4)),
     256: Tiles(Blocks(32, 32, 1, 4), Blocks(32, 32, 1, 4)),
 }
 SINGLE_TILES = {

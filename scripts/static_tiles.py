@@ -188,7 +188,8 @@ def main(arguments: Sequence[str]) -> int:
         if fault is not None:
             faults.append(f"{' '.join(map(str, entry))}: {fault}")
     if args.output is not None:
-        args.output.write_text("\n".join(lines) + "\n")
+        made = f"Triton {triton.__version__}: `python scripts/static_tiles.py {' '.join(arguments)}`"
+        args.output.write_text("\n".join([made, "", *lines]) + "\n")
     for fault in faults:
         print(fault, file=sys.stderr)
     return 1 if args.check and faults else 0
