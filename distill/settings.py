@@ -200,23 +200,31 @@ class AutoencoderSettings:
 class StudentSettings:
     """What is trained.
 
-    kind            full: all weights; lora: a LoRA on the teacher's network (LCM-LoRA, arXiv 2311.05556)
-    init            where a method allows both: the teacher's weights, or new ones
-    network         architecture of new weights: a diffusers model's arguments and its `_class_name` (UNet2DModel where
-                    there is none; TwoTimeDiT is ours); null for the teacher's architecture
-    dropout         dropout of the residual blocks while training; null for what the architecture says
-    norm            norms of new weights, in place of the architecture's: those of pipelines/unet_norms.py, which tie a
-                    UNet to its resolution
-    rank            rank of the LoRA
-    lora_alpha      the LoRA is added alpha / rank times
-    lora_dropout    share of the LoRA's inputs that are dropped while training
-    target_modules  layers of the LoRA; the default is a U-Net's, in place of which a transformer takes its attention's
-    export_fused    of a LoRA also export a pipeline/ with it added to the weights, beside lora/
+    kind              full: all weights; lora: a LoRA on the teacher's network (LCM-LoRA, arXiv 2311.05556)
+    init              where a method allows both: the teacher's weights, or new ones
+    network           architecture of new weights: a diffusers model's arguments and its `_class_name` (UNet2DModel
+                      where there is none; TwoTimeDiT is ours); null for the teacher's architecture
+    prediction        what a full U-Net student gives, where that is not what its teacher gives: one step from noise
+                      multiplies the error of an epsilon network by sigma / alpha (14.6 in Stable Diffusion), that of
+                      v_prediction or sample by at most 1
+    conversion_steps  first steps of the run, in which the student learns the teacher's own output in those terms; the
+                      method has the others
+    dropout           dropout of the residual blocks while training; null for what the architecture says
+    norm              norms of new weights, in place of the architecture's: those of pipelines/unet_norms.py, which tie
+                      a UNet to its resolution
+    rank              rank of the LoRA
+    lora_alpha        the LoRA is added alpha / rank times
+    lora_dropout      share of the LoRA's inputs that are dropped while training
+    target_modules    layers of the LoRA; the default is a U-Net's, in place of which a transformer takes its
+                      attention's
+    export_fused      of a LoRA also export a pipeline/ with it added to the weights, beside lora/
     """
 
     kind: Literal["full", "lora"] = "full"
     init: Literal["teacher", "scratch"] = "teacher"
     network: dict[str, Any] | None = None
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
+    conversion_steps: int = Field(0, ge=0, le=COUNTS)
     dropout: float | None = Field(None, ge=0, lt=1)
     norm: Norm | None = None
     rank: int = Field(64, ge=1, le=4096)

@@ -14,6 +14,7 @@ from .environment import interpreting
 from .triton_tiles import (
     LN_2,
     Blocks,
+    Tiles,
     aligned,
     device_of,
     fit,
@@ -190,21 +191,20 @@ def _forward_kernel(
         tl.store(tangent + at, change.to(tangent.dtype.element_ty), mask=inside)
 
 
-HALF_BLOCKS = {
-    16: Blocks(128, 64, 3, 8),
-    32: Blocks(128, 64, 3, 8),
-    64: Blocks(128, 64, 3, 8),
-    128: Blocks(128, 32, 3, 8),
-    256: Blocks(32, 32, 2, 8),
+HALF_TILES = {
+    16: Tiles(Blocks(128, 64, 3, 8), Blocks(64, 32, 2, 4)),
+    32: Tiles(Blocks(128, 64, 3, 8), Blocks(64, 32, 2, 4)),
+    64: Tiles(Blocks(128, 64, 3, 8), Blocks(64, 64, 2, 4)),
+    128: Tiles(Blocks(128, 32, 3, 8), Blocks(32, 32, 2, 4)),
+    256: Tiles(Blocks(16, 32, 2, 4), Blocks(16, 32, 2, 4)),
 }
-SINGLE_BLOCKS = {
-    16: Blocks(32, 32, 2, 4),
-    32: Blocks(32, 32, 2, 4),
-    64: Blocks(32, 32, 2, 4),
-    128: Blocks(32, 16, 1, 8),
-    256: Blocks(32, 16, 1, 8),
+SINGLE_TILES = {
+    16: Tiles(Blocks(64, 32, 2, 4), Blocks(64, 16, 2, 4)),
+    32: Tiles(Blocks(64, 32, 2, 4), Blocks(64, 16, 2, 4)),
+    64: Tiles(Blocks(16, 32, 2, 4), Blocks(16, 32, 2, 8)),
 }
-"""Block sizes by the head size rounded up to a power of two, for 16-bit and float32 inputs."""
+"""By the head size rounded up to a power of two, for 16-bit and float32 inputs: the largest found that keep their
+numbers in registers (`scripts/static_tiles.py --check`). Three TF32 products of a wider head do not fit."""
 
 
 def forward(
@@ -221,8 +221,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """O and tO in one pass over key blocks (arXiv 2510.08431, appendix C), with one merged tangent accumulator.
 
-    Shapes and results as `chunked.forward`, LSE in float32; head sizes up to 256, dtypes float16, bfloat16 and
-    float32 (three TF32 products per float32 product on the device, exact in the interpreter).
+    Shapes and results as `chunked.forward`, LSE in float32; head sizes up to 256 in float16 and bfloat16, up to 64
+    in float32 (three TF32 products per float32 product on the device, exact in the interpreter).
     """
     batch, num_heads, lq, d = q.shape
     lk, dv = v.shape[2:]
@@ -233,7 +233,7 @@ def forward(
         return out.zero_(), None if tangent is None else tangent.zero_(), lse.fill_(-torch.inf)
     block_d, block_dv = padded(d), padded(dv)
     widest = max(block_d, block_dv)
-    blocks = (SINGLE_BLOCKS if q.dtype == torch.float32 else HALF_BLOCKS)[widest]
+    blocks = (SINGLE_TILES if q.dtype == torch.float32 else HALF_TILES)[widest].of(bias is not None)
     mask_size = sum(x.element_size() for x in (bias, tbias) if x is not None)
     blocks = fit(blocks, widest, q.element_size(), shared_memory(q), mask_size)
     tensors = [None if x is None else unit_rows(x) for x in (q, k, v, tq, tk, tv)]

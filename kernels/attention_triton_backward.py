@@ -11,6 +11,7 @@ from .triton_tiles import (
     LOG2_E,
     LOWEST,
     Blocks,
+    Tiles,
     aligned,
     device_of,
     load_tile,
@@ -151,21 +152,19 @@ def _key_kernel(
     )
 
 
-HALF_BLOCKS = {
-    16: Blocks(64, 64, 2, 4),
-    32: Blocks(64, 64, 2, 4),
-    64: Blocks(64, 64, 2, 4),
-    128: Blocks(64, 64, 1, 8),
-    256: Blocks(32, 32, 1, 8),
+HALF_TILES = {
+    16: Tiles(Blocks(64, 64, 2, 4), Blocks(64, 64, 2, 4)),
+    32: Tiles(Blocks(64, 64, 2, 4), Blocks(64, 64, 2, 4)),
+    64: Tiles(Blocks(64, 64, 2, 4), Blocks(64, 64, 2, 4)),
+    128: Tiles(Blocks(64, 64, 1, 4), Blocks(64, 32, 2, 4)),
+    256: Tiles(Blocks(32, 32, 1, 4), Blocks(32, 32, 1, 4)),
 }
-SINGLE_BLOCKS = {
-    16: Blocks(32, 32, 2, 4),
-    32: Blocks(32, 32, 2, 4),
-    64: Blocks(32, 32, 2, 4),
-    128: Blocks(32, 32, 1, 8),
-    256: Blocks(16, 16, 1, 8),
+SINGLE_TILES = {
+    16: Tiles(Blocks(32, 32, 2, 4), Blocks(32, 32, 2, 4)),
+    32: Tiles(Blocks(32, 32, 2, 4), Blocks(32, 32, 2, 4)),
+    64: Tiles(Blocks(16, 32, 2, 4), Blocks(16, 32, 2, 4)),
 }
-"""Block sizes by the head size rounded up to a power of two, for 16-bit and float32 inputs."""
+"""As those of the forward."""
 
 
 def backward(
@@ -187,7 +186,7 @@ def backward(
     if bias_grad:
         return chunked.backward(grad_out, q, k, v, bias, out, lse, is_causal, scale, bias_grad)
     out, lse = out.contiguous(), lse.contiguous()
-    if flash_applies(q, k, v, bias, is_causal):
+    if flash_applies(q, k, v, bias, is_causal, scale):
         return (*flash_backward(grad_out, q, k, v, out, lse, is_causal, scale), None)
     batch, num_heads, lq, d = q.shape
     lk, dv = v.shape[2:]
@@ -200,7 +199,8 @@ def backward(
     strides = [x.stride(i) for x in tensors for i in range(3)]
     strides += [0 if bias is None else mask.stride(i) for i in range(4)]
     block_d, block_dv = padded(d), padded(dv)
-    blocks = (SINGLE_BLOCKS if q.dtype == torch.float32 else HALF_BLOCKS)[max(block_d, block_dv)]
+    tiles = (SINGLE_TILES if q.dtype == torch.float32 else HALF_TILES)[max(block_d, block_dv)]
+    blocks = tiles.of(bias is not None)
     settings = {
         "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
         "MASK": mask_kind(bias), "CAUSAL": is_causal, "PAD_D": d != block_d, "PAD_DV": dv != block_dv,
@@ -218,12 +218,16 @@ def backward(
     return grads[0], grads[1], grads[2], None
 
 
-def flash_applies(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool) -> bool:
-    """ATen's flash kernel: 16 bits, no mask, one head size in steps of 8, aligned rows, Ampere on, causal if square."""
+def flash_applies(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+) -> bool:
+    """ATen's flash kernel: 16 bits, no mask, one head size in steps of 8, aligned rows, Ampere on, causal if
+    square and its scale positive, which multiplies hidden scores of -inf."""
     return (
         q.device.type == "cuda"
         and torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
+        and (scale > 0 or not is_causal)
         and q.dtype != torch.float32
         and bias is None
         and q.shape[-1] == v.shape[-1]

@@ -11,6 +11,7 @@ from .environment import interpreting, triton_installed, warn_once
 
 NAMES = ("triton", "chunked", "naive")
 MAX_TRITON_HEAD_SIZE = 256
+MAX_TRITON_FLOAT32_HEAD_SIZE = 64
 
 _forced: str | None = None
 
@@ -71,4 +72,9 @@ def triton_obstacle(device_type: str, dtype: torch.dtype, head_size: int) -> str
         return "it has no float64"
     if head_size > MAX_TRITON_HEAD_SIZE:
         return f"the head size is {head_size}, above {MAX_TRITON_HEAD_SIZE}"
+    if dtype == torch.float32 and head_size > MAX_TRITON_FLOAT32_HEAD_SIZE:
+        return (
+            f"of float32 no tile is known for head sizes above {MAX_TRITON_FLOAT32_HEAD_SIZE}, here {head_size}, that "
+            "keeps its numbers in registers"
+        )
     return None

@@ -39,7 +39,7 @@ def forward(
     """
     has_ts = tq is not None or tk is not None or tbias is not None
     has_tangent = has_ts or tv is not None
-    if not has_tangent and fused_cpu_applies(q, k, v, bias):
+    if not has_tangent and fused_cpu_applies(q, k, v, bias, is_causal, scale):
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = fused(q, k, v, 0.0, is_causal, scale=scale)
         return out.contiguous(), None, lse.contiguous()
@@ -106,7 +106,7 @@ def backward(
     P = exp(S - LSE), dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = scale dS K, dK = scale dS^T Q. P is divided
     by its row sum, which rounding moves from 1 where |LSE| is large (a bias of -1e9 on a whole row).
     """
-    if not bias_grad and fused_cpu_applies(q, k, v, bias):
+    if not bias_grad and fused_cpu_applies(q, k, v, bias, is_causal, scale):
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         saved = out.contiguous(), lse.contiguous()
         dq, dk, dv = fused(grad_out.contiguous(), q, k, v, *saved, 0.0, is_causal, scale=scale)
@@ -213,11 +213,15 @@ class Scores:
             out.baddbmm_(rows, keys.mT)
 
 
-def fused_cpu_applies(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
-    """ATen's fused CPU attention: no mask (its LSE of a fully masked row is 0), one head size, nothing empty."""
+def fused_cpu_applies(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+) -> bool:
+    """ATen's fused CPU attention: no mask (its LSE of a fully masked row is 0), one head size, nothing empty; causal
+    only with a positive scale, which it multiplies the hidden scores of -inf by."""
     return (
         q.device.type == "cpu"
         and bias is None
+        and (scale > 0 or not is_causal)
         and q.shape[-1] == v.shape[-1]
         and all(x.numel() > 0 and x.stride(-1) == 1 for x in (q, k, v))
     )

@@ -76,6 +76,16 @@ class Blocks(NamedTuple):
     warps: int
 
 
+class Tiles(NamedTuple):
+    """Of one head size: without a mask, and with one, whose indices and values take registers of their own."""
+
+    plain: Blocks
+    masked: Blocks
+
+    def of(self, masked: bool) -> Blocks:
+        return self.masked if masked else self.plain
+
+
 def fit(blocks: Blocks, head_size: int, item_size: int, shared_memory: int, mask_size: int = 0) -> Blocks:
     """Fewer stages, then keys, then queries, until the tiles of the forward fit into `shared_memory` bytes."""
     while stage_bytes(blocks, head_size, item_size, mask_size) > shared_memory and blocks[:3] != (16, 16, 1):

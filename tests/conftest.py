@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-from .tiny_families import saved
 from .whole_files import pytest_make_collect_report  # noqa: F401
 
 MERGES = ["c a", "ca t</w>", "d o", "do g</w>", "r e", "re d</w>"]
@@ -142,6 +141,8 @@ def lcm_pipeline(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def tiny_families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """tiny_families("sdxl"), sd3, flux or wan: a folder that its stock pipeline loads, random weights, 16 px."""
+    from .tiny_families import saved
+
     folder = tmp_path_factory.mktemp("families")
 
     @functools.cache

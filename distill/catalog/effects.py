@@ -20,6 +20,8 @@ SQUARE_DATA = (*STYLES, *CLASSED)
 RUN = (
     Idle("student.rank student.lora_alpha student.lora_dropout student.target_modules student.export_fused",
          beside="student.kind", only=("lora",)),
+    Idle("student.conversion_steps", beside="student.prediction", values=(None,)),
+    Idle("student.conversion_steps", beside="max_train_steps", longer=True),
     Idle("ema_decay ema_std", beside="use_ema", only=(True,)),
     Idle("ema_decay", beside="ema_std", only=(None,)),
     Idle("lr_warmup_steps", beside="lr_scheduler", values=("constant",)),

@@ -211,7 +211,9 @@ def read_picture(source: str | Path | IO[bytes], name: str) -> Image.Image:
     try:
         with Image.open(source) as image:
             image.load()
-            rgb = over_white(ImageOps.exif_transpose(eight_bits(image)))
+            turned = ImageOps.exif_transpose(eight_bits(image))
+            assert turned is not None  # which some of Pillow's stubs allow
+            rgb = over_white(turned)
         if np.asarray(rgb).max() == 1:
             raise ValueError("it holds only 0 and 1 of 0 to 255, like a mask; multiply by 255")
         return rgb

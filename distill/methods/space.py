@@ -231,6 +231,8 @@ def start_of(parts: Parts, process: NoiseProcess, kind: str) -> Denoiser:
                 f"{base.process.sigma_data}; make them equal"
             )
         return base
+    if student.prediction is not None:
+        raise UserError("student.prediction: new weights give what the method asks for; leave the key out")
     if student.kind == "lora":
         raise UserError("student.init: scratch: a LoRA needs the teacher's weights; set it to teacher")
     if student.network is not None:

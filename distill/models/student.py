@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...pipelines.transformer_two_time import TwoTimeDiT
 from ...pipelines.unet_norms import NormedUNet2DConditionModel, NormedUNet2DModel
 from ..diffusion.denoiser import Denoiser
-from ..diffusion.process import NoiseProcess
+from ..diffusion.process import VP, NoiseProcess
 from ..errors import UserError
 from ..settings import LORA_TARGETS, StudentSettings
 from .frozen import without_adapter
@@ -74,9 +74,12 @@ class Student(nn.Module):
             )
         else:
             network = full_copy(network, guidance_dim, two_times)
+        kind = base.kind
+        if settings.prediction is not None:
+            kind = converted_kind(base, settings)
         if settings.dropout is not None:
             set_dropout(network, settings.dropout)
-        self.denoiser = denoiser_of(network, base.process, base.kind)
+        self.denoiser = denoiser_of(network, base.process, kind)
         for p in self.trained().values():
             p.data = p.data.float()
 
@@ -115,6 +118,30 @@ class Student(nn.Module):
         network.fuse_lora(adapter_names=[ADAPTER])
         network.unload_lora()
         return network
+
+
+def converted_kind(base: Denoiser, settings: StudentSettings) -> str:
+    """student.prediction, where a network that gave `base.kind` can learn to give it and stock schedulers say so."""
+    wanted = settings.prediction
+    assert wanted is not None
+    if settings.kind == "lora":
+        raise UserError(
+            f"student.prediction: {wanted}: a LoRA is loaded on the teacher's base, which predicts {base.kind}; set "
+            "student.kind to full, or leave the key out"
+        )
+    if not isinstance(base.process, VP):
+        raise UserError(
+            f"student.prediction: {wanted}: the teacher's own pipeline has a scheduler for {base.kind} alone; leave "
+            "the key out"
+        )
+    if wanted == base.kind:
+        raise UserError(f"student.prediction: {wanted} is what the teacher gives already; leave the key out")
+    if settings.conversion_steps == 0:
+        raise UserError(
+            f"student.conversion_steps: 0, but a network that gave {base.kind} has to learn {wanted} first; give some "
+            "(300 do for emoji-sd)"
+        )
+    return wanted
 
 
 def lora_targets(network: nn.Module, settings: StudentSettings) -> tuple[str, ...]:

@@ -11,14 +11,24 @@ score     fewstep evaluate runs/two_steps/pipeline --steps 1 2 4
 >>> pipeline("red apple", **run.calls[2]).images[0].size
 (32, 32)
 
-Importing this takes no torch: what a function needs is imported when it is called.
+Importing this imports nothing else: each name when it is first used, so that `fewstep.kernels` needs torch alone.
 """
 
-from fewstep.distill.catalog.recipes import Recipe, recipes
-from fewstep.distill.commands.python import Run, compare, evaluate, methods, run, sample
-from fewstep.distill.errors import UserError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fewstep.distill.catalog.recipes import Recipe, recipes
+    from fewstep.distill.commands.python import Run, compare, evaluate, methods, run, sample
+    from fewstep.distill.errors import UserError
 
 __version__ = "0.1.0"
+
+_PLACES = {
+    "distill.catalog.recipes": ("Recipe", "recipes"),
+    "distill.commands.python": ("Run", "compare", "evaluate", "methods", "run", "sample"),
+    "distill.errors": ("UserError",),
+}
 
 __all__ = [
     "Recipe",
@@ -32,3 +42,14 @@ __all__ = [
     "run",
     "sample",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for place, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{place}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -10,6 +10,7 @@ from ..data.names import STYLES
 from ..data.shards import expand_braces
 from ..errors import UserError
 from ..models.codec import Autoencoder, is_here
+from ..training.model_card import converted
 from ..training.processes import num_processes
 from ..training.public_names import data_line, teacher_line
 from ..training.teacher_data import NAME as TAUGHT
@@ -30,6 +31,8 @@ def text_of(plan: Plan) -> str:
 def _heading(plan: Plan) -> str:
     c, s = plan.config, plan.config.student
     kind = "all weights" if s.kind == "full" else f"LoRA of rank {s.rank}, alpha {s.lora_alpha:g}"
+    if s.prediction is not None:
+        kind += f", {converted(s)}"
     if s.network is not None:
         kind += f", new {s.network.get('_class_name', 'UNet2DModel')}"
     players = plan.method.players()

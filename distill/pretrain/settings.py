@@ -65,7 +65,13 @@ class DiffusionSettings(MethodSettings):
 
     idea: ClassVar[str] = "trains a latent diffusion teacher"
     origin: ClassVar[Origin | None] = Origin("teachers", DDPM_PAPER)
-    ignores: ClassVar[tuple[str, ...]] = ("student.init", "student.network", "student.norm")
+    ignores: ClassVar[tuple[str, ...]] = (
+        "student.init",
+        "student.network",
+        "student.norm",
+        "student.prediction",
+        "student.conversion_steps",
+    )
     needs_teacher: ClassVar[NeedsTeacher] = "always"
 
 
@@ -92,7 +98,7 @@ class EDMSettings(MethodSettings):
 
     idea: ClassVar[str] = "trains a pixel teacher"
     origin: ClassVar[Origin | None] = Origin("teachers", EDM_PAPER)
-    ignores: ClassVar[tuple[str, ...]] = ("teacher",)
+    ignores: ClassVar[tuple[str, ...]] = ("teacher", "student.prediction", "student.conversion_steps")
 
 
 @settings

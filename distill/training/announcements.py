@@ -12,7 +12,7 @@ from ..config.search import SearchConfig
 from ..data.images import ImageData
 from .card_code import adapter_loading_lines, has_code, restores
 from .measure import duration, processor
-from .model_card import called
+from .model_card import called, converted
 from .public_names import data_line, teacher_line
 from .teacher_data import NAME as MADE_BY_TEACHER
 
@@ -31,6 +31,8 @@ def listed(rows: Sequence[tuple[str, str]]) -> str:
 def opening(config: RunConfig, data: ImageData, *, batch: int, start: int, device: str) -> str:
     """Five lines: method, teacher, data, steps, device and folder. batch: pictures of a step of all processes."""
     student = "all weights" if config.student.kind == "full" else f"a LoRA of rank {config.student.rank}"
+    if config.student.prediction is not None:
+        student += f", {converted(config.student)}"
     captions = len({*data.captions} - {""})
     kind = "latents" if config.data.name == MADE_BY_TEACHER else "pictures"
     done = f", {start:,} of them done" if start else ""

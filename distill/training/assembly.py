@@ -29,6 +29,7 @@ from .announcements import device_name
 from .batches import Batches
 from .checkpoint import Checkpoints, RawWeights, kept_state, restore_state
 from .contract import Method, Parts
+from .conversion import Phases
 from .finite import Blame, check_saved
 from .launch import check_accelerator
 from .memory_savers import save_memory, waiting
@@ -103,7 +104,9 @@ class Assembly:
         save_memory(c, method, teacher)
         self.method = method
         self.players = method.players()
-        replication.find_unused_parameters = len(self.players) > 1  # a turn leaves the other players' alone
+        self.phases = Phases(method, c.student.conversion_steps)
+        # a turn leaves the other players' parameters alone, and conversion what the method adds to the network
+        replication.find_unused_parameters = len(self.players) > 1 or c.student.conversion_steps > 0
         self.optimisers = {k: optimiser(c, p, method.optimiser(k)) for k, p in self.players.items()}
         self.schedules = {
             k: get_scheduler(
@@ -122,7 +125,7 @@ class Assembly:
         method.to(device).train()
         if self.ema is not None:
             self.ema.to(device)
-        self.model = self.accelerator.prepare(method)
+        self.model = self.accelerator.prepare(self.phases)
         self.optimisers = {k: self.accelerator.prepare(o) for k, o in self.optimisers.items()}
         if source is None and "latents" in method.needs:
             method.prepare(self.batches.latents)

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import diffusers
 import torch
 
 
@@ -140,14 +140,23 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def environment(repository: Path) -> dict[str, str]:
-    """Device, versions and the repository's commit ("unknown" outside git; "+" marks uncommitted changes)."""
+    """Device, versions of what is installed, and the repository's commit ("unknown" outside git; "+" marks uncommitted
+    changes)."""
+    installed = {name: found for name in ("diffusers", "triton") if (found := installed_version(name))}
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "commit": commit(repository),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        **installed,
     }
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def commit(repository: Path) -> str:

@@ -10,7 +10,7 @@ from ...pipelines.export import KOHYA, Export
 from ..config.method import as_tree
 from ..config.run import RunConfig
 from ..config.search import SearchConfig
-from ..settings import Paper, TeacherSettings
+from ..settings import Paper, StudentSettings, TeacherSettings
 from ..writers import write_file
 from .card_code import PROMPT, adapter_loading_lines, is_quantised, loading_lines, package_lines, takes_prompt
 from .card_head import front_matter, search_front_matter, with_results
@@ -174,6 +174,11 @@ def called(config: RunConfig | SearchConfig) -> str:
     return str(key) if name.lower() == key else f"{key} ({name})"
 
 
+def converted(student: StudentSettings) -> str:
+    """How a student came to predict something else than its teacher."""
+    return f"{student.prediction} learnt in the first {student.conversion_steps:,} steps"
+
+
 def fitness_line(config: SearchConfig) -> str:
     f = config.fitness
     if f.kind == "kid":
@@ -190,6 +195,7 @@ def training_table(config: RunConfig, made: Made) -> str:
         ("teacher", teacher),
         *([("licence of the teacher", licence_line(config.teacher))] if config.teacher else []),
         ("student", config.student.kind),
+        *([("prediction", converted(config.student))] if config.student.prediction else []),
         ("data", data_line(published(config.data))),
         ("training steps", f"{made.step} of {config.max_train_steps}"),
         ("batch", made.training.get("batch", config.train_batch_size * config.gradient_accumulation_steps)),

@@ -143,7 +143,7 @@ class Runner(Assembly):
         carries = [Carry() for _ in batches]
         progress = Progress(iteration, c.max_train_steps, dict(self.updates))
         values: dict[str, Tensor] = {}
-        turns = self.method.turns(progress)
+        turns = self.phases.turns(progress)
         for player in turns:
             torch.manual_seed(mix(c.seed, iteration, self.accelerator.process_index, len(player)))
             loss = torch.zeros((), device=self.accelerator.device)

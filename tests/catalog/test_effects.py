@@ -32,14 +32,17 @@ WITHOUT_TEACHER = ("edm", "autoencoder", "text_encoder")
 
 # Keys of a run that a method leaves unread, and refuses when they are given.
 STUDENT = {"student.init", "student.network", "student.norm"}
+PREDICTION = {"student.prediction", "student.conversion_steps"}
 WHOLE_STUDENT = {
     f"student.{f.name}" for f in dataclasses.fields(RunConfig.__pydantic_fields__["student"].annotation)
 }
 NO_PICTURES = {"validation_steps", "validation_prompts", "compile"}
 REFUSED = {
-    **dict.fromkeys(("lcd", "rg_lcd", "scott", "diffusion"), STUDENT),
-    **dict.fromkeys(("ict", "lct", "meanflow", "rcm", "dmd2", "nct", "interlcm", "controlnet"), frozenset()),
-    "edm": {"teacher"},
+    **dict.fromkeys(("lcd", "rg_lcd", "scott"), STUDENT),
+    **dict.fromkeys(("lct", "rcm", "dmd2", "nct", "interlcm", "controlnet"), frozenset()),
+    **dict.fromkeys(("ict", "meanflow"), PREDICTION),
+    "diffusion": STUDENT | PREDICTION,
+    "edm": {"teacher"} | PREDICTION,
     "autoencoder": {"teacher", *NO_PICTURES, *WHOLE_STUDENT},
     "text_encoder": {"teacher", *NO_PICTURES, *WHOLE_STUDENT, "gradient_checkpointing", "data.center_crop",
                      "enable_xformers_memory_efficient_attention"},
@@ -80,6 +83,7 @@ ELSEWHERE = {
     "data.image_column": "data/test_sources", "data.center_crop": "data/test_images",
     "data.random_flip": "methods/test_ict", "student.init": "methods/test_ict_student",
     "student.network": "methods/test_ict_student", "student.norm": "pipelines/test_unet_norms",
+    "student.prediction": "test_conversion", "student.conversion_steps": "test_conversion",
     **{f"data.{k}": "test_teacher_data" for k in
        ("prompts", "num_inference_steps", "guidance_scale", "images_per_prompt", "seed")},
 }  # fmt: skip
@@ -172,7 +176,9 @@ def default(key: str) -> Any:
 
 def rows() -> Iterator[tuple[str, Idle, str]]:
     """A method, a row and a key of it."""
-    owned = [("ict", row) for row in RUN] + [("q_sched", row) for row in SEARCH]
+    owned = [("lcd" if "student.conversion_steps" in row.keys else "ict", row) for row in RUN] + [
+        ("q_sched", row) for row in SEARCH
+    ]
     for name, method in {**METHODS, **SEARCHES}.items():
         owned += [(name, row) for row in method.settings.idle]
     for name, row in owned:
@@ -211,6 +217,8 @@ def test_idle_keys_are_refused_and_others_taken(method: str, row: Idle, key: str
         idle, good, value = 2, 5, 3
         if key == "lr_warmup_steps":
             tree = put(tree, "lr_scheduler", "linear")
+        if key == "student.conversion_steps":
+            tree = put(tree, "student.prediction", "sample")
     elif row.values:
         idle, good = row.values[0], usual if usual not in row.values else another(besides, usual)
     else:

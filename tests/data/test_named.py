@@ -229,7 +229,7 @@ def test_fashion_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch, network):
     broken.add("/train-images-idx3-ubyte.gz")
     cache = tmp_path / "cache" / "data"
     remedies = ("cannot be fetched", "apt install dataset-fashion-mnist", "FEWSTEP_DATA")
-    refused("fashion-mnist", "train-images-idx3-ubyte.gz", *remedies)
+    refused("fashion-mnist", *remedies)
     assert [p.name for p in cache.iterdir() if p.suffix != ".lock"] == []
     killed = write_idx(cache / "fashion-mnist.part" / "FashionMNIST" / "raw")
     (killed / "t10k-labels-idx1-ubyte").write_bytes(b"")  # torchvision would take it for done

@@ -11,7 +11,7 @@ import torch
 from attention_reference import Inputs, assert_close, explicit, gradients, inputs, oracle
 from fewstep.kernels import attention, attention_jvp, attention_triton_backward, backends, use_backend
 from fewstep.kernels import attention_triton as forward_module
-from fewstep.kernels.triton_tiles import Blocks, aligned, fit, stage_bytes
+from fewstep.kernels.triton_tiles import Blocks, Tiles, aligned, fit, stage_bytes
 from triton.runtime import interpreter
 
 assert backends.interpreting(), "set TRITON_INTERPRET=1"
@@ -32,9 +32,9 @@ TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 def small_blocks(poisoned: None, monkeypatch: pytest.MonkeyPatch):
     """Blocks that end inside the tests' sizes, and NaN wherever a kernel does not write."""
     for module in (forward_module, attention_triton_backward):
-        for table in (module.HALF_BLOCKS, module.SINGLE_BLOCKS):
+        for table in (module.HALF_TILES, module.SINGLE_TILES):
             for size in table:
-                monkeypatch.setitem(table, size, Blocks(32, 16, 1, 1))
+                monkeypatch.setitem(table, size, Tiles(Blocks(32, 16, 1, 1), Blocks(32, 16, 1, 1)))
     with use_backend("triton"):
         yield
 
@@ -80,7 +80,7 @@ def test_dtypes(dtype: torch.dtype, lq: int, lk: int, d: int) -> None:
 
 @pytest.mark.parametrize("d", [8, 12, 16, 72, 80, 128, 160, 256])
 def test_head_sizes(d: int) -> None:
-    check(inputs(1, 1, 5, 20, d, dtype=torch.float32))
+    check(inputs(1, 1, 5, 20, d, dtype=torch.float32 if d <= 64 else torch.float16))
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,24 @@ def test_lengths_and_value_sizes(lq: int, lk: int, d: int, dv: int) -> None:
 @pytest.mark.parametrize("lq, lk", [(77, 77), (40, 90), (90, 40)])
 def test_causal(lq: int, lk: int) -> None:
     check(inputs(1, 1, lq, lk, 16, dtype=torch.float32), is_causal=True)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_no_scale_is_too_odd(scale: float) -> None:
+    """A hidden score is hidden whatever it is multiplied by."""
+    x = inputs(1, 1, 40, 40, 16, dtype=torch.float32)
+    primals = [p.clone().requires_grad_() for p in x.primals]
+    out, tangent, _ = attention_jvp(*primals, *x.tangents, is_causal=True, scale=scale)
+    expected, change = oracle(x, is_causal=True, scale=scale)
+    assert_close("O", out, expected, 2e-6)
+    assert_close("tO", tangent, change, 2e-6)
+    grad_out = torch.ones_like(out).cumsum(-1)
+    plain = [p.detach().double().requires_grad_() for p in primals]
+    wanted = torch.autograd.grad(
+        explicit(*plain, is_causal=True, scale=scale), plain, grad_out.double(), materialize_grads=True
+    )
+    for got, want in zip(torch.autograd.grad(out, primals, grad_out), wanted, strict=True):
+        assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
 def masks() -> dict[str, torch.Tensor]:
@@ -263,13 +281,22 @@ def test_atens_flash_backward_takes_aligned_rows_only(monkeypatch: pytest.Monkey
     applies = attention_triton_backward.flash_applies
     for available in (True, False):
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda a=available: a)
-        assert applies(OnCuda(24), OnCuda(24), OnCuda(24), None, False) == available
-        assert not applies(OnCuda(24), OnCuda(20), OnCuda(24), None, False)
+        assert applies(OnCuda(24), OnCuda(24), OnCuda(24), None, False, 0.3) == available
+        assert not applies(OnCuda(24), OnCuda(20), OnCuda(24), None, False, 0.3)
+        assert applies(OnCuda(24), OnCuda(24), OnCuda(24), None, True, 0.3) == available
+        assert not applies(OnCuda(24), OnCuda(24), OnCuda(24), None, True, -0.3)
 
 
-def test_float64_is_refused() -> None:
+def test_what_has_no_tile_is_refused() -> None:
     with pytest.raises(ValueError, match="'triton' cannot run: it has no float64"):
         attention_jvp(*inputs())
+    wide = inputs(1, 1, 5, 20, 72, dtype=torch.float32)
+    with pytest.raises(
+        ValueError, match=r"'triton' cannot run: of float32 no tile is known .* above 64, here 72"
+    ):
+        attention_jvp(*wide)
+    assert backends.triton_obstacle("cuda", torch.float32, 64) is None
+    assert backends.triton_obstacle("cuda", torch.float16, 72) is None
 
 
 @pytest.mark.parametrize("mask_size", [0, 1, 8])

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from attention_reference import Inputs, assert_close, gradients, inputs, oracle
 from fewstep.kernels import ForwardModeAttention, attention, attention_jvp, use_backend
+from fewstep.kernels.backends import triton_obstacle
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 pytestmark = pytest.mark.gpu
@@ -28,10 +29,13 @@ def check(x: Inputs, mask: torch.Tensor | None = None, is_causal: bool = False) 
         assert_close(name, got, expected, 3 * allowed)
 
 
+TILED = [(dtype, d) for dtype in TOLERANCES for d in (8, 40, 64, 72, 80, 128, 160, 256)
+         if triton_obstacle("cuda", dtype, d) is None]  # fmt: skip
+
+
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("lq, lk", [(128, 128), (500, 63), (77, 999), (1, 515)])
-@pytest.mark.parametrize("d", [8, 40, 64, 72, 80, 128, 160, 256])
+@pytest.mark.parametrize("dtype, d", TILED, ids=str)
 def test_against_the_float64_oracle(dtype: torch.dtype, lq: int, lk: int, d: int, seed: int) -> None:
     check(inputs(2, 3, lq, lk, d, dtype=dtype, device="cuda", seed=seed))
 

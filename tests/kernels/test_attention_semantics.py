@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_reference import Inputs, assert_close, inputs, oracle
+from attention_reference import Inputs, assert_close, explicit, inputs, oracle
 from fewstep.kernels import attention, attention_jvp, chunked
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -93,6 +93,24 @@ def test_causal_counts_from_the_top_left(backend: str, lq: int, lk: int) -> None
     out, tangent, _ = attention_jvp(*x, is_causal=True)
     assert_close("O", out, F.scaled_dot_product_attention(*x.primals, is_causal=True), 1e-13)
     assert_close("tO", tangent, oracle(x, is_causal=True)[1], 1e-13)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_no_scale_is_too_odd(backend: str, scale: float, is_causal: bool) -> None:
+    """Without a tangent, with one, and backward: a hidden score is hidden whatever it is multiplied by."""
+    x = inputs(lq=9)
+    expected, change = oracle(x, is_causal=is_causal, scale=scale)
+    primals = [p.clone().requires_grad_() for p in x.primals]
+    out = attention(*primals, is_causal=is_causal, scale=scale)
+    assert_close("O", out, expected, 1e-13)
+    assert_close("tO", attention_jvp(*x, is_causal=is_causal, scale=scale)[1], change, 1e-12)
+    grad_out = torch.ones_like(out).cumsum(-1)
+    grads = torch.autograd.grad(out, primals, grad_out)
+    plain = [p.detach().clone().requires_grad_() for p in primals]
+    wanted = torch.autograd.grad(explicit(*plain, is_causal=is_causal, scale=scale), plain, grad_out)
+    for got, want in zip(grads, wanted, strict=True):
+        assert torch.allclose(got, want, rtol=1e-10, atol=1e-12)
 
 
 def test_scale(backend: str) -> None:

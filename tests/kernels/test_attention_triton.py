@@ -64,7 +64,7 @@ def async_copies(result):
 forward = attention_triton._forward_kernel
 ALL = dict(HAS_TQ=True, HAS_TK=True, HAS_TV=True)
 for size in (40, 64, 72, 256):
-    blocks, smaller = attention_triton.HALF_BLOCKS[padded(size)], backward.HALF_BLOCKS[padded(size)]
+    blocks, smaller = attention_triton.HALF_TILES[padded(size)].plain, backward.HALF_TILES[padded(size)].masked
     result = compiled(forward, blocks, size, MASK="none", HAS_TMASK=False, **ALL)
     used = result.metadata.shared
     assert used <= 227 * 1024, (size, blocks, used)
@@ -75,13 +75,13 @@ for size in (40, 64, 72, 256):
         assert result.metadata.shared <= 99 * 1024, (size, smaller, result.metadata.shared)
         assert not re.search(r"ld\\.global[^;]*b16", result.asm["ptx"]), ("loads of 2 bytes", size)
 for dtype, causal, mask_size, limit in (("bf16", True, 0, 227), ("bf16", False, 8, 227), ("fp32", False, 8, 99)):
-    item, table = (4, attention_triton.SINGLE_BLOCKS) if dtype == "fp32" else (2, attention_triton.HALF_BLOCKS)
-    blocks = fit(table[64], 64, item, limit * 1024, mask_size)
+    item, table = (4, attention_triton.SINGLE_TILES) if dtype == "fp32" else (2, attention_triton.HALF_TILES)
+    blocks = fit(table[64].of(mask_size > 0), 64, item, limit * 1024, mask_size)
     mask = dict(MASK="bias" if mask_size else "none", HAS_TMASK=mask_size > 0, mask="fp32")
     used = compiled(forward, blocks, 64, dtype, causal=causal, **mask, **ALL).metadata.shared
     assert used <= min(limit * 1024, 1.05 * stage_bytes(blocks, 64, item, mask_size)), (dtype, blocks, used)
 for kernel in (backward._query_kernel, backward._key_kernel):
-    used = compiled(kernel, backward.SINGLE_BLOCKS[64], 64, "fp32", "fp32", MASK="bias").metadata.shared
+    used = compiled(kernel, backward.SINGLE_TILES[64].masked, 64, "fp32", "fp32", MASK="bias").metadata.shared
     assert used <= 99 * 1024, used
 print("compiled")
 """
@@ -94,3 +94,12 @@ def test_compiled_for_a_hopper_within_its_shared_memory(tmp_path: Path) -> None:
         str(tmp_path / "compile_kernels.py"), TRITON_CACHE_DIR=str(tmp_path / "cache"), TRITON_INTERPRET="0"
     )
     assert output.endswith("compiled\n")
+
+
+@pytest.mark.slow
+def test_no_tile_spills(tmp_path: Path) -> None:
+    """Every entry of the tables, for a Hopper and an Ampere, with and without masks."""
+    script = HERE.parents[1] / "scripts" / "static_tiles.py"
+    said = run(str(script), "--check", TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    assert said.count("| forward | sm_90 |") == said.count("| forward | sm_80 |") == 18
+    assert said.count("| key |") == said.count("| query |") == 36

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from fewstep.distill.catalog.methods import origins
 from fewstep.distill.cli import main
 from fewstep.distill.errors import UserError
 from fewstep.distill.reports import compare as comparing
@@ -67,6 +68,7 @@ def made(runs: Path, data_folder: Path, scored_here: None) -> tuple[Path, dict]:
         device="cpu",
         options=["--batch_size", "4", "--clip", "lite0-minilm"],
         title="A <tiny> comparison",
+        origins=origins(),
     )
     return output, record
 

@@ -38,7 +38,7 @@ def test_rcm_every_player_and_back_end(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "argv", ["benchmark_rcm.py", *words])
     assert benchmark.main() == 0
     found = json.loads(output.read_text())
-    assert set(found["environment"]) == {"device", "commit", "python", "torch", "diffusers"}
+    assert set(found["environment"]) == {"device", "commit", "python", "torch", "diffusers", "triton"}
     backs = ("kernel", "math", "double_backward", "finite_difference")
     titles = ["fake_score", *(f"student, {b}" for b in backs), *(f"sCM, {b}" for b in backs)]
     titles += ["score, 1 steps", "score, 2 steps"]

@@ -114,6 +114,7 @@ class ICTSettings(ConsistencySettings):
         ),
     )
     needs_teacher: ClassVar[NeedsTeacher] = "to_start"
+    ignores: ClassVar[tuple[str, ...]] = ("student.prediction", "student.conversion_steps")
     idle: ClassVar[tuple[Idle, ...]] = (
         *ConsistencySettings.idle,
         Idle("method.q method.k method.b method.num_stages", "method.curriculum", only=("continuous",)),

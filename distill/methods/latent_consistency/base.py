@@ -171,7 +171,7 @@ class LatentConsistency(Method):
         s = self.settings
         scheduler = lcm_scheduler(
             self.process,
-            self.teacher.denoiser.kind,
+            self.student.denoiser.kind,
             timestep_scaling=s.timestep_scaling,
             original_inference_steps=len(self.grid),
         )

@@ -120,6 +120,7 @@ class MeanFlowSettings(MethodSettings):
         ),
     )
     needs_teacher: ClassVar[NeedsTeacher] = "to_start"
+    ignores: ClassVar[tuple[str, ...]] = ("student.prediction", "student.conversion_steps")
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("method.derivative_step", "method.derivative", only=("finite_difference",)),
         Idle("method.condition_dropout", "method.source", only=("data",)),

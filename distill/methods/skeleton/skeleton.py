@@ -89,7 +89,7 @@ class Skeleton(Method):
 
     def export(self) -> Export:
         """The teacher's own pipeline class with diffusers' LCMScheduler; a LoRA also as a file."""
-        scheduler = lcm_scheduler(self.process, self.teacher.denoiser.kind)
+        scheduler = lcm_scheduler(self.process, self.student.denoiser.kind)
         calls = {"1": {"timesteps": self.times[:1], **self.teacher.family.unguided(), **self.teacher.call()}}
         if not self.student.lora:
             return Export(self.teacher.assembled(self.student.network, scheduler=scheduler), sampling=calls)
