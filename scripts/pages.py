@@ -47,6 +47,7 @@ NUMBERS = {
 }
 # Results that do not stand below a recipe's own name.
 RESULTS = {
+    "emoji/lcd_v": "emoji/results/prediction/compare.md",
     "emoji/interlcm": "emoji/results/restoration/restoration.md",
     "emoji/style_lora": "emoji/turbo.md",
     "emoji/teacher": "../distill/teachers/emoji_sd/README.md",
