@@ -160,6 +160,32 @@ def test_a_run(
 
 
 @pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "scott", "guidance_dim": 16, "w_min": 1, "w_max": 3, "w_export": 2, "lambda_adv": 0},
+        {"name": "rcm"},
+        {"name": "dmd2"},
+    ],
+    ids=lambda m: m["name"],
+)
+def test_the_other_methods_that_take_it(
+    method: dict[str, Any], tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several players too: the one that is exported converts alone, and the export is the sampler's twin."""
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    tree = converted(tiny_pipeline, tmp_path / "run", method=method)
+    assert main(command(tree, tmp_path)) == 0
+    for row in rows(tmp_path / "run"):
+        converting = any(key.endswith("conversion_loss") for key in row)
+        assert converting == (row["step"] <= 3)
+        assert not (converting and any(key.startswith("fake_score/") for key in row))
+    pipeline = tmp_path / "run" / "pipeline"
+    scheduler = json.loads((pipeline / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert "Checked at export" in (pipeline / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
     ("student", "words"),
     [
         (
